@@ -1,0 +1,433 @@
+"""The spec: every option of the system, its default and its bounds, in one place.
+
+`DistillationSpec.from_yaml(path, overrides)` is the way in. Unknown keys, duplicate keys, contradictions and bad
+values raise `InputError` with one line that names the field. Loading touches no model, data or network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Iterable, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xtoken_core.errors import InputError
+
+Mode = Literal["p_kl", "h_kl", "gold"]
+
+MAX_TEACHERS = 8
+"""Teachers of one run: components have one optional input slot per teacher, and KFP wants them spelled out."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class _Section(BaseModel):
+    """Settings shared by every section: immutable, no unknown keys, no silent coercion, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class StudentSpec(_Section):
+    """The model that learns."""
+
+    model: str = Field(min_length=1, description="hub id, local folder, fsspec URI (s3://...) or a .gguf file")
+    tokenizer: str | None = Field(None, description="where its tokenizer lies; default: with the model")
+    keep_layers: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description="depth pruning before distillation: layer indices, or a count spread evenly; null keeps all"
+    )
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> Self:
+        if isinstance(self.keep_layers, tuple) and list(self.keep_layers) != sorted(set(self.keep_layers)):
+            raise ValueError("keep_layers: layer indices must ascend, each once")
+        return self
+
+
+class ProjectionSpec(_Section):
+    """How the projection matrix W (student vocabulary x teacher vocabulary) of one teacher is made."""
+
+    uri: str | None = Field(None, description="reuse a stored W (.safetensors, or NeMo-RL's .pt) in place of building one")
+    top_k: PositiveInt = Field(4, description="entries kept per student token")
+    reverse_pass: bool = Field(False, description="also map the teacher's tokens back through the student's tokenizer")
+    learnable: bool = Field(False, description="train the weights of W's nonzeros with the student")
+    learning_rate: PositiveFloat = Field(1e-2, description="of W's weights, when learnable")
+
+    @model_validator(mode="after")
+    def _stored_or_built(self) -> Self:
+        if self.uri is not None and {"top_k", "reverse_pass"} & self.model_fields_set:
+            raise ValueError("uri: a stored projection is taken as it is; top_k and reverse_pass only apply to one that is built")
+        if not self.learnable and "learning_rate" in self.model_fields_set:
+            raise ValueError("learning_rate: only used with learnable: true")
+        return self
+
+
+class TeacherSpec(_Section):
+    """One teacher. Order in the spec fixes its index (teacher_0, teacher_1, ...)."""
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$", description="names the teacher in tasks, metrics and errors")
+    model: str = Field(min_length=1, description="hub id, local folder, fsspec URI or a .gguf file")
+    tokenizer: str | None = Field(None, description="where its tokenizer lies; default: with the model")
+    projection: ProjectionSpec | None = Field(None, description="{}: build W; absent or null: the student's own vocabulary")
+    weight: NonNegativeFloat = Field(1.0, description="fixed weight: aggregation sum without weight_metric, averaged_logits")
+    mode: Mode | None = Field(None, description="this teacher's loss mode (aggregation sum only); default: loss.mode")
+    transport: Literal["hidden", "logits", "topk"] = Field("hidden", description="what the teacher process hands over")
+    top_k: PositiveInt | None = Field(None, description="logits per position handed over by transport topk")
+    residency: Literal["auto", "resident", "offload"] = Field(
+        "auto", description="whether its weights stay on the GPU between steps"
+    )
+
+    @property
+    def cross_tokenizer(self) -> bool:
+        """Whether the teacher's vocabulary differs from the student's (it has a projection)."""
+        return self.projection is not None
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> Self:
+        if self.transport == "topk" and self.cross_tokenizer:
+            raise ValueError("transport: topk needs a teacher with the student's vocabulary, and this one has a projection")
+        if (self.transport == "topk") != (self.top_k is not None):
+            raise ValueError("top_k: goes with transport: topk, each needs the other")
+        if self.mode is not None and not self.cross_tokenizer:
+            raise ValueError("mode: only means something for a teacher with a projection")
+        return self
+
+
+class LossSpec(_Section):
+    """The distillation loss; formulas in DESIGN and `xtoken_core/losses/reference.py`."""
+
+    mode: Literal["p_kl", "h_kl", "gold", "auto"] = Field("auto", description="auto: the coverage audit decides per teacher")
+    chunk_distribution: Literal["mean", "first"] = Field(
+        "mean", description="mean over a chunk's rows, or its first row renormalised"
+    )
+    topk_scope: Literal["sequence", "batch"] = Field("sequence", description="over what the teacher columns are chosen")
+    vocab_topk: PositiveInt = Field(8192, description="teacher columns that p_kl and the same-vocabulary KL compare")
+    uncommon_topk: PositiveInt = Field(8192, description="sorted uncommon probabilities that gold and h_kl compare")
+    temperature: PositiveFloat = 1.0
+    reverse_kl: bool = False
+    exact_match_only: bool = Field(False, description="p_kl: only chunks whose text is equal on both sides")
+    kd_weight: NonNegativeFloat = Field(1.0, description="factor of KD without dynamic scaling")
+    ce_weight: NonNegativeFloat = Field(0.1, description="factor of CE without dynamic scaling")
+    dynamic_scaling: bool = Field(True, description="rescale KD to the size of CE; kd_weight and ce_weight are then unused")
+    aggregation: Literal["sum", "averaged_logits", "select_teacher"] = "sum"
+    weight_metric: Literal["ce", "entropy", "max_prob"] | None = Field(None, description="weight teachers by their confidence")
+    alpha: float = Field(1.0, description="sharpness of weight_metric's softmax")
+    normalize_by_vocab: bool = Field(False, description="scale each KD (and score) by log V_i / log min V")
+    score_unit: Literal["token", "byte"] = Field("token", description="of the CE that weights or selects teachers")
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.aggregation != "sum":
+            for field in ("weight_metric", "normalize_by_vocab"):
+                if getattr(self, field):
+                    raise ValueError(f"{field}: only with aggregation: sum")
+        if self.exact_match_only and self.mode != "p_kl":
+            raise ValueError("exact_match_only: only with mode: p_kl")
+        if self.weight_metric is None and "alpha" in self.model_fields_set and self.alpha != 1.0:
+            raise ValueError("alpha: only used with weight_metric")
+        if self.score_unit == "byte" and not (self.aggregation == "select_teacher" or self.weight_metric == "ce"):
+            raise ValueError("score_unit: byte only applies to select_teacher and to weight_metric: ce")
+        return self
+
+
+class DataSpec(_Section):
+    """Documents and how they become rows."""
+
+    train: Annotated[Strings, Field(min_length=1)] = Field(
+        description="files, folders or globs: .txt (one document each), .jsonl, .parquet"
+    )
+    validation: Strings = Field((), description="same; chooses the best checkpoint")
+    format: Literal["text", "messages"] = "text"
+    text_key: str = Field("text", description="column of the text in .jsonl and .parquet")
+    messages_key: str = Field("messages", description="column of the chat in .jsonl and .parquet, format: messages")
+    assistant_only: bool = Field(True, description="format: messages: KD and CE only on assistant turns")
+    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens of a row, on every side")
+    max_rows: PositiveInt | None = Field(None, description="use only the first rows of the training data")
+    packing: bool = Field(False, description="several documents a row, attention kept within each")
+    shards: PositiveInt = Field(1, description="parallel prepare tasks, each over its share of the documents")
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Self:
+        unused = {"text": ("messages_key", "assistant_only"), "messages": ("text_key",)}[self.format]
+        for field in unused:
+            if field in self.model_fields_set and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field}: not used with format: {self.format}")
+        return self
+
+
+class TrainingSpec(_Section):
+    """The optimisation; names follow transformers.TrainingArguments where it has them."""
+
+    max_steps: PositiveInt = Field(1000, description="optimizer steps")
+    global_batch_size: PositiveInt = Field(64, description="rows of one optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(1, description="rows of one forward pass on one rank")
+    learning_rate: PositiveFloat = 1e-5
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    seed: NonNegativeInt = 0
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over float32 weights")
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the student")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how the student spreads over several GPUs")
+    log_steps: PositiveInt = 1
+    eval_steps: PositiveInt | None = Field(None, description="validate this often; default: only at the end")
+    save_steps: PositiveInt | None = Field(None, description="checkpoint this often; default: only at the end")
+    report_to: Strings = Field(("tensorboard",), description="trackers by transformers' names: tensorboard, wandb, mlflow")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class EvaluationSpec(_Section):
+    """What the student, its former self and the teachers are measured on."""
+
+    bits_per_byte: bool = True
+    texts: Strings = Field((), description="held-out documents for bits per byte; default: data.validation")
+    window: Annotated[int, Field(ge=8)] | None = Field(None, description="context in tokens; default: data.max_length")
+    tasks: Strings = Field((), description="lm-evaluation-harness tasks, suites or task folders")
+    num_fewshot: NonNegativeInt | None = Field(None, description="shots of the tasks; default: each task's own")
+    limit: PositiveInt | None = Field(None, description="examples per task; default: all")
+    ce_baseline: bool = Field(False, description="also train a twin on cross-entropy alone, same rows and steps")
+
+
+class OutputSpec(_Section):
+    """Where the finished run is published."""
+
+    uri: str = Field(min_length=1, description="folder or fsspec URI; a finished run appears there whole or not at all")
+
+
+class SecretEnv(_Section):
+    """An environment variable filled from a Kubernetes secret; its value is never in the spec."""
+
+    secret: str = Field(min_length=1)
+    key: str = Field(min_length=1)
+    env: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class Toleration(_Section):
+    """A Kubernetes toleration of the GPU steps."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class VolumeClaim(_Section):
+    """An existing PersistentVolumeClaim and where the steps see it."""
+
+    name: str = Field(min_length=1)
+    mount_path: str = Field(pattern=r"^/")
+
+
+class ResourcesSpec(_Section):
+    """What the steps get on a cluster; a local run ignores all of it."""
+
+    image: str = Field("ghcr.io/xtoken/xtoken-pipelines:latest", description="image of every step; pin it by digest")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    gpus_per_node: NonNegativeInt = Field(1, description="GPUs of distill and evaluate; 0: CPU only")
+    nodes: PositiveInt = Field(1, description="hosts of the distill step; more than one runs as a Kubeflow TrainJob")
+    gpu_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name of the accelerator")
+    cpu: str = Field("8", pattern=r"^\d+(\.\d+)?m?$")
+    memory: str = Field("64Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+    shm: str = Field("16Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm")
+    retries: NonNegativeInt = Field(2, description="of a step that is pre-empted; distill resumes from its checkpoint")
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
+    secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False)] = ()
+    pvc: Annotated[tuple[VolumeClaim, ...], Field(strict=False)] = ()
+
+
+class DistillationSpec(_Section):
+    """One distillation run, whole."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=100)
+    student: StudentSpec
+    teachers: Annotated[tuple[TeacherSpec, ...], Field(strict=False, min_length=1, max_length=MAX_TEACHERS)]
+    loss: LossSpec = LossSpec()
+    data: DataSpec
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    output: OutputSpec
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _teachers_agree(self) -> Self:
+        ids = [t.id for t in self.teachers]
+        for index, teacher in enumerate(self.teachers):
+            where = f"teachers.{index} ({teacher.id})"
+            if teacher.id in ids[:index]:
+                raise ValueError(f"{where}: id: used by an earlier teacher")
+            if teacher.mode is not None and self.loss.aggregation != "sum":
+                raise ValueError(f"{where}: mode: a per-teacher mode needs loss.aggregation: sum")
+            if teacher.mode not in (None, "p_kl") and self.loss.exact_match_only:
+                raise ValueError(f"{where}: mode: {teacher.mode} contradicts loss.exact_match_only, which is p_kl's")
+            if "weight" in teacher.model_fields_set and not self.fixed_weights:
+                reason = "select_teacher" if self.loss.aggregation == "select_teacher" else "weight_metric"
+                raise ValueError(f"{where}: weight: would be ignored, since loss.{reason} sets the weights")
+            if self.loss.aggregation == "averaged_logits":
+                if teacher.cross_tokenizer:
+                    raise ValueError(f"{where}: projection: averaged_logits needs teachers with the student's vocabulary")
+                if teacher.transport == "topk":
+                    raise ValueError(f"{where}: transport: averaged_logits needs full logits, not topk")
+        if self.fixed_weights and sum(t.weight for t in self.teachers) == 0:
+            raise ValueError("teachers: weight: all are zero")
+        if self.training.eval_steps is not None and not self.data.validation:
+            raise ValueError("training.eval_steps: needs data.validation")
+        return self
+
+    @property
+    def fixed_weights(self) -> bool:
+        """Whether the teachers' `weight` fields are in force."""
+        return self.loss.aggregation == "averaged_logits" or (self.loss.aggregation == "sum" and self.loss.weight_metric is None)
+
+    # ---------------------------------------------------------------------------------------------- in and out
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Reads a spec file and applies `dotted.key=value` overrides. Raises InputError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path}: cannot read the spec: {getattr(e, 'strerror', None) or e}") from None
+        return cls.from_text(text, overrides, source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, overrides: Iterable[str] = (), source: str = "spec") -> Self:
+        """Parses YAML (or JSON, which is YAML) and applies overrides. `source` names it in errors. Raises InputError."""
+        data = _parse_yaml(text, source)
+        if not isinstance(data, dict):
+            raise InputError(f"{source}: a spec is a mapping of fields")
+        for override in overrides:
+            _apply_override(data, override)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            raise InputError(f"{source}: {_first_error(e, data)}") from None
+
+    def to_json(self) -> str:
+        """Canonical one-line JSON, defaults left out; `from_text` reads it back to an equal spec."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, ensure_ascii=False)
+
+    def only(self, *sections: str) -> Self:
+        """The same spec with every section but `student`, `teachers` and those named reset to its default.
+
+        Steps are given no more of the spec than they read, so that a change elsewhere leaves their cache keys alone.
+        Required sections that are not named (`data`, `output`) become placeholders.
+        """
+        placeholders: dict[str, Any] = {"name": "view", "data": DataSpec(train=("unused",)), "output": OutputSpec(uri="unused")}
+        kept = {"student": self.student, "teachers": self.teachers, **{s: getattr(self, s) for s in sections}}
+        return self.model_construct(**{**{f: d.default for f, d in type(self).model_fields.items()}, **placeholders, **kept})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (1e-3 is a number, `on` and `no` are text) and no duplicate keys."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, rx)
+        for tag, rx in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+        seen.add(key)
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise InputError(f"{source}:{line} {getattr(e, 'problem', None) or 'not YAML'}") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.key=value` in place. List items go by index, teachers also by id; the value is YAML."""
+    dotted, equals, raw = override.partition("=")
+    if not equals or not dotted:
+        raise InputError(f"--set {override}: expected dotted.key=value")
+    *parents, last = dotted.split(".")
+    value, node = _parse_yaml(raw, f"--set {dotted}"), data
+    for depth, key in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        elif isinstance(node, list):
+            node = node[_list_index(node, key, f"--set {where}")]
+        else:
+            raise InputError(f"--set {dotted}: {'.'.join(parents[:depth])} has no fields")
+    if isinstance(node, list):
+        node[_list_index(node, last, f"--set {dotted}")] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise InputError(f"--set {dotted}: {'.'.join(parents)} has no fields")
+
+
+def _list_index(items: list[Any], key: str, where: str) -> int:
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and item.get("id") == key or key == str(index):
+            return index
+    raise InputError(f"{where}: no such item")
+
+
+def _first_error(error: ValidationError, data: Any) -> str:
+    """The first complaint of pydantic as `dotted.field: message (got value)`."""
+    first = error.errors(include_url=False)[0]
+    path, node = [], data
+    for key in first["loc"]:
+        known = isinstance(node, dict) and (key in node or first["type"] == "missing")
+        if known or (isinstance(node, list) and isinstance(key, int) and key < len(node)):
+            path.append(str(key))
+            node = node.get(key) if isinstance(node, dict) else node[key]
+        elif not path or isinstance(node, (dict, list)):  # union branches of pydantic are no part of the field's name
+            path.append(str(key))
+    message = first["msg"].removeprefix("Value error, ")
+    message = {"extra_forbidden": "no such field", "missing": "required"}.get(first["type"], message)
+    got = (
+        ""
+        if first["type"] in ("extra_forbidden", "missing", "value_error")
+        else f" (got {json.dumps(first['input'], default=str)[:80]})"
+    )
+    prefix = ".".join(path)
+    joiner = "." if first["type"] == "value_error" and prefix else ": "
+    return f"{prefix}{joiner if prefix else ''}{message}{got}"

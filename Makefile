@@ -1,0 +1,47 @@
+# make demo   sets up and runs the main job on two real models, on a CPU
+# make test   sets up and runs the tests
+#
+# PYTHON=python3.12          another interpreter
+# CONSTRAINTS=gpu.txt        other pins (constraints.txt pins the CPU-tested versions; empty: no pins)
+# SET="a.b=1 c.d=2"          overrides of the demo's spec
+
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV        := .venv
+BIN         := $(VENV)/bin
+PIP_INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+OVERRIDES    = $(foreach s,$(SET),--set $(s))
+
+.PHONY: demo test lint format compile clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m pipelines.demo_models
+	$(BIN)/python -m pipelines run pipelines/specs/demo.yaml $(OVERRIDES)
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: $(VENV)/.installed
+	for spec in pipelines/specs/*.yaml; do \
+	  $(BIN)/python -m pipelines compile $$spec -o pipelines/compiled/$$(basename $$spec) || exit; done
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP_INSTALL) -e ".[test,eval]"
+	@touch $@

@@ -34,12 +34,14 @@ def describe_environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Commit of the code: of the checkout it lies in, or of the image's build (environment variable XTOKEN_COMMIT)."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__)
     try:
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True, timeout=10, check=True
-        )
-        return described.stdout.strip()
+        tracked = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]
+        subprocess.run(
+            tracked, capture_output=True, timeout=10, check=True
+        )  # else a checkout around the environment, of other code
+        describe = ["git", "-C", str(here.parent), "describe", "--always", "--dirty=+"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("XTOKEN_COMMIT")
 

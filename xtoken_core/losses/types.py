@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,11 +33,16 @@ class HiddenLogits:
         """(B, T, V), as of the logits."""
         return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Of the hidden states."""
+        return self.hidden.device
+
     def dense(self) -> Tensor:
         """The logits [B, T, V] in the dtype of the hidden states."""
         logits = self.hidden @ self.weight.to(self.hidden.dtype).T
         if self.bias is not None:
-            logits = logits + self.bias
+            logits = logits + self.bias.to(logits.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
@@ -52,6 +58,50 @@ class TopKLogits:
     """[B, T, k] int32 or int64 vocabulary ids."""
     vocab_size: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, T, V), as of the logits."""
+        return self.values.shape[0], self.values.shape[1], self.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values."""
+        return self.values.device
+
+
+@dataclass(frozen=True)
+class AveragedLogits:
+    """The weighted sum of several teachers' logits over one vocabulary (aggregation: averaged_logits)."""
+
+    parts: tuple[Tensor | HiddenLogits, ...]
+    """Each [B, T, V]."""
+    weights: tuple[float, ...]
+    """One per part, summing to 1."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, T, V), as of the logits."""
+        b, t, v = self.parts[0].shape
+        return b, t, v
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parts."""
+        return self.parts[0].device
+
+    def dense(self) -> Tensor:
+        """The averaged logits [B, T, V] in float32, or in float64 if the parts are."""
+        dense = [part.dense() if isinstance(part, HiddenLogits) else part for part in self.parts]
+        dtype = torch.promote_types(dense[0].dtype, torch.float32)
+        total = dense[0].to(dtype) * self.weights[0]
+        for logits, weight in zip(dense[1:], self.weights[1:], strict=True):
+            total = total.add(logits.to(dtype), alpha=weight)
+        return total
+
+
+Logits = Tensor | HiddenLogits | TopKLogits | AveragedLogits
+"""What may stand for logits [B, T, V]; all have `.shape` (B, T, V) and `.device`."""
+
 
 @dataclass(frozen=True)
 class TeacherBatch:
@@ -61,7 +111,7 @@ class TeacherBatch:
     `logits` may be None. Chunk ids are of the token at that position (not shifted), -1 outside chunks.
     """
 
-    logits: Tensor | HiddenLogits | TopKLogits
+    logits: Logits
     """[B, T_t, V_t]; columns of padding beyond the tokenizer's ids already dropped."""
     input_ids: Tensor | None = None
     """[B, T_t] int64."""
@@ -84,11 +134,42 @@ class TeacherBatch:
 
 
 @dataclass(frozen=True)
+class Coefficients:
+    """The factors of the terms in the loss, where they are known before the terms are: loss = ce * CE sum + kd · KD sums."""
+
+    ce: Tensor
+    """0-dim, no gradient."""
+    kd: Tensor
+    """[n] of the n teachers handed to `term_sums`, no gradient."""
+
+
+@dataclass(frozen=True)
+class TermSums:
+    """The terms of the loss of one batch as sums, not means. See `plain.term_sums`."""
+
+    ce: Tensor
+    """0-dim: sum over the counted tokens of -log p(token), nats."""
+    kd: Tensor
+    """[n]: per teacher τ² times the sum over its valid chunks (same vocabulary: the counted tokens) of their KD, nats."""
+    correct: Tensor
+    """0-dim, no gradient: counted tokens that are the student's argmax."""
+    common: Tensor
+    """[n], no gradient: gold and h_kl, the common columns' part of `kd` without τ²; 0 for other teachers."""
+    uncommon: Tensor
+    """[n], no gradient: gold and h_kl, the uncommon columns' part of `kd` without τ²; 0 for other teachers."""
+    total: Tensor | None = None
+    """0-dim: coefficients.ce * ce + coefficients.kd · kd. Set where coefficients were given, and then alone differentiable."""
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """The loss of a batch and what to log about it."""
 
     loss: Tensor
     """0-dim, differentiable."""
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
-    """kl_loss (nats, aggregated KD), ce_loss (nats per token), kl_loss_scale, accuracy (0..1), num_valid_samples; per teacher i: kl_loss_t{i},
-    weight_t{i}, num_valid_chunks_t{i} (count), kl_common_t{i}, l1_uncommon_t{i} (gold, h_kl), proj_accuracy_t{i}; selected_teacher."""
+    """loss, kl_loss (nats, aggregated KD), ce_loss (nats per token), kl_loss_scale, accuracy (0..1), num_valid_samples (count); per
+    teacher i in the loss: kl_loss_t{i} (nats per chunk, or per token), num_valid_chunks_t{i} (count; p_kl also under NeMo-RL's name
+    num_valid_pairs_t{i}), kl_common_t{i}, l1_uncommon_t{i} (gold, h_kl); weight_t{i} (sum); selected_teacher (select_teacher)."""
+    sums: Tensor | None = None
+    """Additive float64 vector of the sums behind the metrics, for `aggregation.loss_metrics` over a whole step."""

@@ -1,0 +1,65 @@
+"""The few figures of a run: the terminal's table, KFP's metrics and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xtoken_core.report.run import Run
+from xtoken_core.report.verdict import bits_difference, bits_per_byte, everybody, label, verdict
+
+COLUMNS = ("", "bits per byte", "95 % interval", "against before", "tokens/s")
+
+
+def answer_table(run: Run, places: Mapping[str, str] | None = None) -> str:
+    """The table that ends a run on the terminal: who stands where, whether it helped, and where things lie.
+
+    `places`: what lies where, for example {"report": "out/report.html", "student": "out/best"}. Plain text, lines of some 100 columns.
+    """
+    rows = _rows(run)
+    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in (COLUMNS, *rows)]
+    rule = "-" * max(len(line) for line in lines)
+    answer = verdict(run)
+    where = [f"{what + ':':<12}{place}" for what, place in (places or {}).items()]
+    table = [rule, lines[0], rule, *lines[1:], rule] if rows else []
+    return "\n".join([*table, answer.headline, *answer.sentences, *([""] if where else []), *where])
+
+
+def metrics(run: Run) -> dict[str, float]:
+    """Scalars for KFP's `Metrics` artifact: bits per byte of everybody, gains, speed."""
+    figures: dict[str, float | None] = {
+        f"bits_per_byte_{who.replace('-', '_')}": bits_per_byte(run.result(who)) for who in everybody(run)
+    }
+    after = run.result("student_after_best") or run.result("student_after_last")
+    for name, other in (("gain", "student_before"), ("gain_over_cross_entropy", "baseline_best")):
+        if after and (difference := bits_difference(run.result(other), after)):
+            figures[f"bits_per_byte_{name}"] = difference.value
+    _, speeds = run.steps("tokens_per_second")
+    figures["tokens_per_second"] = sorted(speeds)[len(speeds) // 2] if speeds else None
+    return {name: round(value, 4) for name, value in figures.items() if value is not None}
+
+
+def markdown(run: Run) -> str:
+    """The verdict and its table for KFP's `Markdown` artifact."""
+    answer = verdict(run)
+    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *_rows(run))]
+    return "\n".join([f"## {run.name}", "", f"**{answer.headline}**", "", *(f"- {s}" for s in answer.sentences), "", *rows, ""])
+
+
+def _rows(run: Run) -> list[list[str]]:
+    """One row of text for everybody who was evaluated."""
+    rows = []
+    for who in everybody(run):
+        result = run.result(who)
+        measured = result.get("bits_per_byte") or {}
+        gain = bits_difference(result, run.result("student_before")) if who != "student_before" else None
+        rows.append(
+            [
+                label(who),
+                f"{measured['total']:.3f}" if measured.get("total") is not None else "-",
+                f"{measured['low']:.3f} to {measured['high']:.3f}" if measured.get("low") is not None else "-",
+                f"{gain.value:+.3f}" + ("" if gain.exceeds_noise else " (noise)") if gain else "-",
+                f"{result['tokens_per_second']:,.0f}" if result.get("tokens_per_second") else "-",
+            ]
+        )
+    return rows

@@ -1,0 +1,132 @@
+"""Warnings: what in a run's files should make its reader careful, each with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xtoken_core.report.run import Run
+from xtoken_core.report.verdict import bits_per_byte
+
+SHARE_OF_EXACT_CHUNKS = 0.5
+"""Fewer chunks whose text is equal on both sides than this is worth a word."""
+
+
+@dataclass(frozen=True)
+class Caution:
+    """One warning: a title, what was seen, and what helps."""
+
+    title: str
+    detail: str
+
+
+def cautions(run: Run) -> list[Caution]:
+    """Every warning the run's files give rise to."""
+    checks = (_on_validation, _on_gradients, _on_numbers, _on_teachers, _on_selection, _on_chunks, _on_projections, _on_data)
+    return [caution for check in checks for caution in check(run)]
+
+
+def _on_validation(run: Run) -> Iterator[Caution]:
+    """Overfitting, or a run that ended too early."""
+    steps, values = run.steps("validation_bits_per_byte")
+    if len(values) < 3:
+        return
+    best, last = values.index(min(values)), values[-1]
+    gained = values[0] - values[best]
+    if last > values[best] + 0.05 * gained and best < len(values) - 1:
+        yield Caution(
+            f"Overfitting: best long before the end, at step {steps[best]:,.0f} of {steps[-1]:,.0f}",
+            f"Validation went from {values[best]:.3f} back up to {last:.3f} bits per byte. Take the best checkpoint; more text, fewer "
+            "steps or a lower learning rate help.",
+        )
+    elif best == len(values) - 1 and values[-2] - last > 0.02 * gained > 0:
+        yield Caution(
+            "Still improving at the end",
+            f"The last stretch alone gained {values[-2] - last:.3f} bits per byte. A longer run (training.max_steps) would go further.",
+        )
+
+
+def _on_gradients(run: Run) -> Iterator[Caution]:
+    _, norms = run.steps("grad_norm")
+    limit = run.spec["training"]["max_grad_norm"]
+    clipped = sum(norm > limit for norm in norms)
+    if norms and clipped > 0.5 * len(norms):
+        yield Caution(
+            f"Gradients were clipped in {100 * clipped / len(norms):.0f} % of the steps",
+            f"training.max_grad_norm is {limit:g}, the median norm {sorted(norms)[len(norms) // 2]:.2g}: the learning rate says little about "
+            "the size of the steps taken.",
+        )
+
+
+def _on_numbers(run: Run) -> Iterator[Caution]:
+    broken = [line["step"] for line in run.log if "loss" in line and line["loss"] is None]
+    if broken:
+        yield Caution(
+            f"The loss was not finite in {len(broken)} of the logged steps",
+            f"First at step {broken[0]:,}. A lower learning rate, longer warm-up or precision fp32 help.",
+        )
+
+
+def _on_teachers(run: Run) -> Iterator[Caution]:
+    """Teachers that have nothing to teach."""
+    for state, words in (("student_before", "the student was before it began"), ("student_after_best", "the student is now")):
+        student = bits_per_byte(run.result(state))
+        for teacher in run.teachers:
+            score = bits_per_byte(run.result(f"teacher-{teacher}"))
+            if student is not None and score is not None and score >= student:
+                yield Caution(
+                    f"Teacher {teacher} is no better than {words}",
+                    f"{score:.3f} against {student:.3f} bits per byte on the held-out text: it can hardly help there, and its weight may "
+                    "be better spent on another.",
+                )
+
+
+def _on_selection(run: Run) -> Iterator[Caution]:
+    chosen = [line["selected"] for line in run.log if line.get("selected")]
+    idle = [teacher for teacher in run.teachers if teacher not in chosen]
+    if chosen and idle:
+        yield Caution(
+            f"Never selected: {', '.join(idle)}",
+            f"Over {len(chosen):,} logged steps select_teacher never chose them, yet their forward passes were paid for.",
+        )
+
+
+def _on_chunks(run: Run) -> Iterator[Caution]:
+    for teacher, counts in run.prepare.get("train", {}).get("teachers", {}).items():
+        if counts.get("chunks") and (share := counts.get("exact_chunks", 0) / counts["chunks"]) < SHARE_OF_EXACT_CHUNKS:
+            yield Caution(
+                f"Only {100 * share:.0f} % of the chunks shared with {teacher} have equal text on both sides",
+                "The text is changed by a tokenizer's normaliser, or the two disagree on it; check the data's script and normal form.",
+            )
+
+
+def _on_projections(run: Run) -> Iterator[Caution]:
+    for teacher, projection in run.projections.items():
+        rows, empty = projection.get("rows"), projection.get("empty", 0)
+        if rows and empty > 0.02 * rows:
+            yield Caution(
+                f"{100 * empty / rows:.1f} % of the student's tokens have no counterpart in {teacher}'s vocabulary",
+                f"{empty:,} of W's {rows:,} rows are empty: the student's probability on these tokens is compared with nothing.",
+            )
+
+
+def _on_data(run: Run) -> Iterator[Caution]:
+    """Text seen many times, documents lost, few documents to measure on."""
+    train, training = run.prepare.get("train", {}), run.spec["training"]
+    seen = run.summary.get("steps", training["max_steps"]) * training["global_batch_size"]
+    if train.get("rows") and seen > 4 * train["rows"]:
+        yield Caution(
+            f"Little text: every row was seen {seen / train['rows']:.0f} times",
+            f"{train['rows']:,} rows of training text, {seen:,} shown. Fine for a demonstration; watch validation for overfitting.",
+        )
+    if train.get("documents") and train.get("dropped_documents", 0) > 0.01 * train["documents"]:
+        yield Caution(
+            f"{train['dropped_documents']:,} of {train['documents']:,} documents were left out",
+            "They share no usable chunk with every teacher, or are too short for a row.",
+        )
+    documents = (run.result("student_after_best").get("bits_per_byte") or {}).get("documents", {}).get("bits", [])
+    if 0 < len(documents) < 10:
+        yield Caution(
+            f"Measured on {len(documents)} held-out documents",
+            "Intervals over so few documents are rough; more held-out text (evaluation.texts) makes the verdict firm.",
+        )

@@ -1,0 +1,146 @@
+"""The pictures that are no curves: the DAG with its durations, and the projection matrix W seen from afar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from xtoken_core.report.charts import duration
+
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 148, 44, 46, 14
+"""Of the DAG's boxes, in pixels."""
+
+SHADES = 8
+
+
+@dataclass(frozen=True)
+class Box:
+    """A task of the DAG, its upper left corner in pixels."""
+
+    name: str
+    x: float
+    y: float
+    text: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Dag:
+    """The tasks as boxes in columns, what they wait for as curves."""
+
+    width: float
+    height: float
+    boxes: list[Box]
+    edges: list[str]
+    """SVG paths."""
+
+
+def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
+    """Lays the tasks out from left to right, each one column after the last it waits for; None without tasks.
+
+    An edge that skips columns runs through a free place in each (a dummy node, as in Sugiyama, Tagawa & Toda, 1981, "Methods for
+    visual understanding of hierarchical system structures"), and columns are ordered by the means of their neighbours, so that edges
+    rarely cross.
+    """
+    if not tasks:
+        return None
+    known = {task["name"]: task for task in tasks}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(known)
+    graph.add_edges_from((before, name) for name, task in known.items() for before in task.get("after", []) if before in known)
+    graph = nx.transitive_reduction(graph)
+    column = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
+    chains = [_chain(edge, column) for edge in graph.edges]
+    layers: list[list[Any]] = [[name for name in known if column[name] == depth] for depth in range(max(column.values()) + 1)]
+    for chain in chains:
+        for node in chain[1:-1]:
+            layers[node[1]].append(node)
+    links = nx.Graph(pair for chain in chains for pair in zip(chain, chain[1:]))
+    links.add_nodes_from(known)
+    height = _place(layers, links)
+    center = {node: y for layer in layers for node, y in zip(layer, _rows(layer, links, height))}
+    boxes = [
+        Box(name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_text(task), task.get("status", "done"))
+        for name, task in known.items()
+    ]
+    edges = [_edge([(column[n] if n in column else n[1], center[n]) for n in chain]) for chain in chains]
+    return Dag(len(layers) * (BOX_WIDTH + GAP_X) - GAP_X, height, boxes, edges)
+
+
+def _chain(edge: tuple[str, str], column: dict[str, int]) -> list[Any]:
+    """The edge's two tasks with a dummy node, (edge, column), in every column between."""
+    start, end = edge
+    return [start, *((edge, depth) for depth in range(column[start] + 1, column[end])), end]
+
+
+def _place(layers: list[list[Any]], links: nx.Graph) -> float:
+    """Orders every layer in place by the mean position of its neighbours, sweeping to and fro; returns the picture's height."""
+    position = {node: i - len(layer) / 2 for layer in layers for i, node in enumerate(layer)}
+    for _ in range(6):
+        for layer in (*layers, *reversed(layers)):
+            mean = {node: float(np.mean([position[n] for n in links[node]] or [position[node]])) for node in layer}
+            layer.sort(key=lambda node: mean[node])
+            position.update({node: i - len(layer) / 2 for i, node in enumerate(layer)})
+    return max(sum(_room(node) for node in layer) for layer in layers)
+
+
+def _room(node: Any) -> float:
+    """Pixels a node needs in its column: a dummy node is thin."""
+    return BOX_HEIGHT + GAP_Y if isinstance(node, str) else GAP_Y
+
+
+def _rows(layer: list[Any], links: nx.Graph, height: float) -> list[float]:
+    """The vertical centers of a layer's nodes, the layer as a whole in the middle of the picture."""
+    rooms = [_room(node) for node in layer]
+    top = (height - sum(rooms)) / 2
+    return [top + sum(rooms[:i]) + room / 2 for i, room in enumerate(rooms)]
+
+
+def _edge(stops: list[tuple[int, float]]) -> str:
+    """A smooth path from the right side of the first stop through thin places to the left side of the last."""
+    pitch = BOX_WIDTH + GAP_X
+    x, y = stops[0][0] * pitch + BOX_WIDTH, stops[0][1]
+    path = f"M{x:.0f} {y:.1f}"
+    for index, (depth, next_y) in enumerate(stops[1:], 1):
+        next_x = depth * pitch
+        middle = (x + next_x) / 2
+        path += f"C{middle:.0f} {y:.1f} {middle:.0f} {next_y:.1f} {next_x:.0f} {next_y:.1f}"
+        x, y = next_x, next_y
+        if index < len(stops) - 1:
+            x += BOX_WIDTH
+            path += f"H{x:.0f}"
+    return path
+
+
+def _task_text(task: dict[str, Any]) -> str:
+    status, seconds = task.get("status", "done"), task.get("seconds")
+    if status == "cached":
+        return "reused"
+    time = duration(seconds) if seconds is not None else ""
+    return time or "done" if status == "done" else f"{status} {time}".strip()
+
+
+@dataclass(frozen=True)
+class Density:
+    """A matrix of bins in shades: one SVG path of unit squares for each, darkest last, with its opacity."""
+
+    width: int
+    height: int
+    paths: list[tuple[float, str]]
+
+
+def density_picture(bins: Sequence[Sequence[float]]) -> Density:
+    """The picture of a matrix of non-negative sums, shaded by the logarithm of each."""
+    grid = np.log1p(np.asarray(bins, dtype=float))
+    shade = np.ceil(SHADES * grid / (grid.max() or 1)).astype(int)
+    paths = []
+    for level in range(1, SHADES + 1):
+        rows, columns = np.nonzero(shade == level)
+        path = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist()))
+        if path:
+            paths.append((round(level / SHADES, 3), path))
+    return Density(grid.shape[1], grid.shape[0], paths)

@@ -1,0 +1,206 @@
+"""Did it help? Differences between evaluations with intervals, and what they mean in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xtoken_core.report.run import Run
+
+WHO = {
+    "student_before": "student before",
+    "student_after_best": "student after, best checkpoint",
+    "student_after_last": "student after, last checkpoint",
+    "baseline_best": "cross-entropy twin, best checkpoint",
+    "baseline_last": "cross-entropy twin, last checkpoint",
+}
+"""Names for people of everybody who is evaluated, in the order of tables; teachers follow."""
+
+RESAMPLES = 2000
+Z95 = 1.96
+
+
+def label(who: str) -> str:
+    """The name of an evaluated model for people."""
+    return WHO.get(who) or who.replace("teacher-", "teacher ", 1)
+
+
+def everybody(run: Run) -> list[str]:
+    """Who was evaluated, in the order of tables: the student's states, its twin's, the teachers in the spec's order."""
+    order = [*WHO, *(f"teacher-{teacher}" for teacher in run.teachers)]
+    return [who for who in order if run.result(who)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one evaluation is from another, `value` = of - against, with a 95 % interval."""
+
+    of: str
+    against: str
+    value: float
+    low: float
+    high: float
+    lower_is_better: bool = True
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def tone(self) -> str:
+        """`good`, `bad`, or `even` where the difference is within the noise."""
+        if not self.exceeds_noise:
+            return "even"
+        return "good" if (self.value < 0) == self.lower_is_better else "bad"
+
+
+def bits_per_byte(result: dict[str, Any]) -> float | None:
+    """The total of an evaluation, None where it wasn't measured."""
+    return (result.get("bits_per_byte") or {}).get("total")
+
+
+def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
+    """Difference in bits per byte of two evaluations; None unless both were measured.
+
+    On the same held-out documents the interval is a paired bootstrap over documents (Koehn, 2004, "Statistical significance
+    tests for machine translation evaluation"): what makes a text hard is common to both and cancels. Otherwise the two intervals' widths
+    are added in quadrature.
+    """
+    a, b = bits_per_byte(of), bits_per_byte(against)
+    if a is None or b is None:
+        return None
+    documents_a, documents_b = (result["bits_per_byte"].get("documents") or {} for result in (of, against))
+    paired = len(documents_a.get("bits", [])) >= 2 and documents_a.get("bytes") == documents_b.get("bytes")
+    if paired:
+        low, high = _paired_bootstrap(documents_a["bits"], documents_b["bits"], documents_a["bytes"])
+    else:
+        half = np.hypot(_half_width(of["bits_per_byte"]), _half_width(against["bits_per_byte"]))
+        low, high = a - b - half, a - b + half
+    return Difference(of["who"], against["who"], a - b, float(low), float(high))
+
+
+def task_difference(task: str, of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
+    """Difference in a benchmark's score of two evaluations, from their standard errors; None unless both have it."""
+    a, b = (result.get("tasks", {}).get(task) for result in (of, against))
+    if not a or not b or a.get("value") is None or b.get("value") is None:
+        return None
+    value = a["value"] - b["value"]
+    half = float(np.hypot(_half_width(a), _half_width(b)))
+    return Difference(of["who"], against["who"], value, value - half, value + half, not a.get("higher_is_better", True))
+
+
+def _half_width(measured: dict[str, Any]) -> float:
+    """Half of a 95 % interval."""
+    if measured.get("low") is not None and measured.get("high") is not None:
+        return (measured["high"] - measured["low"]) / 2
+    return Z95 * (measured.get("stderr") or 0.0)
+
+
+def _paired_bootstrap(bits_a: list[float], bits_b: list[float], num_bytes: list[int]) -> tuple[float, float]:
+    """2.5 % and 97.5 % quantiles of the difference in bits per byte over resampled documents."""
+    difference, size = np.asarray(bits_a) - np.asarray(bits_b), np.asarray(num_bytes, dtype=float)
+    rng, n = np.random.default_rng(0), len(size)
+    draws = (rng.integers(n, size=n) for _ in range(RESAMPLES))
+    low, high = np.quantile([difference[draw].sum() / size[draw].sum() for draw in draws], [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to "did it help?"."""
+
+    tone: str
+    """`good`, `mixed`, `bad`, `even` (no difference beyond the noise) or `unknown` (nothing to compare)."""
+    headline: str
+    sentences: list[str]
+
+
+def verdict(run: Run) -> Verdict:
+    """What the run's evaluations say, headline first."""
+    before, best, last = (run.result(f"student_{state}") for state in ("before", "after_best", "after_last"))
+    after = best or last
+    gain = bits_difference(after, before) if after and before else None
+    if gain is None:
+        sentences = [*_on_tasks(run, after, before)]
+        return Verdict("unknown", "Held-out bits per byte of the student before and after were not both measured.", sentences)
+    a, b = bits_per_byte(after) or 0.0, bits_per_byte(before) or 0.0
+    change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({100 * (a - b) / b:+.0f} %)"
+    answer = {
+        "good": f"Distillation helped: {change}.",
+        "bad": f"Distillation made the student worse: {change}.",
+        "even": f"No difference beyond the noise: {change}.",
+    }[gain.tone]
+    against_twin = [d for d in _twin_differences(run) if d is not None]
+    sentences = [
+        f"95 % interval of the change: {interval(gain)} bits per byte.",
+        *_on_checkpoints(best, last),
+        *_on_twin(run, against_twin),
+        *_on_teachers(run, b, a),
+        *_on_tasks(run, after, before),
+    ]
+    tone = gain.tone
+    if tone == "good" and any(d.tone != "good" for d in against_twin):
+        tone = "mixed"
+    return Verdict(tone, answer, sentences)
+
+
+def interval(difference: Difference) -> str:
+    """`-0.123 [-0.150, -0.090]`."""
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def _twin_differences(run: Run) -> list[Difference | None]:
+    """Student against twin, best against best and last against last."""
+    return [
+        bits_difference(run.result(f"student_after_{state}"), run.result(f"baseline_{state}"))
+        if run.result(f"student_after_{state}") and run.result(f"baseline_{state}")
+        else None
+        for state in ("best", "last")
+    ]
+
+
+def _on_checkpoints(best: dict[str, Any], last: dict[str, Any]) -> Iterator[str]:
+    if best and last and (difference := bits_difference(last, best)) and difference.tone == "bad":
+        yield (
+            f"The last checkpoint ({bits_per_byte(last):.3f}) is worse than the best one on validation "
+            f"({bits_per_byte(best):.3f}): the student overfits towards the end."
+        )
+
+
+def _on_twin(run: Run, differences: list[Difference]) -> Iterator[str]:
+    words = {"good": "ahead of", "bad": "behind", "even": "not told apart from"}
+    for difference in differences:
+        state = difference.of.rpartition("_")[2]
+        yield (
+            f"At its {state} checkpoint the student is {words[difference.tone]} its twin trained on cross-entropy alone "
+            f"({bits_per_byte(run.result(difference.against)):.3f}): {interval(difference)}."
+        )
+    if not differences:
+        yield "Whether plain cross-entropy training would have done as well was not measured (evaluation.ce_baseline)."
+
+
+def _on_teachers(run: Run, before: float, after: float) -> Iterator[str]:
+    scores = {t: score for t in run.teachers if (score := bits_per_byte(run.result(f"teacher-{t}"))) is not None}
+    if not scores:
+        return
+    best = min(scores, key=lambda teacher: scores[teacher])
+    if before <= scores[best]:
+        yield f"The best teacher, {best}, stands at {scores[best]:.3f}: no better than the student was before."
+    elif after <= scores[best]:
+        yield f"The student now beats the best teacher, {best} ({scores[best]:.3f})."
+    else:
+        closed = (before - after) / (before - scores[best])
+        yield f"The best teacher, {best}, stands at {scores[best]:.3f}: {100 * closed:.0f} % of the gap to it is closed."
+
+
+def _on_tasks(run: Run, after: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
+    tones = [d.tone for task in after.get("tasks", {}) if (d := task_difference(task, after, before))]
+    if tones:
+        yield (
+            f"Of {len(tones)} benchmarks {tones.count('good')} improved beyond the noise, {tones.count('bad')} got worse, "
+            f"{tones.count('even')} cannot be told apart."
+        )

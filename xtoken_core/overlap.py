@@ -1,0 +1,173 @@
+"""How much two vocabularies have in common, and which loss mode that calls for."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.tokenization import TokenTable, load_tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUMBER_COVERAGE = 0.95
+"""Share of two- and of three-digit numbers that a teacher must hold for h_kl."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Byte strings that two vocabularies share, special tokens left out."""
+
+    shared: int
+    coefficient: float
+    """|A ∩ B| / min(|A|, |B|), over the distinct byte strings of each; 0 if either is empty."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of one class of the student's tokens: how many there are, and how many the teacher has exactly."""
+
+    tokens: int
+    covered: int
+
+    @property
+    def share(self) -> float:
+        """Covered share; an empty class counts as covered."""
+        return self.covered / self.tokens if self.tokens else 1.0
+
+
+Audit = dict[str, Coverage]
+"""Coverage of each class of `CLASSES`, in that order."""
+
+
+def vocabulary_overlap(table_a: TokenTable, table_b: TokenTable) -> Overlap:
+    """Overlap coefficient (Szymkiewicz-Simpson) of two vocabularies over token bytes."""
+    a, b = table_a.ids_by_bytes.keys(), table_b.ids_by_bytes.keys()
+    shared, smaller = len(a & b), min(len(a), len(b))
+    return Overlap(shared, shared / smaller if smaller else 0.0)
+
+
+def _is_all(*categories: str) -> Callable[[str], bool]:
+    return lambda text: all(unicodedata.category(c).startswith(categories) for c in text)
+
+
+_KINDS: dict[str, Callable[[str], bool]] = {
+    "whitespace": str.isspace,
+    "digits": _is_all("Nd"),
+    "punctuation": _is_all("P", "S"),
+    "letters": _is_all("L", "M"),
+}
+CLASSES = (*_KINDS, "other", "single_character", "two_digit_numbers", "three_digit_numbers")
+"""Every token is in one of the first five; the last three cut across. One leading space is no part of the text judged."""
+
+
+def token_classes(token: bytes) -> list[str]:
+    """The classes of a token, by its text without one leading space; bytes that are no text are `other`."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return ["other"]
+    body = text[1:] if text.startswith(" ") and len(text) > 1 else text
+    classes = [next((kind for kind, test in _KINDS.items() if test(body)), "other")]
+    if len(text) == 1:
+        classes.append("single_character")
+    if token.isdigit() and len(token) in (2, 3):
+        classes.append("two_digit_numbers" if len(token) == 2 else "three_digit_numbers")
+    return classes
+
+
+def audit(student_table: TokenTable, teacher_table: TokenTable) -> Audit:
+    """Which share of the student's tokens the teacher has byte for byte, by class."""
+    tokens, covered = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
+    theirs = teacher_table.ids_by_bytes
+    for token in student_table.ids_by_bytes:
+        for name in token_classes(token):
+            tokens[name] += 1
+            covered[name] += token in theirs
+    return {name: Coverage(tokens[name], covered[name]) for name in CLASSES}
+
+
+def resolve_mode(coverage: Audit) -> tuple[Literal["p_kl", "h_kl"], str]:
+    """What `mode: auto` means for a pair, and why.
+
+    p_kl if the student has two- or three-digit number tokens of which the teacher lacks more than 5 %: h_kl would
+    compare their probabilities as uncommon ones, by rank alone (X-Token, arXiv 2605.21699).
+    """
+    counts = " and ".join(
+        f"{coverage[name].covered} of {coverage[name].tokens} {name.replace('_', '-', 1).replace('_', ' ')}"
+        for name in ("two_digit_numbers", "three_digit_numbers")
+    )
+    if min(coverage[name].share for name in ("two_digit_numbers", "three_digit_numbers")) < NUMBER_COVERAGE:
+        return "p_kl", f"the teacher holds {counts} of the student"
+    if coverage["two_digit_numbers"].tokens + coverage["three_digit_numbers"].tokens == 0:
+        return "h_kl", "the student has no tokens for two- or three-digit numbers"
+    return "h_kl", f"the teacher holds {counts} of the student"
+
+
+def overlap_report(spec: DistillationSpec) -> dict[str, Any]:
+    """Loads the tokenizers of a spec and compares each teacher's vocabulary with the student's.
+
+    Returns a JSON-able dict: `student` and a list `teachers`, with fingerprints, sizes, overlap, coverage, and for a
+    cross-tokenizer teacher the loss mode with the reason for it. Raises InputError for a teacher without `projection`
+    whose vocabulary is not the student's.
+    """
+    student = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
+    teachers = []
+    for index, teacher in enumerate(spec.teachers):
+        table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
+        if not teacher.cross_tokenizer and table.fingerprint != student.fingerprint:
+            raise InputError(
+                f"teachers.{index} ({teacher.id}): no projection, so it must have the student's vocabulary, but its fingerprint "
+                f"is {table.fingerprint} and the student's is {student.fingerprint}"
+            )
+        found, coverage = vocabulary_overlap(student, table), audit(student, table)
+        entry = {
+            "id": teacher.id,
+            "model": teacher.model,
+            **_vocabulary(table),
+            **asdict(found),
+            "coverage": {name: {**asdict(c), "share": c.share} for name, c in coverage.items()},
+            "mode": None,
+            "reason": "the student's vocabulary",
+        }
+        if teacher.cross_tokenizer:
+            chosen = teacher.mode or spec.loss.mode
+            entry["mode"], entry["reason"] = resolve_mode(coverage) if chosen == "auto" else (chosen, "set in the spec")
+        teachers.append(entry)
+    return {"student": {"model": spec.student.model, **_vocabulary(student)}, "teachers": teachers}
+
+
+def _vocabulary(table: TokenTable) -> dict[str, Any]:
+    return {"fingerprint": table.fingerprint, "ids": len(table), "byte_strings": len(table.ids_by_bytes)}
+
+
+def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:
+    """Overlap coefficient of every pair, float64 [N, N], symmetric, with ones on the diagonal."""
+    matrix = np.eye(len(tables))
+    for i, a in enumerate(tables):
+        for j in range(i):
+            matrix[i, j] = matrix[j, i] = vocabulary_overlap(a, tables[j]).coefficient
+    return matrix
+
+
+def overlap_figure(names: Sequence[str], matrix: np.ndarray) -> Figure:
+    """Heat map of `overlap_matrix`, one row and column per tokenizer."""
+    from matplotlib.figure import Figure
+
+    side = 1.6 + 0.62 * len(names)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for (i, j), value in np.ndenumerate(matrix):
+        axes.text(j, i, f"{value:.3f}".lstrip("0"), ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
+    axes.set_title("Shared byte strings / the smaller vocabulary")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure

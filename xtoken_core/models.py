@@ -1,0 +1,149 @@
+"""Causal language models: load from anywhere, prune in depth, take the lm_head apart, save."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from xtoken_core.errors import InputError
+from xtoken_core.losses.types import HiddenLogits
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """Loads a causal language model onto the CPU, in eval mode.
+
+    `ref` is a hub id, a local folder, a .gguf file, or an fsspec URI of either. Raises InputError.
+    """
+    path = Path(_local(ref))
+    if not path.exists() and not _HUB_ID.fullmatch(ref):
+        raise InputError(f"{ref}: cannot load the model: no such file or folder")
+    options = {"dtype": dtype, "attn_implementation": attention}
+    try:
+        if path.suffix == ".gguf":
+            loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+            model = _plain_copy(loaded, attention)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else ref, **options)
+    except (OSError, ValueError, ImportError) as e:
+        raise InputError(f"{ref}: cannot load the model: {str(e).strip().splitlines()[0]}") from e
+    return model.eval()
+
+
+def _local(ref: str) -> str:
+    if "://" not in ref:
+        return ref
+    from xtoken_core.storage import local_copy
+
+    return str(local_copy(ref))
+
+
+def _plain_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The same weights in a fresh model: one that came from a GGUF counts as quantised and refuses `save_pretrained`."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Saves model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
+
+    `weights`: the state dict, where the model's own parameters are sharded over ranks.
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of transformer layers: the one ModuleList of the base model that is `num_hidden_layers` long."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{type(model).__name__}: found no stack of {count} layers")
+
+
+def prune_layers(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:
+    """Keeps only some of the layers, in place: the given indices, or a count spread evenly from the first to the last."""
+    layers, config = decoder_layers(model), model.config.get_text_config()
+    total = len(layers)
+    if isinstance(keep_layers, int):
+        if keep_layers > total:
+            raise InputError(f"student.keep_layers: {keep_layers} layers asked for, the model has {total}")
+        keep = torch.linspace(0, total - 1, keep_layers).round().int().tolist()
+    else:
+        keep = list(keep_layers)
+        if keep[-1] >= total:
+            raise InputError(f"student.keep_layers: no layer {keep[-1]}, the model has {total} (0 to {total - 1})")
+    kept = [layers[i] for i in keep]
+    for name, value in list(vars(config).items()):  # per-layer settings, such as layer_types
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, name, [value[i] for i in keep])
+    config.num_hidden_layers = len(keep)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its slot in the key-value cache
+                module.layer_idx = index
+    del layers[:]
+    layers.extend(kept)
+    return model
+
+
+def vocabulary_rows(model: PreTrainedModel, num_ids: int, who: str, special_ids: Callable[[], set[int]]) -> int:
+    """How many rows of the lm_head belong to ids of the tokenizer; rows beyond them are padding.
+
+    Fewer rows than ids are an error, unless all ids without a row are special tokens, which no text yields (Gemma-3's
+    image token). `special_ids` gives those; `who` names the model in the InputError.
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < num_ids and not set(range(rows, num_ids)) <= special_ids():
+        raise InputError(f"{who}: its lm_head has {rows} rows, fewer than the {num_ids} ids of its tokenizer")
+    return min(rows, num_ids)
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Hidden states [B, T, D] after the final norm of right-padded rows [B, T].
+
+    There is no attention mask: a causal model never looks from a real token at padding behind it, and without a mask
+    attention takes its fast path. `position_ids` that restart at 0 mark packed documents, and transformers keeps
+    attention within each.
+    """
+    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor, rows: int) -> HiddenLogits:
+    """The model's logits of final hidden states [B, T, D], not yet formed, over the first `rows` vocabulary ids."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)  # Cohere; Granite
+    bias = getattr(head, "bias", None)
+    return HiddenLogits(
+        hidden=hidden,
+        weight=head.weight[:rows],
+        bias=None if bias is None else bias[:rows],
+        scale=float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, who: str) -> None:
+    """Proves on a few tokens that `head_logits` gives the model's own logits; InputError for heads of another form."""
+    ids = torch.arange(4, device=model.device)[None]
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head_logits(model, final_hidden(model, ids), own.shape[-1]).dense().float()
+    if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * own.abs().max().item()):
+        raise InputError(
+            f"{who}: {type(model).__name__} does more after its final hidden states than lm_head, scale and soft cap"
+        )

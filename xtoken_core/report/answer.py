@@ -17,7 +17,9 @@ def answer_table(run: Run, places: Mapping[str, str] | None = None) -> str:
     """
     rows = _rows(run)
     widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in (COLUMNS, *rows)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in (COLUMNS, *rows)
+    ]
     rule = "-" * max(len(line) for line in lines)
     answer = verdict(run)
     where = [f"{what + ':':<12}{place}" for what, place in (places or {}).items()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MAX_POINTS = 400
+MAX_POINTS = 300
 """Points of a curve that are drawn; longer ones are averaged over stretches of equal length."""
 
 LOG_RATIO = 60.0
@@ -45,13 +45,13 @@ class Tick:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series ready to be drawn: `path` in SVG units, `dots` in per cent of the plot's width and height."""
+    """A series ready to be drawn: SVG paths of its line and of its dots, either may be empty."""
 
     name: str
     color: int
     dashed: bool
-    path: str
-    dots: list[tuple[float, float]]
+    line: str
+    dots: str
     places: list[tuple[float, float, str, str]]
     """Of every point: left and top in per cent, step and value as text, for the tooltip."""
 
@@ -116,9 +116,10 @@ def line_chart(
         percent = [(left(x), top(float(scale(np.asarray(y))))) for x, y in zip(steps, values)]
         texts = [names[round(y)] if names else number(y) for y in values]
         places = [(round(a, 2), round(b, 2), number(x), text) for (a, b), x, text in zip(percent, steps, texts)]
-        path = "M" + "L".join(f"{a * WIDTH / 100:.1f} {b * HEIGHT / 100:.1f}" for a, b in percent)
-        dots = [(round(a, 2), round(b, 2)) for a, b in percent] if s.points or len(percent) == 1 or names else []
-        curves.append(Curve(s.name, s.color, s.dashed, "" if names else path, dots, places))
+        spots = [f"{a * WIDTH / 100:.1f} {b * HEIGHT / 100:.1f}" for a, b in percent]
+        line = "" if names else "M" + "L".join(spots)
+        dots = "".join(f"M{spot}h.01" for spot in spots) if s.points or len(spots) == 1 else ""
+        curves.append(Curve(s.name, s.color, s.dashed, line, dots, places))
     return Chart(
         title,
         unit,

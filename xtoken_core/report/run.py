@@ -57,6 +57,8 @@ class Run:
     """One run as a report sees it; the module's docstring describes every field."""
 
     spec: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The spec without its defaults, as its author would write it."""
     name: str = ""
     created: str = ""
     """When the report's data was gathered, ISO 8601 in UTC."""
@@ -90,6 +92,7 @@ class Run:
             spec = DistillationSpec.from_text(spec)
         return cls(
             spec=spec.model_dump(mode="json"),
+            settings=spec.model_dump(mode="json", exclude_defaults=True),
             name=spec.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             log=read_lines(log),
@@ -106,6 +109,8 @@ class Run:
     @classmethod
     def load(cls, path: PathLike) -> Self:
         """Reads a run.json that `save` wrote. Raises InputError."""
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file: not a finished run?")
         data = read_json(path, {})
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise InputError(f"{path}: not a run.json of format {FORMAT}")

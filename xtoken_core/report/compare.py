@@ -1,0 +1,130 @@
+"""The page that puts runs side by side: settings that differ, curves over one another, results with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from xtoken_core.errors import InputError
+from xtoken_core.report.cautions import cautions
+from xtoken_core.report.charts import Chart, Series, interval_plot, line_chart
+from xtoken_core.report.page import render
+from xtoken_core.report.run import Run
+from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, task_difference
+from xtoken_core.report.verdict import bits_difference, bits_per_byte, interval, label, verdict
+
+CURVES = (
+    ("Validation", "bits per byte", "validation_bits_per_byte"),
+    ("Training loss, cross-entropy part", "nats per token", "ce"),
+    ("Distillation loss, all teachers", "KL, nats", "kd"),
+    ("Next token right", "share of training tokens", "accuracy"),
+    ("Learning rate", "AdamW", "learning_rate"),
+    ("Throughput", "student tokens per second", "tokens_per_second"),
+    ("Memory, peak so far", "GiB", "memory_gib"),
+)
+STATES = ("student_after_best", "student_after_last", "baseline_best", "baseline_last", "student_before")
+
+
+def write_comparison(runs: Sequence[Run], out_html: str | Path) -> Path:
+    """Writes the page that compares runs with the first of them. Raises InputError for fewer than two."""
+    if len(runs) < 2:
+        raise InputError("compare: needs two runs or more")
+    page = Path(out_html)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render_comparison(runs), encoding="utf-8")
+    return page
+
+
+def render_comparison(runs: Sequence[Run]) -> str:
+    """The comparison as HTML."""
+    runs = distinct_names(runs)
+    return render(
+        "compare.html",
+        title=" against ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+        runs=[(index, run, verdict(run), cautions(run)) for index, run in enumerate(runs)],
+        summary=_summary(runs),
+        standing=interval_plot("bits per byte of held-out text, lower is better", _standing(runs)),
+        results=_bits_table(runs),
+        tasks=_tasks_table(runs),
+        settings=settings_that_differ(
+            {run.name: {k: v for k, v in run.spec.items() if k not in ("name", "output")} for run in runs}
+        ),
+        charts=[chart for chart in (_curve(runs, *curve) for curve in CURVES) if chart],
+    )
+
+
+def distinct_names(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, a number added to names that come twice."""
+    names = [run.name for run in runs]
+    return [
+        replace(r, name=f"{r.name} ({names[:i].count(r.name) + 1})") if names.count(r.name) > 1 else r for i, r in enumerate(runs)
+    ]
+
+
+def _after(run: Run) -> dict:
+    return run.result("student_after_best") or run.result("student_after_last")
+
+
+def _summary(runs: Sequence[Run]) -> list[str]:
+    """What the runs' students are to the first one's, in plain words."""
+    scored = [(score, run.name) for run in runs if (score := bits_per_byte(_after(run))) is not None]
+    sentences = [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text."] if scored else []
+    words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
+    for run in runs[1:]:
+        if _after(run) and _after(runs[0]) and (difference := bits_difference(_after(run), _after(runs[0]))):
+            paired = _after(run)["bits_per_byte"].get("documents", {}).get("bytes") == _after(runs[0])["bits_per_byte"].get(
+                "documents", {}
+            ).get("bytes")
+            same = "" if paired else " (measured on different text: careful)"
+            sentences.append(f"{run.name} is {words[difference.tone]} {runs[0].name}: {interval(difference)}{same}.")
+    return sentences
+
+
+def _standing(runs: Sequence[Run]) -> list[tuple[str, int | None, float, float | None, float | None, str]]:
+    rows = []
+    for color, run in enumerate(runs):
+        for who in STATES[:2]:
+            measured = run.result(who).get("bits_per_byte") or {}
+            if measured.get("total") is not None:
+                state = who.rpartition("_")[2]
+                rows.append((f"{run.name}, {state}", color, measured["total"], measured.get("low"), measured.get("high"), ""))
+    return rows
+
+
+def _bits_table(runs: Sequence[Run]) -> Table | None:
+    """Bits per byte of every state of every run's student, and its difference from the first run's."""
+    rows = []
+    for who in STATES:
+        if not any(run.result(who).get("bits_per_byte") for run in runs):
+            continue
+        cells = []
+        for run in runs:
+            score = bits_per_byte(run.result(who))
+            first = runs[0].result(who)
+            difference = bits_difference(run.result(who), first) if run is not runs[0] and first and score is not None else None
+            tone, note = (difference.tone, f"{interval(difference)} to the first") if difference else ("", "")
+            cells.append(Cell(f"{score:.3f}", score, tone, note=note) if score is not None else MISSING)
+        rows.append([Cell(label(who)), *cells])
+    caption = "Bits per byte of held-out text; below, the difference from the first run with its 95 % interval."
+    return Table(["model", *(run.name for run in runs)], rows, caption) if rows else None
+
+
+def _tasks_table(runs: Sequence[Run]) -> Table | None:
+    tasks = list(dict.fromkeys(task for run in runs for task in _after(run).get("tasks", {})))
+    rows = []
+    for task in tasks:
+        cells = []
+        for run in runs:
+            value = (_after(run).get("tasks", {}).get(task) or {}).get("value")
+            difference = task_difference(task, _after(run), _after(runs[0])) if run is not runs[0] and value is not None else None
+            tone, note = (difference.tone, f"{interval(difference)} to the first") if difference else ("", "")
+            cells.append(Cell(f"{value:.3f}", value, tone, note=note) if value is not None else MISSING)
+        rows.append([Cell(task), *cells])
+    return Table(["benchmark", *(run.name for run in runs)], rows, "Scores of the student after.") if rows else None
+
+
+def _curve(runs: Sequence[Run], title: str, unit: str, key: str) -> Chart | None:
+    points = key.startswith("validation")
+    series = [Series(run.name, *run.steps(key), color, points=points) for color, run in enumerate(runs)]
+    return line_chart(title, unit, series, wide=points)

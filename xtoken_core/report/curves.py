@@ -1,0 +1,127 @@
+"""The curves of one run's report, in groups: quality, distillation, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from xtoken_core.report.charts import Bar, Chart, Series, bar_chart, duration, line_chart
+from xtoken_core.report.run import Run
+
+STUDENT, TWIN, FIRST_TEACHER = 0, 1, 2
+"""Colors of the student, of its cross-entropy twin, and of teacher_0; the other teachers follow."""
+
+
+def charts(run: Run) -> list[tuple[str, list[Chart]]]:
+    """Headed groups of charts, those without data left out."""
+    training = run.spec["training"]
+    groups = [
+        (
+            "What the student learned",
+            [_validation(run), _twinned(run, "Training loss, cross-entropy part", "nats per token", "ce"), _accuracy(run)],
+        ),
+        (
+            "The distillation loss",
+            [
+                _twinned(run, "Total loss", "as optimised", "loss"),
+                _per_teacher(run, "Distillation loss of each teacher", "KL, nats, unweighted", "kd_", may_be_log=True),
+                _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight_"),
+                _selected(run),
+                _plain(run, "Dynamic factor of KD", "CE / KD of the last step", "scale", may_be_log=True),
+            ],
+        ),
+        (
+            "The optimiser",
+            [
+                _plain(run, "Learning rate", "AdamW", "learning_rate"),
+                _twinned(
+                    run,
+                    f"Gradient norm, clipped at {training['max_grad_norm']:g}",
+                    "L2, before clipping",
+                    "grad_norm",
+                    may_be_log=True,
+                ),
+            ],
+        ),
+        (
+            "Speed and memory",
+            [
+                _twinned(run, "Throughput", "student tokens per second", "tokens_per_second"),
+                _step_time(run),
+                _twinned(run, "Memory, peak so far", "GiB", "memory_gib"),
+            ],
+        ),
+    ]
+    drawn = [(title, [chart for chart in group if chart]) for title, group in groups]
+    return [(title, group) for title, group in drawn if group]
+
+
+def phase_bars(run: Run) -> list[Bar]:
+    """Where the time of the training went, longest first: phases from summary.json, or the teachers' share from the log."""
+    phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds}
+    if not phases:
+        _, step = run.steps("seconds_step")
+        _, teachers = run.steps("seconds_teachers")
+        if step and teachers:
+            every = run.spec["training"]["log_steps"]
+            phases = {"teachers' forward": every * sum(teachers), "student": every * (sum(step) - sum(teachers))}
+    total = sum(phases.values())
+    rows = sorted(phases.items(), key=lambda phase: -phase[1])
+    return bar_chart([(name, s, duration(s), STUDENT, f"{100 * s / total:.0f} %") for name, s in rows])
+
+
+def task_bars(run: Run) -> list[Bar]:
+    """How long each task of the DAG took, longest first."""
+    timed = sorted((t for t in run.tasks if t.get("seconds")), key=lambda task: -task["seconds"])
+    return bar_chart(
+        [(t["name"], t["seconds"], duration(t["seconds"]), STUDENT, "") for t in timed if t.get("status") != "cached"]
+    )
+
+
+def _validation(run: Run) -> Chart | None:
+    best = run.summary.get("best_step")
+    marks = [(float(best), "best")] if best is not None else []
+    series = _student_and_twin(run, "validation_bits_per_byte", points=True)
+    return line_chart("Validation", "bits per byte", series, marks=marks, wide=True)
+
+
+def _accuracy(run: Run) -> Chart | None:
+    series = [Series(s.name, s.steps, [100 * value for value in s.values], s.color) for s in _student_and_twin(run, "accuracy")]
+    return line_chart("Next token right", "% of training tokens", series)
+
+
+def _student_and_twin(run: Run, key: str, points: bool = False) -> list[Series]:
+    series = [
+        Series("student", *run.steps(key), STUDENT, points=points),
+        Series("twin, cross-entropy alone", *run.steps(key, baseline=True), TWIN, dashed=True, points=points),
+    ]
+    return [s for s in series if s.values]
+
+
+def _twinned(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) -> Chart | None:
+    return line_chart(title, unit, _student_and_twin(run, key), may_be_log=may_be_log)
+
+
+def _plain(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) -> Chart | None:
+    return line_chart(title, unit, [Series(title, *run.steps(key), STUDENT)], may_be_log=may_be_log)
+
+
+def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]:
+    return [Series(t, *run.steps(prefix + t), FIRST_TEACHER + i) for i, t in enumerate(names)]
+
+
+def _per_teacher(run: Run, title: str, unit: str, prefix: str, may_be_log: bool = False) -> Chart | None:
+    return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), may_be_log=may_be_log)
+
+
+def _selected(run: Run) -> Chart | None:
+    chosen = [(line["step"], run.teachers.index(line["selected"])) for line in run.log if line.get("selected") in run.teachers]
+    series = [
+        Series(t, [s for s, c in chosen if c == i], [c for _, c in chosen if c == i], FIRST_TEACHER + i, points=True)
+        for i, t in enumerate(run.teachers)
+    ]
+    return line_chart("Selected teacher", "lowest cross-entropy", series, names=run.teachers)
+
+
+def _step_time(run: Run) -> Chart | None:
+    whole = Series("whole step", *run.steps("seconds_step"), STUDENT)
+    return line_chart("Time of a step", "seconds", [whole, *_teacher_series(run, "seconds_", run.teachers)])

@@ -1,0 +1,181 @@
+"""The HTML of a run's report: its data turned into sections, its template filled."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from xtoken_core.report import tables
+from xtoken_core.report.cautions import cautions
+from xtoken_core.report.charts import Spans, duration, interval_plot, number
+from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, task_bars
+from xtoken_core.report.pictures import dag_picture, density_picture
+from xtoken_core.report.run import Run
+from xtoken_core.report.verdict import everybody, label, verdict
+
+SAMPLED = ("student_before", "student_after_best", "student_after_last", "baseline_best", "baseline_last")
+
+
+def write_report(run: Run, folder: str | Path) -> Path:
+    """Writes report.html (one self-contained file) and run.json (the data it was made from); returns the page's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.save(folder / "run.json")
+    page = folder / "report.html"
+    page.write_text(render_report(run), encoding="utf-8")
+    return page
+
+
+def render_report(run: Run) -> str:
+    """The report of one run as HTML."""
+    return render(
+        "run.html",
+        run=run,
+        title=run.name,
+        verdict=verdict(run),
+        standing=standing(run),
+        cautions=cautions(run),
+        results=[table for table in (tables.bits_table(run), tables.tasks_table(run), tables.agreement_table(run)) if table],
+        chart_groups=charts(run),
+        dag=dag_picture(run.tasks),
+        task_bars=task_bars(run),
+        phase_bars=phase_bars(run),
+        overlap=tables.overlap_table(run.overlap),
+        coverage=tables.coverage_table(run.overlap),
+        teachers=[_teacher(run, teacher) for teacher in run.spec["teachers"]],
+        samples=_samples(run),
+        settings=yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100),
+        facts=_facts(run),
+        corpora=tables.data_table(run),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of this package: the template filled, with the style and the script inside."""
+    files = resources.files("xtoken_core.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (files / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(
+        style=Markup((files / "style.css").read_text(encoding="utf-8")),
+        script=Markup((files / "script.js").read_text(encoding="utf-8")),
+    )
+    return environment.get_template(template).render(**values)
+
+
+def standing(run: Run) -> Spans | None:
+    """Where everybody stands in bits per byte, with intervals."""
+    rows = []
+    for who in everybody(run):
+        measured = run.result(who).get("bits_per_byte") or {}
+        if measured.get("total") is not None:
+            rows.append((label(who), color_of(run, who), measured["total"], measured.get("low"), measured.get("high"), ""))
+    return interval_plot("bits per byte of held-out text, lower is better", rows)
+
+
+def color_of(run: Run, who: str) -> int | None:
+    """The palette's index for an evaluated model; None (grey) for the student before."""
+    if who.startswith("teacher-"):
+        return FIRST_TEACHER + run.teachers.index(who.removeprefix("teacher-"))
+    return {"student_before": None, "baseline_best": TWIN, "baseline_last": TWIN}.get(who, STUDENT)
+
+
+def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of one teacher's vocabulary and projection."""
+    name = teacher["id"]
+    overlap = run.overlap.get("teachers", {}).get(name, {})
+    projection = run.projections.get(name, {})
+    chunks = run.prepare.get("train", {}).get("teachers", {}).get(name, {})
+    rows = projection.get("rows") or 0
+    facts = [
+        ("model", teacher["model"]),
+        ("loss mode", _mode(run, name, overlap)),
+        ("vocabulary", f"{overlap['size']:,} ids" if overlap.get("size") else None),
+        ("shared with the student", f"{overlap['shared']:,} ids, overlap {overlap['coefficient']:.4f}" if overlap.get("shared") else None),
+        ("chunks of training text", f"{chunks['chunks']:,}, {_percent(chunks.get('exact_chunks', 0), chunks['chunks'])} exact" if chunks.get("chunks") else None),
+        ("rows of W", f"{rows:,}: {_percent(projection.get('exact', 0), rows)} exact, {_percent(projection.get('multi', 0), rows)} of several "
+         f"tokens, {projection.get('empty', 0):,} empty" if rows else None),
+        ("built in", duration(projection["seconds"]) if projection.get("seconds") is not None else None),
+        ("fingerprint", overlap.get("fingerprint")),
+    ]  # fmt: skip
+    return {
+        "id": name,
+        "color": color_of(run, f"teacher-{name}"),
+        "facts": [(key, value) for key, value in facts if value],
+        "picture": density_picture(projection["picture"]) if projection.get("picture") else None,
+        "examples": [
+            (e["student"], [(text, f"{weight:.3f}") for text, weight in e["pieces"]]) for e in projection.get("examples", [])
+        ],
+        "rows": rows,
+        "columns": projection.get("columns") or 0,
+    }
+
+
+def _mode(run: Run, teacher: str, overlap: dict[str, Any]) -> str | None:
+    mode = overlap.get("mode") or run.summary.get("modes", {}).get(teacher)
+    reason = overlap.get("reason")
+    return f"{mode}: {reason}" if mode and reason else mode
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Prompts with everybody's continuation."""
+    sampled = [who for who in (*SAMPLED, *everybody(run)) if run.result(who).get("samples")]
+    sampled = list(dict.fromkeys(sampled))
+    prompts: dict[str, dict[str, Any]] = {}
+    for who in sampled:
+        for sample in run.result(who)["samples"]:
+            entry = prompts.setdefault(
+                sample["prompt"], {"prompt": sample["prompt"], "texts": [], "reference": sample.get("reference")}
+            )
+            entry["texts"].append((label(who), color_of(run, who), sample["text"]))
+    return list(prompts.values())
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What was run, on what, with which versions."""
+    environment, summary = run.summary.get("environment", {}), run.summary
+    devices = environment.get("devices") or []
+    student = run.overlap.get("student", {})
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    facts = [
+        ("student", run.spec["student"]["model"]),
+        (
+            "student's vocabulary",
+            f"{student['size']:,} ids, fingerprint {student['fingerprint']}" if student.get("size") else None,
+        ),
+        ("parameters", f"{summary['parameters'] / 1e6:,.1f} million" if summary.get("parameters") else None),
+        (
+            "trained",
+            f"{summary['steps']:,} steps, {number(summary['tokens'])} tokens"
+            if summary.get("steps") and summary.get("tokens")
+            else None,
+        ),
+        ("training took", duration(summary["seconds"]) if summary.get("seconds") else None),
+        ("resumed", f"at step {summary['resumed_from']:,}" if summary.get("resumed_from") else None),
+        ("accelerators", f"{len(devices)} x {devices[0]}" if devices else ("none" if environment else None)),
+        (
+            "processor",
+            f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['memory_gib']} GiB"
+            if environment.get("cpu")
+            else None,
+        ),
+        ("system", f"{environment['platform']}, Python {environment['python']}" if environment.get("python") else None),
+        ("libraries", versions or None),
+        ("commit", environment.get("commit")),
+        ("published at", run.spec["output"]["uri"]),
+        ("report made", run.created.replace("T", " ").replace("+00:00", " UTC")),
+    ]
+    return [(key, value) for key, value in facts if value]

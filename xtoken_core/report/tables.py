@@ -1,0 +1,218 @@
+"""Tables of a report as data, which parts.html turns into sortable HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from xtoken_core.report.charts import number
+from xtoken_core.report.run import Run
+from xtoken_core.report.verdict import Difference, bits_difference, everybody, interval, label, task_difference
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, the value it sorts by, and how it looks."""
+
+    text: str
+    sort: float | str | None = None
+    """None: sorts by the text."""
+    tone: str = ""
+    """`good`, `bad`, `even`, or none."""
+    heat: float | None = None
+    """0 to 1: shades the cell."""
+    note: str = ""
+    """A second, smaller line."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column is text, the others are numbers."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    caption: str = ""
+    code: bool = field(default=False)
+    """Whether every column is text, for code and names."""
+
+
+MISSING = Cell("-", "Infinity")
+"""Sorts last."""
+
+
+def bits_table(run: Run) -> Table | None:
+    """Bits per byte of everybody: total with interval, difference from the student before, per corpus."""
+    who = [w for w in everybody(run) if run.result(w).get("bits_per_byte")]
+    if not who:
+        return None
+    corpora = list(dict.fromkeys(name for w in who for name in run.result(w)["bits_per_byte"].get("per_corpus", {})))
+    split = corpora if len(corpora) > 1 else []
+    rows = []
+    for w in who:
+        measured = run.result(w)["bits_per_byte"]
+        difference = bits_difference(run.result(w), run.result("student_before")) if w != "student_before" else None
+        per_corpus = measured.get("per_corpus", {})
+        rows.append(
+            [
+                Cell(label(w)),
+                _bits(measured),
+                _difference(difference),
+                *(_bits(per_corpus.get(name)) for name in split),
+                _speed(run, w),
+            ]
+        )
+    caption = "Bits per byte of held-out text, 95 % intervals below; lower is better."
+    return Table(["model", "all text", "against before", *map(short_name, split), "tokens/s"], rows, caption)
+
+
+def tasks_table(run: Run) -> Table | None:
+    """Benchmarks side by side, with the student's change."""
+    who = [w for w in everybody(run) if run.result(w).get("tasks")]
+    tasks = list(dict.fromkeys(task for w in who for task in run.result(w)["tasks"]))
+    after = next((w for w in ("student_after_best", "student_after_last") if w in who), None)
+    rows = []
+    for task in tasks:
+        entries = [run.result(w)["tasks"].get(task) for w in who]
+        about = next(e for e in entries if e)
+        change = task_difference(task, run.result(after), run.result("student_before")) if after else None
+        rows.append([Cell(task, note=_about_task(about)), *map(_score, entries), _difference(change)])
+    caption = "Scores with 95 % intervals; the last column compares the student after with before."
+    return Table(["benchmark", *map(label, who), "change"], rows, caption) if tasks else None
+
+
+def agreement_table(run: Run) -> Table | None:
+    """How often the student's states and its teachers agree on the likeliest next text, and how far apart they are."""
+    who = [w for w in everybody(run) if run.result(w).get("agreement")]
+    teachers = [t for t in run.teachers if any(t in run.result(w)["agreement"] for w in who)]
+    rows = []
+    for w in who:
+        row = [Cell(label(w))]
+        for teacher in teachers:
+            measured = run.result(w)["agreement"].get(teacher) or {}
+            top1, kl = measured.get("top1"), measured.get("kl")
+            row.append(Cell(f"{100 * top1:.1f} %", top1, heat=top1) if top1 is not None else MISSING)
+            row.append(Cell(number(kl), kl) if kl is not None else MISSING)
+        rows.append(row)
+    columns = ["model", *(f"{t}: {what}" for t in teachers for what in ("same top-1", "KL, nats per chunk"))]
+    return Table(columns, rows, "Agreement with each teacher on held-out text.") if rows else None
+
+
+def coverage_table(overlap: Mapping[str, Any]) -> Table | None:
+    """Which share of the student's tokens each teacher has exactly, by class of token."""
+    teachers = {t: o["coverage"] for t, o in overlap.get("teachers", {}).items() if o.get("coverage")}
+    classes = list(dict.fromkeys(name for coverage in teachers.values() for name in coverage))
+    rows = []
+    for name in classes:
+        cells = [_covered(coverage.get(name)) for coverage in teachers.values()]
+        tokens = max(coverage.get(name, {}).get("tokens", 0) for coverage in teachers.values())
+        rows.append([Cell(name.replace("_", " ")), Cell(f"{tokens:,}", tokens), *cells])
+    return (
+        Table(
+            ["class of student token", "tokens", *teachers], rows, "Share of the student's tokens that the teacher has exactly."
+        )
+        if rows
+        else None
+    )
+
+
+def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
+    """The pairwise vocabulary overlap as a heat map."""
+    matrix = overlap.get("matrix") or {}
+    names = matrix.get("names", [])
+    rows = [
+        [Cell(name), *(Cell(f"{value:.3f}", value, heat=value) if value is not None else MISSING for value in values)]
+        for name, values in zip(names, matrix.get("coefficient", []))
+    ]
+    return (
+        Table(["", *names], rows, "Vocabulary overlap |A ∩ B| / min(|A|, |B|), over the bytes of tokens.")
+        if len(names) > 1
+        else None
+    )
+
+
+def data_table(run: Run) -> Table | None:
+    """Every corpus read, with its size and fingerprint."""
+    rows = [
+        [
+            Cell(split),
+            Cell(uri),
+            Cell(f"{c.get('documents', 0):,}", c.get("documents", 0)),
+            Cell(f"{c.get('bytes', 0):,}", c.get("bytes", 0)),
+            Cell(str(c.get("fingerprint") or "-")[:16]),
+        ]
+        for split, stats in run.prepare.items()
+        for uri, c in stats.get("corpora", {}).items()
+    ]
+    return Table(["split", "corpus", "documents", "bytes", "fingerprint"], rows, code=True) if rows else None
+
+
+def settings_that_differ(specs: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """The dotted fields in which several specs differ, a column for each; None where they are equal."""
+    flat = {name: flattened(spec) for name, spec in specs.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    texts = {key: [_yaml(values[key]) if key in values else "(absent)" for values in flat.values()] for key in keys}
+    rows = [[Cell(key), *map(Cell, row)] for key, row in texts.items() if len(set(row)) > 1]
+    return Table(["setting", *flat], rows, code=True) if rows else None
+
+
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; teachers go by their id, other lists are values."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "id" in item for item in value):
+        value = {item["id"]: {k: v for k, v in item.items() if k != "id"} for item in value}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf for name, item in value.items() for key, leaf in flattened(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def short_name(uri: str) -> str:
+    """The last part of a path or URI."""
+    return uri.rstrip("/").rpartition("/")[2] or uri
+
+
+def _bits(measured: dict[str, Any] | None) -> Cell:
+    if not measured or measured.get("total") is None:
+        return MISSING
+    note = f"{measured['low']:.3f} to {measured['high']:.3f}" if measured.get("low") is not None else ""
+    return Cell(f"{measured['total']:.3f}", measured["total"], note=note)
+
+
+def _difference(difference: Difference | None) -> Cell:
+    if difference is None:
+        return MISSING
+    note = interval(difference).partition(" ")[2].strip("[]").replace(", ", " to ")
+    note += "" if difference.exceeds_noise else ", within the noise"
+    return Cell(f"{difference.value:+.3f}", difference.value, difference.tone, note=note)
+
+
+def _score(entry: dict[str, Any] | None) -> Cell:
+    if not entry or entry.get("value") is None:
+        return MISSING
+    note = f"{entry['low']:.3f} to {entry['high']:.3f}" if entry.get("low") is not None else ""
+    return Cell(f"{entry['value']:.3f}", entry["value"], note=note)
+
+
+def _about_task(entry: dict[str, Any]) -> str:
+    shots, samples = entry.get("shots"), entry.get("samples")
+    parts = [entry.get("metric"), f"{shots}-shot" if shots is not None else None, f"n = {samples:,}" if samples else None]
+    return ", ".join(part for part in parts if part)
+
+
+def _speed(run: Run, who: str) -> Cell:
+    speed = run.result(who).get("tokens_per_second")
+    return Cell(f"{speed:,.0f}", speed) if speed else MISSING
+
+
+def _covered(entry: dict[str, Any] | None) -> Cell:
+    if not entry or not entry.get("tokens"):
+        return MISSING
+    share = entry["share"]
+    return Cell(f"{100 * share:.1f} %", share, heat=share)

@@ -100,9 +100,11 @@ def line_chart(
         y_low, y_high = -0.5, len(names) - 0.5
         y_values = [(float(i), name) for i, name in enumerate(names)]
     elif logarithmic:
-        y_values = [(math.log10(v), number(v)) for v in _decade_ticks(y_low, y_high)]
+        decades = _decade_ticks(y_low, y_high)
+        y_values = [(math.log10(v), text) for v, text in zip(decades, tick_texts(decades))]
     else:
-        y_values = [(v, number(v)) for v in nice_ticks(y_low, y_high, 5)]
+        ticks = nice_ticks(y_low, y_high, 5)
+        y_values = list(zip(ticks, tick_texts(ticks)))
 
     def left(step: float) -> float:
         return 100 * (step - x_low) / (x_high - x_low)
@@ -162,6 +164,14 @@ def number(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{float(f'{value:.4g}'):g}"
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """The ticks of one axis as text, all in one notation."""
+    largest = max((abs(v) for v in values), default=0.0)
+    if largest and (largest < 1e-2 or largest >= 1e6):
+        return [number(v) if not v else f"{float(f'{v:.1e}'.split('e')[0]):g}e{int(f'{v:.1e}'.split('e')[1])}" for v in values]
+    return [f"{round(v, 10):,g}" if abs(v) < 1e6 else number(v) for v in values]
 
 
 def _extent(arrays: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from xtoken_core.report.charts import Bar, Chart, Series, bar_chart, duration, line_chart
 from xtoken_core.report.run import Run
@@ -85,7 +86,7 @@ def _validation(run: Run) -> Chart | None:
 
 
 def _accuracy(run: Run) -> Chart | None:
-    series = [Series(s.name, s.steps, [100 * value for value in s.values], s.color) for s in _student_and_twin(run, "accuracy")]
+    series = [replace(s, values=[100 * value for value in s.values]) for s in _student_and_twin(run, "accuracy")]
     return line_chart("Next token right", "% of training tokens", series)
 
 

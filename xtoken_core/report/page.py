@@ -18,7 +18,8 @@ from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
 
-SAMPLED = ("student_before", "student_after_best", "student_after_last", "baseline_best", "baseline_last")
+SAMPLED = (("student_before",), ("student_after_best", "student_after_last"), ("baseline_best", "baseline_last"))
+"""Whose text is shown: the first of each group that has any; teachers follow."""
 
 
 def write_report(run: Run, folder: str | Path) -> Path:
@@ -49,7 +50,7 @@ def render_report(run: Run) -> str:
         coverage=tables.coverage_table(run.overlap),
         teachers=[_teacher(run, teacher) for teacher in run.spec["teachers"]],
         samples=_samples(run),
-        settings=yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100),
+        settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100),
         facts=_facts(run),
         corpora=tables.data_table(run),
     )
@@ -132,15 +133,15 @@ def _percent(part: float, whole: float) -> str:
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Prompts with everybody's continuation."""
-    sampled = [who for who in (*SAMPLED, *everybody(run)) if run.result(who).get("samples")]
-    sampled = list(dict.fromkeys(sampled))
+    groups = (*SAMPLED, *((f"teacher-{teacher}",) for teacher in run.teachers))
+    sampled = [there[0] for group in groups if (there := [who for who in group if run.result(who).get("samples")])]
     prompts: dict[str, dict[str, Any]] = {}
     for who in sampled:
         for sample in run.result(who)["samples"]:
             entry = prompts.setdefault(
-                sample["prompt"], {"prompt": sample["prompt"], "texts": [], "reference": sample.get("reference")}
+                sample["prompt"], {"prompt": sample["prompt"], "texts": [], "reference": (sample.get("reference") or "").strip()}
             )
-            entry["texts"].append((label(who), color_of(run, who), sample["text"]))
+            entry["texts"].append((label(who), color_of(run, who), sample["text"].strip()))
     return list(prompts.values())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from xtoken_core.report.charts import duration
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 148, 44, 46, 14
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 142, 54, 44, 12
 """Of the DAG's boxes, in pixels."""
 
 SHADES = 8
@@ -24,7 +24,8 @@ class Box:
     name: str
     x: float
     y: float
-    text: str
+    lines: list[str]
+    """The name, broken at its first hyphen, and how long it took."""
     status: str
 
 
@@ -64,7 +65,9 @@ def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
     height = _place(layers, links)
     center = {node: y for layer in layers for node, y in zip(layer, _rows(layer, links, height))}
     boxes = [
-        Box(name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_text(task), task.get("status", "done"))
+        Box(
+            name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_lines(task), task.get("status", "done")
+        )
         for name, task in known.items()
     ]
     edges = [_edge([(column[n] if n in column else n[1], center[n]) for n in chain]) for chain in chains]
@@ -116,12 +119,16 @@ def _edge(stops: list[tuple[int, float]]) -> str:
     return path
 
 
-def _task_text(task: dict[str, Any]) -> str:
+def _task_lines(task: dict[str, Any]) -> list[str]:
     status, seconds = task.get("status", "done"), task.get("seconds")
-    if status == "cached":
-        return "reused"
-    time = duration(seconds) if seconds is not None else ""
-    return time or "done" if status == "done" else f"{status} {time}".strip()
+    kind, _, rest = task["name"].partition("-")
+    time = duration(seconds) if seconds is not None and status != "cached" else ""
+    words = {"done": "", "cached": "reused"}.get(status, status)
+    return [kind, *([_shortened(rest)] if rest else []), f"{words} {time}".strip() or "done"]
+
+
+def _shortened(name: str, length: int = 21) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,19 @@ from xtoken_core.report.run import Run
 
 WHO = {
     "student_before": "student before",
-    "student_after_best": "student after, best checkpoint",
-    "student_after_last": "student after, last checkpoint",
-    "baseline_best": "cross-entropy twin, best checkpoint",
-    "baseline_last": "cross-entropy twin, last checkpoint",
+    "student_after_best": "student after, best",
+    "student_after_last": "student after, last",
+    "baseline_best": "CE twin, best",
+    "baseline_last": "CE twin, last",
 }
-"""Names for people of everybody who is evaluated, in the order of tables; teachers follow."""
+"""Names for people of everybody who is evaluated, in the order of tables; teachers follow. Best: the checkpoint with the best
+validation. CE twin: the same student trained on cross-entropy alone, with the same rows and steps."""
 
 RESAMPLES = 2000
 Z95 = 1.96
+
+OVERFIT = 0.02
+"""Share of its score that the last checkpoint must lose to the best one for a word on overfitting."""
 
 
 def label(who: str) -> str:
@@ -164,7 +168,8 @@ def _twin_differences(run: Run) -> list[Difference | None]:
 
 
 def _on_checkpoints(best: dict[str, Any], last: dict[str, Any]) -> Iterator[str]:
-    if best and last and (difference := bits_difference(last, best)) and difference.tone == "bad":
+    difference = bits_difference(last, best) if best and last else None
+    if difference and difference.tone == "bad" and difference.value > OVERFIT * (bits_per_byte(best) or 0):
         yield (
             f"The last checkpoint ({bits_per_byte(last):.3f}) is worse than the best one on validation "
             f"({bits_per_byte(best):.3f}): the student overfits towards the end."

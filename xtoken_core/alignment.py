@@ -40,7 +40,7 @@ def align(student_ids: Any, teacher_ids: Any, student_table: TokenTable, teacher
     chunk. Raises ValueError for ids outside the vocabulary, and if the two texts have nothing in common.
     """
     student, teacher = _Side(student_ids, student_table), _Side(teacher_ids, teacher_table)
-    if student.text != teacher.text and (student_table.prefix_space or teacher_table.prefix_space):
+    if student.text != teacher.text and (student_table.dummy_prefix or teacher_table.dummy_prefix):
         student, teacher = student.without_prefix(), teacher.without_prefix()
     if student.text == teacher.text:
         return _align_equal(student, teacher)
@@ -75,7 +75,7 @@ class _Side:
 
     def without_prefix(self) -> _Side:
         """Without the space in front of each stretch of text, where the tokenizer puts one there."""
-        if not self.table.prefix_space:
+        if not self.table.dummy_prefix:
             return self
         text = ~self.table.special[self.ids]
         starts = np.flatnonzero(text & ~np.concatenate(([False], text[:-1])))

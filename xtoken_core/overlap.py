@@ -113,38 +113,47 @@ def resolve_mode(coverage: Audit) -> tuple[Literal["p_kl", "h_kl"], str]:
 def overlap_report(spec: DistillationSpec) -> dict[str, Any]:
     """Loads the tokenizers of a spec and compares each teacher's vocabulary with the student's.
 
-    Returns a JSON-able dict: `student` and a list `teachers`, with fingerprints, sizes, overlap, coverage, and for a
-    cross-tokenizer teacher the loss mode with the reason for it. Raises InputError for a teacher without `projection`
-    whose vocabulary is not the student's.
+    Returns a JSON-able dict: `student`; `teachers` by id, each with fingerprint, size, overlap, coverage by class, and
+    the mode of its loss with the reason for it; `matrix`, the overlap of every pair. Raises InputError for a teacher
+    without `projection` whose vocabulary is not the student's.
     """
     student = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
-    teachers = []
+    tables = {t.id: TokenTable.from_tokenizer(load_tokenizer(t.model, t.tokenizer)) for t in spec.teachers}
+    teachers = {}
     for index, teacher in enumerate(spec.teachers):
-        table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
+        table = tables[teacher.id]
         if not teacher.cross_tokenizer and table.fingerprint != student.fingerprint:
             raise InputError(
                 f"teachers.{index} ({teacher.id}): no projection, so it must have the student's vocabulary, but its fingerprint "
                 f"is {table.fingerprint} and the student's is {student.fingerprint}"
             )
-        found, coverage = vocabulary_overlap(student, table), audit(student, table)
-        entry = {
-            "id": teacher.id,
-            "model": teacher.model,
-            **_vocabulary(table),
-            **asdict(found),
+        coverage = audit(student, table)
+        chosen = teacher.mode or spec.loss.mode
+        if not teacher.cross_tokenizer:
+            mode, reason = "same_vocabulary", "every id stands for the same bytes as the student's"
+        elif chosen == "auto":
+            mode, reason = resolve_mode(coverage)
+        else:
+            mode, reason = chosen, "set in the spec"
+        teachers[teacher.id] = {
+            "tokenizer": teacher.tokenizer or teacher.model,
+            "fingerprint": table.fingerprint,
+            "size": len(table),
+            "same_vocabulary": not teacher.cross_tokenizer,
+            **asdict(vocabulary_overlap(student, table)),
             "coverage": {name: {**asdict(c), "share": c.share} for name, c in coverage.items()},
-            "mode": None,
-            "reason": "the student's vocabulary",
+            "mode": mode,
+            "reason": reason,
         }
-        if teacher.cross_tokenizer:
-            chosen = teacher.mode or spec.loss.mode
-            entry["mode"], entry["reason"] = resolve_mode(coverage) if chosen == "auto" else (chosen, "set in the spec")
-        teachers.append(entry)
-    return {"student": {"model": spec.student.model, **_vocabulary(student)}, "teachers": teachers}
-
-
-def _vocabulary(table: TokenTable) -> dict[str, Any]:
-    return {"fingerprint": table.fingerprint, "ids": len(table), "byte_strings": len(table.ids_by_bytes)}
+    return {
+        "student": {
+            "tokenizer": spec.student.tokenizer or spec.student.model,
+            "fingerprint": student.fingerprint,
+            "size": len(student),
+        },
+        "teachers": teachers,
+        "matrix": {"names": ["student", *tables], "coefficient": overlap_matrix([student, *tables.values()]).tolist()},
+    }
 
 
 def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Everything that compares two tokenizers (alignment, overlap, projection) works on a `TokenTable`, never on token
 strings. The rule that every table keeps: the bytes of the ids that `encode` gives for a text, put together, are
-`normalize(text)` in UTF-8, after one added space where the tokenizer puts one in front (`prefix_space`).
+`normalize(text)` in UTF-8, after one added space where the tokenizer puts one in front (`dummy_prefix`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, normalizers
@@ -55,7 +56,7 @@ class TokenTable:
     """bool [V]: in the model's own vocabulary and no byte-fallback token; what an encoding prefers among equal bytes."""
     roles: dict[str, int]
     """Id of each role in `ROLES` that the tokenizer fills."""
-    prefix_space: bool
+    dummy_prefix: bool
     """Whether the tokenizer puts a space in front of text (Llama-2, Mistral v1 and v3); `tokens` shows it."""
     byte_level: bool
     """Byte-level BPE; otherwise SentencePiece conventions."""
@@ -87,7 +88,7 @@ class TokenTable:
         table = cls(tokens, special, ordinary, roles, False, byte_level, _text_normalizer(config["normalizer"]))
         first = backend.encode("x", add_special_tokens=False).ids
         if first and table.decode(first)[:1] == b" ":
-            object.__setattr__(table, "prefix_space", True)
+            object.__setattr__(table, "dummy_prefix", True)
         return table
 
     def __len__(self) -> int:
@@ -223,7 +224,7 @@ def bare_tokenizer(tok: PreTrainedTokenizerFast) -> Tokenizer:
     return bare
 
 
-_EMPTY_TOKENIZER = {
+_EMPTY_TOKENIZER: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
     "padding": None,

@@ -1,0 +1,320 @@
+"""The projection matrix W: how the tokens of a student's vocabulary read in a teacher's.
+
+Row s holds the teacher ids that spell student token s, with weights that sum to 1. A token that the teacher has byte
+for byte is one entry of weight 1; any other is tokenized by the teacher, and piece i of the first `top_k` weighs
+0.9 * 0.1**i before normalisation (X-Token, arXiv 2605.21699).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec, ProjectionSpec
+from xtoken_core.tokenization import ROLES, TokenTable, bare_tokenizer, load_tokenizer
+
+FORMAT = "xtoken-projection"
+FORMAT_VERSION = "1"
+_FIRST, _DECAY = 0.9, 0.1  # weight of the first piece, and of each next one relative to it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """W as the entries of its rows. The tensors are kept as they are given."""
+
+    indices: Tensor
+    """int64 [V_s, k]: teacher ids; -1 where a row has no further entry."""
+    weights: Tensor
+    """float [V_s, k]: each row sums to 1, or has no entries."""
+    teacher_vocab_size: int | None = None
+    """Ids of the teacher; None: not known."""
+    exact: Tensor | None = None
+    """bool [V_s]: the teacher has the very token, byte for byte or by role; None: not known."""
+
+    def to(self, device: torch.device | str) -> Projection:
+        """The same matrix on another device."""
+        exact = None if self.exact is None else self.exact.to(device)
+        return Projection(self.indices.to(device), self.weights.to(device), self.teacher_vocab_size, exact)
+
+    def save(
+        self, path: str | Path, student_fingerprint: str, teacher_fingerprint: str, options: dict[str, Any] | None = None
+    ) -> None:
+        """Writes a .safetensors file whose header names both vocabularies and the options W was built with."""
+        tensors = {"indices": self.indices.to(torch.int32), "weights": self.weights.to(torch.float32)}
+        if self.exact is not None:
+            tensors["exact"] = self.exact
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "student_fingerprint": student_fingerprint,
+            "teacher_fingerprint": teacher_fingerprint,
+            "options": json.dumps(options or {}, sort_keys=True),
+        }
+        if self.teacher_vocab_size is not None:
+            header["teacher_vocab_size"] = str(self.teacher_vocab_size)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, header)
+
+    @classmethod
+    def load(cls, path: str | Path, student_fingerprint: str | None = None, teacher_fingerprint: str | None = None) -> Projection:
+        """Reads a file that `save` wrote. Raises InputError if it is damaged or for other vocabularies than those named."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: cannot read the projection: {e}") from None
+        if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{path}: not a projection of format version {FORMAT_VERSION}")
+        for side, wanted in (("student", student_fingerprint), ("teacher", teacher_fingerprint)):
+            found = header.get(f"{side}_fingerprint")
+            if wanted is not None and found != wanted:
+                raise InputError(f"{path}: made for a {side} vocabulary {found}, but this {side}'s is {wanted}")
+        size = header.get("teacher_vocab_size")
+        indices, weights = tensors.get("indices"), tensors.get("weights")
+        indices, weights = _checked(indices, weights, None, int(size) if size else None, path)
+        return cls(indices, weights, int(size) if size else None, tensors.get("exact"))
+
+    @classmethod
+    def from_nemo_rl(
+        cls, path: str | Path, student_vocab_size: int | None = None, teacher_vocab_size: int | None = None
+    ) -> Projection:
+        """Imports NeMo-RL's .pt: a dict of `indices` and `likelihoods` [V_s, k], or a dict of (student, teacher) -> count.
+
+        Rows are normalised; entries without weight go, and what went is logged. The sizes, where given, bound the ids
+        and fix the number of rows. Raises InputError for a file that is not such a dict, or has bad ids or weights.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises EOFError, RuntimeError, UnpicklingError, KeyError ... for bad files
+            raise InputError(f"{path}: cannot read the projection: {type(e).__name__}: {_first_line(e)}") from None
+        if not isinstance(content, dict) or not content:
+            raise InputError(f"{path}: expected a dict of indices and likelihoods, or of (student, teacher) -> count")
+        if "indices" in content:
+            indices, weights = content.get("indices"), content.get("likelihoods")
+        else:
+            indices, weights = _rows_from_counts(content, student_vocab_size, path)
+        indices, weights = _checked(indices, weights, student_vocab_size, teacher_vocab_size, path)
+        empty = (indices >= 0) & (weights == 0)
+        log.warning(
+            "%s: %d of %d slots hold no entry (-1), %d entries of weight 0 dropped, %d rows empty",
+            path,
+            int((indices < 0).sum()),
+            indices.numel(),
+            int(empty.sum()),
+            int((weights.sum(1) == 0).sum()),
+        )
+        indices = indices.masked_fill(weights == 0, -1)
+        order = (indices < 0).to(torch.int8).argsort(dim=1, stable=True)  # entries first, in their order
+        indices, weights = indices.gather(1, order), weights.gather(1, order)
+        return cls(indices, (weights / weights.sum(1, keepdim=True).clamp_min(1e-30)).to(torch.float32), teacher_vocab_size)
+
+    def to_nemo_rl(self, path: str | Path) -> None:
+        """Writes NeMo-RL's dense form: torch.save of `indices` int64 and `likelihoods` float32, both [V_s, k]."""
+        torch.save({"indices": self.indices.cpu(), "likelihoods": self.weights.detach().float().cpu()}, path)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _checked(indices: Any, weights: Any, rows: int | None, columns: int | None, path: str | Path) -> tuple[Tensor, Tensor]:
+    """The tensors of a file as int64 and float, entries without an id weighing 0. Raises InputError."""
+    if not isinstance(indices, Tensor) or not isinstance(weights, Tensor):
+        raise InputError(f"{path}: indices or weights are missing")
+    if indices.ndim != 2 or indices.shape != weights.shape or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError(
+            f"{path}: indices {tuple(indices.shape)} {indices.dtype} and weights {tuple(weights.shape)} do not go together"
+        )
+    if rows is not None and len(indices) != rows:
+        raise InputError(f"{path}: has {len(indices)} rows, but the student has {rows} ids")
+    indices, weights = indices.to(torch.int64), weights.to(torch.float32)
+    if indices.numel() and (indices.min() < -1 or (columns is not None and indices.max() >= columns)):
+        raise InputError(f"{path}: teacher ids outside -1 .. {'' if columns is None else columns - 1}")
+    weights = weights.masked_fill(indices < 0, 0.0)
+    if not weights.isfinite().all() or (weights < 0).any():
+        raise InputError(f"{path}: weights that are negative, infinite or not a number")
+    return indices, weights
+
+
+def _rows_from_counts(counts: dict[Any, Any], rows: int | None, path: str | Path) -> tuple[Tensor, Tensor]:
+    """(student, teacher) -> count as padded rows, the largest counts first."""
+    try:
+        pairs = np.array(list(counts), dtype=np.int64).reshape(len(counts), 2)
+        values = np.array([float(v) for v in counts.values()])
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{path}: expected a dict of (student, teacher) -> count") from None
+    student, teacher = pairs.T
+    if student.min() < 0 or (rows is not None and student.max() >= rows):
+        raise InputError(f"{path}: student ids outside 0 .. {'' if rows is None else rows - 1}")
+    order = np.lexsort((teacher, -values, student))
+    student, teacher, values = student[order], teacher[order], values[order]
+    rows = int(student[-1]) + 1 if rows is None else rows
+    per_row = np.bincount(student, minlength=rows)
+    slot = np.arange(len(student)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+    indices, weights = torch.full((rows, int(per_row.max())), -1), torch.zeros(rows, int(per_row.max()), dtype=torch.float64)
+    indices[student, slot], weights[student, slot] = torch.from_numpy(teacher), torch.from_numpy(values)
+    return indices, weights
+
+
+def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path) -> None:
+    """Builds (or, with `projection.uri`, fetches and checks) W for one teacher of a spec.
+
+    Writes `projection.safetensors` and `stats.json` (`projection_summary`, with `seconds` and `options`) to `folder`.
+    Raises InputError.
+    """
+    from xtoken_core.projection_summary import projection_summary
+
+    start = time.perf_counter()
+    teacher = next(t for t in spec.teachers if t.id == teacher_id)
+    options = teacher.projection
+    if options is None:
+        raise InputError(f"teacher {teacher_id}: has the student's vocabulary, so no projection")
+    toks = load_tokenizer(spec.student.model, spec.student.tokenizer), load_tokenizer(teacher.model, teacher.tokenizer)
+    tables = TokenTable.from_tokenizer(toks[0]), TokenTable.from_tokenizer(toks[1])
+    if options.uri is None:
+        projection = build_projection(*toks, options)
+    else:
+        projection = _fetch(options.uri, *tables)
+    settings = options.model_dump(mode="json", exclude={"learnable", "learning_rate"})
+    projection.save(Path(folder) / "projection.safetensors", tables[0].fingerprint, tables[1].fingerprint, settings)
+    stats = {**projection_summary(projection, *tables), "options": settings, "seconds": round(time.perf_counter() - start, 3)}
+    (Path(folder) / "stats.json").write_text(json.dumps(stats))
+
+
+def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
+    from xtoken_core.storage import local_copy
+
+    path = local_copy(uri)
+    if uri.endswith(".safetensors"):
+        return Projection.load(path, student.fingerprint, teacher.fingerprint)
+    return Projection.from_nemo_rl(path, len(student), len(teacher))
+
+
+# -------------------------------------------------------------------------------------------------- building
+
+
+def build_projection(
+    student_tok: PreTrainedTokenizerFast, teacher_tok: PreTrainedTokenizerFast, spec: ProjectionSpec
+) -> Projection:
+    """Builds W for a pair of tokenizers, with `exact`.
+
+    A special token reads as the teacher's token of the first role in `ROLES` that it fills on both sides; without one
+    its row is empty. So is the row of a byte-fallback or added token that repeats an ordinary one.
+    """
+    student, teacher = TokenTable.from_tokenizer(student_tok), TokenTable.from_tokenizer(teacher_tok)
+    pieces = spell_vocabulary(student, teacher, teacher_tok)
+    exact = torch.tensor([len(row) == 1 for row in pieces], dtype=torch.bool)
+    entries = [_weigh(row[: spec.top_k]) for row in pieces]
+    if spec.reverse_pass:
+        for index, row in enumerate(spell_vocabulary(teacher, student, student_tok)):
+            for piece, weight in _weigh(row[: spec.top_k]).items():
+                entries[piece][index] = entries[piece].get(index, 0.0) + weight
+        entries = [dict(sorted(row.items(), key=lambda e: -e[1])[: spec.top_k]) for row in entries]
+    for role in reversed(ROLES):
+        if role in student.roles and role in teacher.roles:
+            entries[student.roles[role]] = {teacher.roles[role]: 1.0}
+            exact[student.roles[role]] = True
+    indices, weights = _padded(entries, spec.top_k)
+    return Projection(indices, weights, len(teacher), exact)
+
+
+def _weigh(pieces: Sequence[int]) -> dict[int, float]:
+    """Pieces in order -> weights, of which a repeated id gets the sum."""
+    weights: dict[int, float] = {}
+    for i, piece in enumerate(pieces):
+        weights[piece] = weights.get(piece, 0.0) + _FIRST * _DECAY**i
+    return weights
+
+
+def _padded(entries: list[dict[int, float]], width: int) -> tuple[Tensor, Tensor]:
+    """Rows of entries as int64 indices and float32 weights [V, width], normalised."""
+    indices = np.full((len(entries), width), -1, dtype=np.int64)
+    weights = np.zeros((len(entries), width))
+    for row, entry in enumerate(entries):
+        for slot, (index, weight) in enumerate(entry.items()):
+            indices[row, slot], weights[row, slot] = index, weight
+    total = weights.sum(1, keepdims=True)
+    np.divide(weights, total, out=weights, where=total > 0)
+    return torch.from_numpy(indices), torch.from_numpy(weights).to(torch.float32)
+
+
+def spell_vocabulary(source: TokenTable, target: TokenTable, target_tok: PreTrainedTokenizerFast) -> list[list[int]]:
+    """For each id of `source` the ids of `target` that spell its bytes; [] for special and repeated tokens, and where
+    `target` lacks a byte."""
+    known = target.ids_by_bytes
+    rows: list[list[int]] = [[] for _ in range(len(source))]
+    unknown = []
+    for i, token in enumerate(source.tokens):
+        if source.special[i] or (not source.ordinary[i] and source.ids_by_bytes[token] != i):
+            continue
+        if token in known:
+            rows[i] = [known[token]]
+        else:
+            unknown.append(i)
+    speller = _Speller(target, target_tok)
+    for i, pieces in zip(unknown, speller.spell([source[i] for i in unknown])):
+        rows[i] = pieces
+    return rows
+
+
+class _Speller:
+    """Spells byte strings in the tokens of one tokenizer: no normaliser, no prefix, and special tokens' names are text."""
+
+    def __init__(self, table: TokenTable, tok: PreTrainedTokenizerFast):
+        self.table, self.bare = table, bare_tokenizer(tok)
+        backend = tok.backend_tokenizer
+        added = {i: t for i, t in backend.get_added_tokens_decoder().items() if not table.special[i]}
+        self.bare.add_tokens([AddedToken(t.content, normalized=False) for t in added.values()])
+        self.own_id = {self.bare.token_to_id(t.content): i for i, t in added.items()}
+
+    def spell(self, texts: list[bytes]) -> list[list[int]]:
+        """The pieces of each byte string; [] where the vocabulary lacks one of its bytes."""
+        pieces: list[list[int]] = [[] for _ in texts]
+        readable = {i: text for i, raw in enumerate(texts) if (text := _decode(raw)) is not None}
+        for i, found in zip(readable, self._encode(readable.values())):
+            pieces[i] = found
+        for i, text in enumerate(texts):
+            if self.table.decode(pieces[i]) != text:
+                pieces[i] = self._spell_bytes(text)
+        return pieces
+
+    def _encode(self, texts: Iterable[str]) -> list[list[int]]:
+        if not self.table.byte_level:
+            texts = [text.replace(" ", "\u2581") for text in texts]
+        return [
+            [self.own_id.get(i, i) for i in e.ids] for e in self.bare.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def _spell_bytes(self, text: bytes) -> list[int]:
+        """The longest token at each place, down to single bytes, for what is no valid UTF-8 or came out changed."""
+        known, pieces, start = self.table.ids_by_bytes, [], 0
+        while start < len(text):
+            end = next((e for e in range(len(text), start, -1) if text[start:e] in known), None)
+            if end is None:
+                return []
+            pieces.append(known[text[start:end]])
+            start = end
+        return pieces
+
+
+def _decode(text: bytes) -> str | None:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,88 @@
+"""What a projection matrix looks like: counts, a density of the whole, and the entries of tokens that people know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xtoken_core.projection import Projection
+from xtoken_core.tokenization import TokenTable
+
+SHOWN = tuple(
+    text.encode()
+    for text in (
+        *("201", "2024", "100", "42", "00", "3.14", "1000"),
+        *(" return", "def", "():\n", "    ", "!=", "_name", "://", "\n\n"),
+        *(" the", " information", "tion", " tokenizer", " don", " naïve", "中", "こんにちは", " привет"),
+    )
+)
+"""Numbers, code and words that show how one vocabulary reads in another; those that the student lacks are left out."""
+
+
+def projection_summary(projection: Projection, student: TokenTable, teacher: TokenTable) -> dict[str, Any]:
+    """JSON-able figures of W: counts of rows by kind, `picture` (density), `block` and `examples` (known tokens)."""
+    weights, indices = projection.weights.detach().float().cpu().numpy(), projection.indices.cpu().numpy()
+    per_row = (indices >= 0).sum(1)
+    exact = np.zeros(len(indices), bool) if projection.exact is None else projection.exact.cpu().numpy()
+    ids = [student.ids_by_bytes[token] for token in SHOWN if token in student.ids_by_bytes]
+    multi = np.flatnonzero(per_row > 1)
+    spread = multi[np.linspace(0, len(multi) - 1, min(8, len(multi))).astype(int)].tolist()
+    return {
+        "rows": len(indices),
+        "columns": len(teacher),
+        "entries": int(per_row.sum()),
+        "exact": int(exact.sum()),
+        "multi": len(multi),
+        "single_inexact": int(((per_row == 1) & ~exact).sum()),
+        "empty": int((per_row == 0).sum()),
+        "entries_per_row": {str(n): int((per_row == n).sum()) for n in range(indices.shape[1] + 1)},
+        "picture": _density(indices, weights, len(teacher)),
+        "block": projection_block(projection, student, teacher, ids),
+        "examples": [
+            {
+                "student": show_token(student[i]),
+                "pieces": [[show_token(teacher[j]), round(float(w), 4)] for j, w in zip(indices[i], weights[i]) if j >= 0],
+            }
+            for i in [*ids, *spread]
+        ],
+    }
+
+
+def projection_block(projection: Projection, student: TokenTable, teacher: TokenTable, ids: Sequence[int]) -> dict[str, Any]:
+    """The rows of the given student ids, over the teacher tokens that occur in them, in order of first use.
+
+    `rows` and `columns` are the tokens as text, `weights` a dense [rows][columns] list.
+    """
+    indices, weights = projection.indices[list(ids)].tolist(), projection.weights[list(ids)].detach().tolist()
+    columns = {j: None for row in indices for j in row if j >= 0}
+    position = {j: c for c, j in enumerate(columns)}
+    dense = np.zeros((len(ids), len(columns)))
+    for r, (row, row_weights) in enumerate(zip(indices, weights)):
+        for j, weight in zip(row, row_weights):
+            if j >= 0:
+                dense[r, position[j]] = weight
+    return {
+        "rows": [show_token(student[i]) for i in ids],
+        "columns": [show_token(teacher[j]) for j in columns],
+        "weights": dense.round(4).tolist(),
+    }
+
+
+def show_token(token: bytes) -> str:
+    """A token as people read it: a leading space as a low line, control characters and partial ones escaped."""
+    text = token.decode(errors="backslashreplace")
+    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return visible.replace(" ", "␣")
+
+
+def _density(indices: np.ndarray, weights: np.ndarray, columns: int, shape: tuple[int, int] = (48, 64)) -> list[list[float]]:
+    """Sums of weight over equal bins of student ids (down) and teacher ids (across)."""
+    row, slot = np.nonzero(indices >= 0)
+    if not len(row):
+        return np.zeros(shape).tolist()
+    sums, _, _ = np.histogram2d(
+        row, indices[row, slot], bins=shape, range=[(0, len(indices)), (0, columns)], weights=weights[row, slot]
+    )
+    return sums.round(4).tolist()

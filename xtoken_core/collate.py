@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xtoken_core.rows import Row
 from xtoken_core.spec import DistillationSpec
-
-Row = dict[str, Any]
 
 
 class Collator:

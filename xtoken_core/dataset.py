@@ -18,18 +18,19 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from xtoken_core.chat import ChatTokenizer
 from xtoken_core.documents import Document, read_documents
 from xtoken_core.errors import InputError
-from xtoken_core.rows import Side, Tokenized, load_sides, make_row, spans, tokenize_texts
+from xtoken_core.rows import Row, Side, Tokenized, document_rows, load_sides, tokenize_texts
 from xtoken_core.spec import DataSpec, DistillationSpec
-from xtoken_core.tokenization import normalize_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,20 +74,19 @@ def prepare_rows(
     return result
 
 
-def _rows(documents: Iterable[Document], sides: Sequence[Side], data: DataSpec, stats: Statistics) -> Iterator[dict[str, Any]]:
+def _rows(documents: Iterable[Document], sides: Sequence[Side], data: DataSpec, stats: Statistics) -> Iterator[Row]:
     """The rows of all documents, in order."""
+    tokenize: Callable[[list[Any]], list[Tokenized | str]] = partial(tokenize_texts, sides=sides)
+    if data.format == "messages":
+        tokenize = chats = ChatTokenizer(sides, data.assistant_only)
+        sides = chats.sides
     limits = [data.max_length - (side.bos is not None) for side in sides]
     for batch in _batches(documents, BATCH_DOCUMENTS):
-        for document, tokenized in zip(batch, _tokenize(batch, sides)):
-            if isinstance(tokenized, str):
-                stats.add(document, dropped=tokenized)
-                continue
-            found = spans(tokenized.cuts, limits)
-            stats.add(
-                document, dropped=None if found else "no text" if not len(tokenized.ids[0]) else "no row fits data.max_length"
-            )
-            for span in found:
-                yield {"document": document.index, **make_row(tokenized, span, sides)}
+        for document, found in zip(batch, tokenize([document.content for document in batch])):
+            rows = found if isinstance(found, str) else document_rows(found, limits, sides, whole=data.format == "messages")
+            stats.add(document, dropped=rows if isinstance(rows, str) else None)
+            if not isinstance(rows, str):
+                yield from ({"document": document.index, **row} for row in rows)
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -96,12 +96,7 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _tokenize(batch: Sequence[Document], sides: Sequence[Side]) -> list[Tokenized | str]:
-    tables = [side.table for side in sides]
-    return tokenize_texts([normalize_for(document.content, tables) for document in batch], sides)
-
-
-def _first(rows: Iterable[dict[str, Any]], data: DataSpec) -> Iterator[dict[str, Any]]:
+def _first(rows: Iterable[Row], data: DataSpec) -> Iterator[Row]:
     """The rows that `data.max_rows` leaves: with packing, as many tokens as would fill so many full rows."""
     used = 0
     for row in rows:
@@ -115,7 +110,7 @@ def _budget(data: DataSpec) -> int:
     return (data.max_rows or 0) * (data.max_length if data.packing else 1)
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]], sides: Sequence[Side]) -> None:
+def _write(path: Path, rows: Iterable[Row], sides: Sequence[Side]) -> None:
     """Streams rows into an Arrow file."""
     import pyarrow as pa
 
@@ -164,7 +159,7 @@ class Statistics:
         if dropped:
             self.dropped[dropped] += 1
 
-    def counted(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Counts the rows that pass through."""
         for row in rows:
             self.rows += 1
@@ -254,7 +249,7 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+    def __getitem__(self, index: int) -> list[Row]:
         return [self.rows[i] for i in self.plan[index]]
 
 

@@ -16,10 +16,16 @@ import numpy as np
 
 from xtoken_core.alignment import align
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, row_bos
+from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, row_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Row = dict[str, Any]
+"""Columns of a row, by name: see `dataset`."""
+
+Chunks = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Chunk ids of the student's tokens and of the teacher's (int32, -1 outside chunks), and exact (bool [C])."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +76,30 @@ class Tokenized:
     """uint16 [T] each: bytes of the text that the token covers."""
     targets: list[np.ndarray]
     """uint8 [T] each: 1 where the token is to be learned."""
-    chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    """Per teacher: chunk ids of the student's tokens, of the teacher's tokens (int32, -1 outside), exact (bool [C])."""
+    chunks: list[Chunks]
+    """Of each side but the student's."""
     cuts: np.ndarray
     """int64 [K, sides], ascending from zeros: token counts at which every side stands at the same place in the text."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [sides]: tokens of each side."""
+        return np.array([len(ids) for ids in self.ids])
 
 
 def tokenize_texts(texts: Sequence[str], sides: Sequence[Side]) -> list[Tokenized | str]:
     """Tokenizes and aligns texts; in place of one that cannot be aligned stands the reason why.
 
-    The texts are as `normalize_for` leaves them. Characters that a vocabulary cannot spell make inexact chunks.
+    Texts are first brought to where every normaliser leaves them alone. Characters that a vocabulary cannot spell make
+    inexact chunks.
     """
-    encoded = [side.encode(texts) for side in sides]
-    return [_tokenized([ids[i] for ids in encoded], sides) for i in range(len(texts))]
+    normal = [normalize_for(text, [side.table for side in sides]) for text in texts]
+    encoded = [side.encode(normal) for side in sides]
+    return [tokenized([ids[i] for ids in encoded], sides) for i in range(len(texts))]
 
 
-def _tokenized(ids: list[np.ndarray], sides: Sequence[Side]) -> Tokenized | str:
+def tokenized(ids: list[np.ndarray], sides: Sequence[Side]) -> Tokenized | str:
+    """Aligns one text's ids, of each side; or says why they cannot be aligned."""
     chunks = []
     for side, tokens in zip(sides[1:], ids[1:]):
         try:
@@ -98,15 +112,39 @@ def _tokenized(ids: list[np.ndarray], sides: Sequence[Side]) -> Tokenized | str:
     return Tokenized(ids, widths, targets, chunks, common_cuts(chunks, [len(tokens) for tokens in ids]))
 
 
+def joined(pieces: Sequence[Tokenized]) -> Tokenized:
+    """Pieces one after the other as one document."""
+    sizes = np.stack([piece.sizes for piece in pieces])
+    offsets = np.cumsum(sizes, axis=0) - sizes
+    cuts = [pieces[0].cuts[:1], *(offset + piece.cuts[1:] for offset, piece in zip(offsets, pieces))]
+    chunks = []
+    for parts in zip(*(piece.chunks for piece in pieces)):
+        firsts = np.cumsum([0, *(len(exact) for _, _, exact in parts)])
+        student = [np.where(ids >= 0, ids + first, -1).astype(np.int32) for (ids, _, _), first in zip(parts, firsts)]
+        teacher = [np.where(ids >= 0, ids + first, -1).astype(np.int32) for (_, ids, _), first in zip(parts, firsts)]
+        chunks.append((np.concatenate(student), np.concatenate(teacher), np.concatenate([exact for _, _, exact in parts])))
+
+    def join(lists: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
+        return [np.concatenate(arrays) for arrays in zip(*lists)]
+
+    return Tokenized(
+        join([piece.ids for piece in pieces]),
+        join([piece.widths for piece in pieces]),
+        join([piece.targets for piece in pieces]),
+        chunks,
+        np.concatenate(cuts),
+    )
+
+
 def text_widths(table: TokenTable, ids: np.ndarray) -> np.ndarray:
     """Bytes of text under each token of a text (uint16); the space that SentencePiece puts in front is no text."""
     widths = table.lengths[ids].astype(np.uint16)
-    if table.prefix_space and len(ids) and table[ids[0]][:1] == b" ":
+    if table.dummy_prefix and len(ids) and table[ids[0]][:1] == b" ":
         widths[0] -= 1
     return widths
 
 
-def common_cuts(chunks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], lengths: Sequence[int]) -> np.ndarray:
+def common_cuts(chunks: Sequence[Chunks], lengths: Sequence[int]) -> np.ndarray:
     """Token counts [K, sides] at which all tokenizations stand at the end of a chunk, from zeros on.
 
     lengths: tokens of each side. Without teachers of another vocabulary every token ends at a cut.
@@ -141,10 +179,26 @@ def spans(cuts: np.ndarray, limits: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def make_row(document: Tokenized, span: tuple[int, int], sides: Sequence[Side]) -> dict[str, Any]:
+def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Side], whole: bool) -> list[Row] | str:
+    """The rows of a document, or why it has none.
+
+    limits: tokens of a row on each side, BOS left out. whole: only the row that begins where the document does, since
+    the rest of a chat would stand without its template; it needs a target.
+    """
+    if not len(document.ids[0]):
+        return "no text"
+    found = spans(document.cuts, limits)
+    if whole:
+        found = [span for span in found[:1] if span[0] == 0 and document.targets[0][: document.cuts[span[1], 0]].any()]
+    if not found:
+        return f"{'no target' if whole else 'no chunk'} within data.max_length"
+    return [make_row(document, span, sides) for span in found]
+
+
+def make_row(document: Tokenized, span: tuple[int, int], sides: Sequence[Side]) -> Row:
     """The columns of the row between two cuts, each side opened by its BOS."""
     low, high = document.cuts[span[0]], document.cuts[span[1]]
-    row: dict[str, Any] = {"num_bytes": int(document.widths[0][low[0] : high[0]].sum())}
+    row: Row = {"num_bytes": int(document.widths[0][low[0] : high[0]].sum())}
     for s, side in enumerate(sides):
         part = slice(low[s], high[s])
         row[f"{side.column}_ids"] = _opened(document.ids[s][part], side.bos, side.bos)

@@ -236,9 +236,14 @@ def _projection(rng: np.random.Generator) -> dict:
         {"student": " thermodynamics", "pieces": [[" therm", 0.9], ["odynamics", 0.1]]},
         {"student": "\n\n\n", "pieces": [["\n", 1.0]]},
     ]
+    tokens = ["2024", " the", " tokenizer", "():\\n", "naïve"]
+    pieces = ["2", "0", "4", "␣the", "␣token", "izer", "():", "\\n", "na", "ïve"]
+    weights = [[0.9, 0.099, 0.001, *[0] * 7], [0, 0, 0, 1, *[0] * 6], [0, 0, 0, 0, 0.909, 0.091, 0, 0, 0, 0]]
+    weights += [[0] * 6 + [0.909, 0.091, 0, 0], [0] * 8 + [0.909, 0.091]]
+    block = {"rows": tokens, "columns": pieces, "weights": weights}
     counts = {"0": 12, "1": 34012, "2": 11000, "3": 3500, "4": 628}
     numbers = {"rows": 49152, "columns": 262144, "entries": 70000, "exact": 33980, "multi": 15128, "empty": 12, "seconds": 3.2}
-    return {**numbers, "entries_per_row": counts, "picture": picture.round(3).tolist(), "examples": examples}
+    return {**numbers, "entries_per_row": counts, "picture": picture.round(3).tolist(), "block": block, "examples": examples}
 
 
 def _prepare(split: str) -> dict:
@@ -253,7 +258,7 @@ def _prepare(split: str) -> dict:
         "dropped_documents": 0,
         "seconds": 2.1,
     }
-    return {**numbers, "corpora": corpora, "teachers": teachers}
+    return {"pads": {"student": 2}, "stats": {**numbers, "corpora": corpora, "teachers": teachers}}
 
 
 def _tasks() -> list[dict]:

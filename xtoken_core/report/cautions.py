@@ -119,10 +119,11 @@ def _on_data(run: Run) -> Iterator[Caution]:
             f"Little text: every row was seen {seen / train['rows']:.0f} times",
             f"{train['rows']:,} rows of training text, {seen:,} shown. Fine for a demonstration; watch validation for overfitting.",
         )
-    if train.get("documents") and train.get("dropped_documents", 0) > 0.01 * train["documents"]:
+    dropped = train.get("dropped_documents", {})
+    if train.get("documents") and sum(dropped.values()) > 0.01 * train["documents"]:
         yield Caution(
-            f"{train['dropped_documents']:,} of {train['documents']:,} documents were left out",
-            "They share no usable chunk with every teacher, or are too short for a row.",
+            f"{sum(dropped.values()):,} of {train['documents']:,} documents were left out",
+            f"Reasons: {'; '.join(f'{reason} ({count:,})' for reason, count in dropped.items())}.",
         )
     documents = (run.result("student_after_best").get("bits_per_byte") or {}).get("documents", {}).get("bits", [])
     if 0 < len(documents) < 10:

@@ -18,6 +18,9 @@ MAX_POINTS = 300
 LOG_RATIO = 60.0
 """A logarithmic axis where positive values span more than this."""
 
+MAX_DOTS = 60
+"""Values of a curve up to which each gets a dot, where dots are asked for."""
+
 WIDTH, HEIGHT = 1000.0, 500.0
 """Of the plot, in SVG units."""
 
@@ -32,7 +35,7 @@ class Series:
     color: int = 0
     dashed: bool = False
     points: bool = False
-    """Draw a dot at every value, as for measurements that are few."""
+    """Draw a dot at every value, as for measurements that are few (no more than MAX_DOTS, categories apart)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,11 @@ def line_chart(
         places = [(round(a, 2), round(b, 2), number(x), text) for (a, b), x, text in zip(percent, steps, texts)]
         spots = [f"{a * WIDTH / 100:.1f} {b * HEIGHT / 100:.1f}" for a, b in percent]
         line = "" if names else "M" + "L".join(spots)
-        dots = "".join(f"M{spot}h.01" for spot in spots) if s.points or len(spots) == 1 else ""
+        dots = (
+            "".join(f"M{spot}h.01" for spot in spots)
+            if (s.points and (names or len(spots) <= MAX_DOTS)) or len(spots) == 1
+            else ""
+        )
         curves.append(Curve(s.name, s.color, s.dashed, line, dots, places))
     return Chart(
         title,
@@ -200,6 +207,10 @@ def _decade_ticks(low: float, high: float) -> list[float]:
     return values[:: max(1, math.ceil(len(values) / 7))]
 
 
+Measured = tuple[str, int | None, float, float | None, float | None]
+"""A label, a color (None: grey), a value, and the ends of its interval."""
+
+
 @dataclass(frozen=True)
 class Span:
     """One line of an interval plot: a dot at `at` and a bar from `low` to `high`, in per cent from the left."""
@@ -210,7 +221,6 @@ class Span:
     low: float
     high: float
     text: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -222,23 +232,23 @@ class Spans:
     spans: list[Span]
 
 
-def interval_plot(unit: str, rows: Sequence[tuple[str, int | None, float, float | None, float | None, str]]) -> Spans | None:
-    """An interval plot of rows (label, color, value, low, high, note); None without rows."""
+def interval_plot(unit: str, rows: Sequence[Measured]) -> Spans | None:
+    """An interval plot; None without rows."""
     if not rows:
         return None
-    lows = [value if low is None else low for _, _, value, low, _, _ in rows]
-    highs = [value if high is None else high for _, _, value, _, high, _ in rows]
+    lows = [value if low is None else low for _, _, value, low, _ in rows]
+    highs = [value if high is None else high for _, _, value, _, high in rows]
     bottom, top = _padded(min(lows), max(highs))
-    ticks = [Tick(100 * (v - bottom) / (top - bottom), number(v)) for v in nice_ticks(bottom, top, 4)]
+    ticks = nice_ticks(bottom, top, 4)
 
     def left(value: float) -> float:
         return round(100 * (value - bottom) / (top - bottom), 2)
 
     spans = [
-        Span(text, color, left(value), left(low), left(high), f"{value:.3f}", note)
-        for (text, color, value, _, _, note), low, high in zip(rows, lows, highs)
+        Span(text, color, left(value), left(low), left(high), f"{value:.3f}")
+        for (text, color, value, _, _), low, high in zip(rows, lows, highs)
     ]
-    return Spans(unit, ticks, spans)
+    return Spans(unit, [Tick(left(tick), text) for tick, text in zip(ticks, tick_texts(ticks))], spans)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from xtoken_core.errors import InputError
 from xtoken_core.report.cautions import cautions
-from xtoken_core.report.charts import Chart, Series, interval_plot, line_chart
+from xtoken_core.report.charts import Chart, Measured, Series, interval_plot, line_chart
 from xtoken_core.report.page import render
 from xtoken_core.report.run import Run
 from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, task_difference
-from xtoken_core.report.verdict import bits_difference, bits_per_byte, interval, label, verdict
+from xtoken_core.report.verdict import Difference, bits_difference, bits_per_byte, interval, label, verdict
 
 CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),
     ("Training loss, cross-entropy part", "nats per token", "ce"),
     ("Distillation loss, all teachers", "KL, nats", "kd"),
-    ("Next token right", "share of training tokens", "accuracy"),
-    ("Learning rate", "AdamW", "learning_rate"),
+    ("Next token right", "share of training tokens, 0 to 1", "accuracy"),
+    ("Learning rate", "step size of AdamW", "learning_rate"),
     ("Throughput", "student tokens per second", "tokens_per_second"),
     ("Memory, peak so far", "GiB", "memory_gib"),
 )
@@ -41,7 +41,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     runs = distinct_names(runs)
     return render(
         "compare.html",
-        title=" against ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+        title=f"{len(runs)} runs side by side",
         runs=[(index, run, verdict(run), cautions(run)) for index, run in enumerate(runs)],
         summary=_summary(runs),
         standing=interval_plot("bits per byte of held-out text, lower is better", _standing(runs)),
@@ -73,58 +73,54 @@ def _summary(runs: Sequence[Run]) -> list[str]:
     words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
     for run in runs[1:]:
         if _after(run) and _after(runs[0]) and (difference := bits_difference(_after(run), _after(runs[0]))):
-            paired = _after(run)["bits_per_byte"].get("documents", {}).get("bytes") == _after(runs[0])["bits_per_byte"].get(
-                "documents", {}
-            ).get("bytes")
-            same = "" if paired else " (measured on different text: careful)"
+            same = "" if difference.paired else " (not on the same documents: careful)"
             sentences.append(f"{run.name} is {words[difference.tone]} {runs[0].name}: {interval(difference)}{same}.")
     return sentences
 
 
-def _standing(runs: Sequence[Run]) -> list[tuple[str, int | None, float, float | None, float | None, str]]:
-    rows = []
+def _standing(runs: Sequence[Run]) -> list[Measured]:
+    rows: list[Measured] = []
     for color, run in enumerate(runs):
         for who in STATES[:2]:
             measured = run.result(who).get("bits_per_byte") or {}
             if measured.get("total") is not None:
                 state = who.rpartition("_")[2]
-                rows.append((f"{run.name}, {state}", color, measured["total"], measured.get("low"), measured.get("high"), ""))
+                rows.append((f"{run.name}, {state}", color, measured["total"], measured.get("low"), measured.get("high")))
     return rows
 
 
 def _bits_table(runs: Sequence[Run]) -> Table | None:
-    """Bits per byte of every state of every run's student, and its difference from the first run's."""
+    """A run a row: bits per byte of its student's and its twin's states, and their differences from the first run's."""
+    states = [who for who in STATES if any(run.result(who).get("bits_per_byte") for run in runs)]
     rows = []
-    for who in STATES:
-        if not any(run.result(who).get("bits_per_byte") for run in runs):
-            continue
-        cells = []
-        for run in runs:
-            score = bits_per_byte(run.result(who))
-            first = runs[0].result(who)
-            difference = bits_difference(run.result(who), first) if run is not runs[0] and first and score is not None else None
-            tone, note = (difference.tone, f"{interval(difference)} to the first") if difference else ("", "")
-            cells.append(Cell(f"{score:.3f}", score, tone, note=note) if score is not None else MISSING)
-        rows.append([Cell(label(who)), *cells])
-    caption = "Bits per byte of held-out text; below, the difference from the first run with its 95 % interval."
-    return Table(["model", *(run.name for run in runs)], rows, caption) if rows else None
+    for run in runs:
+        differences = [bits_difference(run.result(who), runs[0].result(who)) if run is not runs[0] else None for who in states]
+        rows.append([Cell(run.name), *(_cell(bits_per_byte(run.result(who)), d) for who, d in zip(states, differences))])
+    caption = (
+        "Bits per byte of held-out text, lower is better; below each the difference from the first run with its 95 % interval."
+    )
+    return Table(["run", *map(label, states)], rows, caption) if states else None
 
 
 def _tasks_table(runs: Sequence[Run]) -> Table | None:
+    """A run a row: its student's benchmark scores, and their differences from the first run's."""
     tasks = list(dict.fromkeys(task for run in runs for task in _after(run).get("tasks", {})))
     rows = []
-    for task in tasks:
-        cells = []
-        for run in runs:
-            value = (_after(run).get("tasks", {}).get(task) or {}).get("value")
-            difference = task_difference(task, _after(run), _after(runs[0])) if run is not runs[0] and value is not None else None
-            tone, note = (difference.tone, f"{interval(difference)} to the first") if difference else ("", "")
-            cells.append(Cell(f"{value:.3f}", value, tone, note=note) if value is not None else MISSING)
-        rows.append([Cell(task), *cells])
-    return Table(["benchmark", *(run.name for run in runs)], rows, "Scores of the student after.") if rows else None
+    for run in runs:
+        entries = [_after(run).get("tasks", {}).get(task) or {} for task in tasks]
+        differences = [task_difference(task, _after(run), _after(runs[0])) if run is not runs[0] else None for task in tasks]
+        rows.append([Cell(run.name), *(_cell(entry.get("value"), d) for entry, d in zip(entries, differences))])
+    return Table(["run", *tasks], rows, "Benchmark scores of the student after distillation.") if tasks else None
+
+
+def _cell(value: float | None, difference: Difference | None) -> Cell:
+    if value is None:
+        return MISSING
+    note = interval(difference) + ("" if difference.exceeds_noise else ", within the noise") if difference else ""
+    return Cell(f"{value:.3f}", value, difference.tone if difference else "", note=note)
 
 
 def _curve(runs: Sequence[Run], title: str, unit: str, key: str) -> Chart | None:
-    points = key.startswith("validation")
-    series = [Series(run.name, *run.steps(key), color, points=points) for color, run in enumerate(runs)]
-    return line_chart(title, unit, series, wide=points)
+    validation = key.startswith("validation")
+    series = [Series(run.name, *run.steps(key), color, points=validation) for color, run in enumerate(runs)]
+    return line_chart(title, unit, series, wide=validation)

@@ -23,7 +23,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
         (
             "The distillation loss",
             [
-                _twinned(run, "Total loss", "as optimised", "loss"),
+                _twinned(run, "Total loss", "KD + CE, nats per token", "loss"),
                 _per_teacher(run, "Distillation loss of each teacher", "KL, nats, unweighted", "kd_", may_be_log=True),
                 _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight_"),
                 _selected(run),
@@ -33,7 +33,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
         (
             "The optimiser",
             [
-                _plain(run, "Learning rate", "AdamW", "learning_rate"),
+                _plain(run, "Learning rate", "step size of AdamW", "learning_rate"),
                 _twinned(
                     run,
                     f"Gradient norm, clipped at {training['max_grad_norm']:g}",

@@ -79,7 +79,7 @@ def standing(run: Run) -> Spans | None:
     for who in everybody(run):
         measured = run.result(who).get("bits_per_byte") or {}
         if measured.get("total") is not None:
-            rows.append((label(who), color_of(run, who), measured["total"], measured.get("low"), measured.get("high"), ""))
+            rows.append((label(who), color_of(run, who), measured["total"], measured.get("low"), measured.get("high")))
     return interval_plot("bits per byte of held-out text, lower is better", rows)
 
 

@@ -26,10 +26,11 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
     {`tokens`, `covered`, `share`}}, `mode`, `reason`}}, `matrix` {`names`, `coefficient` [[0..1]]}.
 
 `projections` {teacher: {`rows`, `columns`, `entries`, `exact`, `multi`, `empty`, `entries_per_row` {count: rows}, `seconds`, `picture` (weights
-    of W summed over a grid of bins: student ids down, teacher ids across), `examples` [{`student`, `pieces` [[text, weight]]}]}}.
+    of W summed over a grid of bins: student ids down, teacher ids across), `block` {`rows` [text], `columns` [text], `weights` [[0..1]]} (W
+    over tokens that people know), `examples` [{`student`, `pieces` [[text, weight]]}]}}.
 
-`prepare` {`train`|`validation`: {`documents`, `rows`, `bytes`, `student_tokens`, `dropped_documents`, `seconds`, `corpora` {uri: {`documents`,
-    `bytes`, `fingerprint`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}.
+`prepare` {`train`|`validation`: {`documents`, `rows`, `bytes`, `student_tokens`, `dropped_documents` {reason: documents}, `seconds`, `corpora`
+    {uri: {`documents`, `bytes`, `fingerprint`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}: `stats` in the rows.json of each.
 
 `tasks` (the DAG): [{`name`, `after` [names], `seconds`, `start` (unix time), `status` (`done`, `cached`, `failed`, `running`)}].
 """
@@ -102,7 +103,7 @@ class Run:
             results=[read_json(path, {}) for path in results],
             overlap=read_json(overlap, {}),
             projections={teacher: read_json(path, {}) for teacher, path in (projections or {}).items()},
-            prepare={split: read_json(path, {}) for split, path in (prepare or {}).items()},
+            prepare={split: read_json(path, {}).get("stats", {}) for split, path in (prepare or {}).items()},
             tasks=read_json(tasks, []),
         )
 

@@ -48,6 +48,8 @@ class Difference:
     low: float
     high: float
     lower_is_better: bool = True
+    paired: bool = False
+    """Whether both were measured on the same documents and compared document by document."""
 
     @property
     def exceeds_noise(self) -> bool:
@@ -84,7 +86,7 @@ def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference |
     else:
         half = np.hypot(_half_width(of["bits_per_byte"]), _half_width(against["bits_per_byte"]))
         low, high = a - b - half, a - b + half
-    return Difference(of["who"], against["who"], a - b, float(low), float(high))
+    return Difference(of["who"], against["who"], a - b, float(low), float(high), paired=paired)
 
 
 def task_difference(task: str, of: dict[str, Any], against: dict[str, Any]) -> Difference | None:

@@ -1,0 +1,1 @@
+"""The steps of the workflow, one thin Kubeflow Pipelines component per file."""

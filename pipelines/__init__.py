@@ -1,0 +1,1 @@
+"""Specs compiled to Kubeflow pipelines, and run here or on a cluster."""

@@ -280,7 +280,7 @@ def _transfer(verb: str, uri: str, work: Callable[..., int], items: list[tuple[A
 
     interactive = sys.stderr.isatty()
     with (
-        tqdm(total=size, desc=f"{verb} {uri}", unit="B", unit_scale=True, mininterval=0.5 if interactive else 15) as bar,
+        tqdm(total=size, desc=f"{verb} {uri}", unit="B", unit_scale=True, mininterval=0.5 if interactive else 15, delay=1) as bar,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         futures = [pool.submit(work, *item) for item in items]

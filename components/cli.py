@@ -1,0 +1,119 @@
+"""One definition, two ways in: a function becomes a KFP component, and a command line made from the same signature.
+
+KFP runs a component's source by itself, in the image of the step: bodies import what they need, use nothing else of their
+module, and the annotations are real objects (no `from __future__ import annotations` in a component's file).
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import click
+from docstring_parser import parse
+from kfp import dsl
+from kfp.dsl.types import type_annotations
+
+from xtoken_core import storage
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec, ResourcesSpec
+
+component = partial(dsl.component, base_image=ResourcesSpec().image, install_kfp_package=False)
+"""The decorator of every component; a pipeline puts its spec's image in place of the default one."""
+
+
+def command(component: Any) -> click.Command:
+    """The command line of a component: an option per input and output, texts from its docstring.
+
+    `spec` takes a YAML or JSON file (with `--set`), other values are plain or JSON, artifacts are paths (inputs: or URIs).
+    Values that the component returns are printed as JSON.
+    """
+    function = component.python_func
+    doc = parse(inspect.getdoc(function) or "")
+    texts = {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
+    parameters = inspect.signature(function).parameters.values()
+    options: list[click.Parameter] = []
+    for parameter in parameters:
+        options.append(_option(parameter, texts[parameter.name]))
+        if parameter.name == "spec":
+            options.append(click.Option(["--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="Change the spec."))
+    about = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
+    run = partial(_run, function, {p.name: p.annotation for p in parameters})
+    name = f"python -m {Path(inspect.getfile(function)).parent.name}.{function.__name__}"
+    return click.Command(name, params=options, callback=run, help=about)
+
+
+def main(component: Any) -> None:
+    """Runs a component's command line under the name that its users type."""
+    cli = command(component)
+    run_command(cli, cli.name or "")
+
+
+def run_command(cli: click.Command, name: str) -> None:
+    """Runs a command line; what is wrong with its input is one line on stderr and exit code 2."""
+    try:
+        cli.main(prog_name=name, standalone_mode=False)
+    except InputError as e:
+        click.echo(str(e), err=True)
+        sys.exit(2)
+    except click.ClickException as e:
+        click.echo(f"{name}: {e.format_message()}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+
+
+def _option(parameter: inspect.Parameter, text: str) -> click.Option:
+    kind = parameter.annotation
+    required = parameter.default is inspect.Parameter.empty
+    flag, metavar, click_type = f"--{parameter.name.replace('_', '-')}", None, click.STRING
+    if parameter.name == "spec":
+        metavar = "FILE"
+    elif type_annotations.is_artifact_wrapped_in_Output(kind):
+        metavar, text = "PATH", f"{text} [written]"
+    elif type_annotations.is_artifact_wrapped_in_Input(kind):
+        metavar = "PATH"
+    elif kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=parameter.default, show_default=True, help=text)
+    elif kind is int:
+        click_type = click.INT  # type: ignore[assignment]
+    elif _is_json(kind):
+        metavar = "JSON"
+    default = {} if required or parameter.default in (None, "") else {"default": parameter.default, "show_default": True}
+    return click.Option([flag, parameter.name], metavar=metavar, type=click_type, required=required, help=text, **default)
+
+
+def _is_json(kind: Any) -> bool:
+    return (get_origin(kind) or kind) in (dict, list)
+
+
+def _run(function: Callable[..., Any], kinds: dict[str, Any], overrides: tuple[str, ...] = (), **values: Any) -> None:
+    arguments = {name: _argument(name, kinds[name], value, overrides) for name, value in values.items()}
+    returned = function(**{name: value for name, value in arguments.items() if value is not None})
+    for artifact in arguments.values():
+        if isinstance(artifact, dsl.Metrics):  # which KFP keeps as metadata, and not as a file
+            Path(artifact.path).write_text(json.dumps(artifact.metadata), encoding="utf-8")
+    if returned is not None:
+        fields = inspect.signature(function).return_annotation._fields
+        click.echo(json.dumps(dict(zip(fields, returned, strict=True)), ensure_ascii=False))
+
+
+def _argument(name: str, kind: Any, value: Any, overrides: tuple[str, ...]) -> Any:
+    if value is None:
+        return None
+    if name == "spec":
+        return DistillationSpec.from_yaml(value, overrides).to_json()
+    if type_annotations.is_artifact_wrapped_in_Output(kind):
+        Path(value).parent.mkdir(parents=True, exist_ok=True)
+        return get_args(kind)[0](name=name, uri=value)
+    if type_annotations.is_artifact_wrapped_in_Input(kind):
+        return get_args(kind)[0](name=name, uri=str(storage.local_copy(value)))
+    if _is_json(kind):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise InputError(f"--{name.replace('_', '-')}: not JSON") from None
+    return value

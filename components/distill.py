@@ -1,0 +1,58 @@
+"""Train the student against its teachers."""
+
+from kfp.dsl import Artifact, Dataset, Input, Model, Output
+
+from components.cli import component, main
+
+
+@component
+def distill(
+    spec: str,
+    run: Output[Model],
+    rows: Input[Dataset],
+    modes: dict = {},  # type: ignore[type-arg]  # noqa: B006 - KFP reads the default
+    baseline: bool = False,
+    checkpoints: str = "",
+    projection_0: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_1: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_2: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_3: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_4: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_5: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_6: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_7: Input[Artifact] = None,  # type: ignore[assignment]
+):
+    """Train the student on the teachers' distributions and the text, or (baseline) on the text alone.
+
+    Args:
+        spec: Student, teachers, loss and training are read.
+        run: Folder for the trained student (best and last), its log and its summary.
+        rows: Folder of rows that prepare wrote.
+        modes: Loss mode of each cross-tokenizer teacher by its id, as overlap prints them.
+        baseline: Cross-entropy alone, on the same rows in the same order.
+        checkpoints: Folder or URI for checkpoints from which an interrupted training resumes; none by default.
+        projection_0: W of teacher 0, where it has one.
+        projection_1: W of teacher 1.
+        projection_2: W of teacher 2.
+        projection_3: W of teacher 3.
+        projection_4: W of teacher 4.
+        projection_5: W of teacher 5.
+        projection_6: W of teacher 6.
+        projection_7: W of teacher 7.
+    """
+    from xtoken_core.workflow import own_folder, step
+
+    slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
+    with step("distill-baseline" if baseline else "distill", run):
+        from xtoken_core.training import distill
+
+        from xtoken_core.spec import DistillationSpec
+
+        parsed = DistillationSpec.from_text(spec)
+        matrices = [slot and f"{slot.path}/projection.safetensors" for slot in slots[: len(parsed.teachers)]]
+        own = own_folder(checkpoints, spec, str(modes), rows.uri, *(slot.uri for slot in slots if slot), str(baseline))
+        distill(parsed, modes, [rows.path], matrices, run.path, baseline=baseline, checkpoint_uri=own)
+
+
+if __name__ == "__main__":
+    main(distill)

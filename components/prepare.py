@@ -1,0 +1,30 @@
+"""Turn documents into tokenized, aligned, cut rows."""
+
+from kfp.dsl import Dataset, Output
+
+from components.cli import component, main
+
+
+@component
+def prepare(spec: str, rows: Output[Dataset], shard: int = 0):
+    """Tokenize and align the documents for the student and every teacher, once.
+
+    Args:
+        spec: Student, teachers and data are read.
+        rows: Folder for the rows, train and validation (Arrow).
+        shard: Which of data.shards shares of the documents; shard 0 also does the validation documents.
+    """
+    from xtoken_core.workflow import step
+
+    with step("prepare", rows):
+        from xtoken_core.dataset import prepare_rows
+        from xtoken_core.spec import DistillationSpec
+
+        parsed = DistillationSpec.from_text(spec)
+        prepare_rows(parsed, f"{rows.path}/train", "train", shard)
+        if shard == 0 and parsed.data.validation:
+            prepare_rows(parsed, f"{rows.path}/validation", "validation")
+
+
+if __name__ == "__main__":
+    main(prepare)

@@ -1,0 +1,40 @@
+"""First step: check the spec and its overrides, and give every other step the part of the spec that it reads."""
+
+from typing import NamedTuple
+
+from components.cli import component, main
+
+
+@component
+def resolve(
+    spec: str,
+    overrides: str = "",
+    compiled: dict = None,  # type: ignore[type-arg,assignment]  # noqa: B006, RUF013
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Views",
+    [
+        (name, str)
+        for name in ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
+        + tuple(f"{step}_{i}" for step in ("projection", "evaluate_teacher") for i in range(8))
+    ],
+):
+    """Check a spec with its overrides, that its models and data are there and that its output can be written.
+
+    Prints the view of the spec that each step is given.
+
+    Args:
+        spec: The whole spec.
+        overrides: Changes to it, as dotted.key=value items separated by blanks.
+        compiled: What the compiled pipeline has built in; overrides that contradict it are refused.
+    """
+    from xtoken_core.workflow import resolve, step
+
+    with step("resolve"):
+        views = resolve(spec, overrides, compiled)
+        names = ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
+        names += tuple(f"{name}_{i}" for name in ("projection", "evaluate_teacher") for i in range(8))
+        return tuple(views[name] for name in names)
+
+
+if __name__ == "__main__":
+    main(resolve)

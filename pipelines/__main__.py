@@ -1,0 +1,83 @@
+"""`python -m pipelines validate|compile|run|submit SPEC [--set KEY=VALUE]...`: exit codes 0 done, 1 failed, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from components.cli import run_command
+from xtoken_core.spec import DistillationSpec
+
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: training.max_steps=200.")
+
+
+@click.group()
+def cli() -> None:
+    """Cross-tokenizer distillation on Kubeflow Pipelines, from one spec."""
+
+
+@cli.command()
+@SPEC
+@SET
+def validate(spec: Path, overrides: tuple[str, ...]) -> None:
+    """Check a spec; touches no model, data or network."""
+    parsed = DistillationSpec.from_yaml(spec, overrides)
+    click.echo(f"{spec}: valid: {parsed.student.model} from {', '.join(t.model for t in parsed.teachers)}")
+
+
+@cli.command("compile")
+@click.argument("spec", type=click.Path(path_type=Path), required=False)
+@SET
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to; default: standard output.")
+@click.option("--check", is_flag=True, help="Without SPEC: only say which compiled forms are stale; exit 1 if any is.")
+def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None, check: bool) -> None:
+    """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
+    from pipelines import compiling
+
+    if spec is not None:
+        text = compiling.compile_spec(DistillationSpec.from_yaml(spec, overrides))
+        if output is None:
+            click.echo(text, nl=False)
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+            click.echo(f"{output}: written")
+    elif check:
+        stale = compiling.stale()
+        for path in stale:
+            click.echo(f"{path.name}: its compiled form is stale; run `make compile`")
+        sys.exit(1 if stale else 0)
+    else:
+        for path in compiling.compile_all():
+            click.echo(f"{path.name}: compiled anew")
+
+
+@cli.command()
+@SPEC
+@SET
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder for working files."
+)
+def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
+    """Run a spec on this machine, through KFP's local runner."""
+    from pipelines.local import RunFailed, answer, run_locally
+
+    parsed = DistillationSpec.from_yaml(spec, overrides)
+    try:
+        finished = run_locally(parsed, runs)
+    except RunFailed as e:
+        click.echo(str(e), err=True)
+        sys.exit(1)
+    click.echo(f"\n{answer(parsed, finished)}")
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(cli, "python -m pipelines")
+
+
+if __name__ == "__main__":
+    main()

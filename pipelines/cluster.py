@@ -1,0 +1,31 @@
+"""What a task gets on a cluster: image, accelerators, memory, volumes and secrets, as the spec's `resources` say."""
+
+from __future__ import annotations
+
+from kfp import dsl, kubernetes
+
+from xtoken_core.spec import ResourcesSpec
+
+
+def on_cluster(task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpu: bool = False) -> None:
+    """Sets up one task. `heavy`: it gets the spec's CPU and memory; `gpu`: also accelerators, shared memory and their nodes."""
+    task.set_container_image(resources.image)
+    kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
+    if resources.retries:
+        task.set_retry(resources.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
+    for secret in resources.secrets:
+        kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
+    for claim in resources.pvc:
+        kubernetes.mount_pvc(task, claim.name, claim.mount_path)
+    if heavy or gpu:
+        task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+        task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+    if gpu:
+        if resources.gpus_per_node:
+            task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpus_per_node)
+        # The teachers hand their output over in shared memory, of which a pod has 64 MiB by default.
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=resources.shm)
+        for label, value in resources.node_selector.items():
+            kubernetes.add_node_selector(task, label, value)
+        for toleration in resources.tolerations:
+            kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))

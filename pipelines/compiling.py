@@ -1,0 +1,52 @@
+"""Specs compiled to KFP's YAML, and the committed forms kept fresh."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import compiler
+
+from pipelines.dag import build_pipeline
+from xtoken_core.spec import DistillationSpec
+
+ROOT = Path(__file__).parent
+SPECS, COMPILED = ROOT / "specs", ROOT / "compiled"
+
+
+def compile_spec(spec: DistillationSpec) -> str:
+    """The compiled pipeline as YAML: the same text for the same spec."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "pipeline.yaml"
+        compiler.Compiler().compile(build_pipeline(spec), str(path))
+        return path.read_text(encoding="utf-8")
+
+
+def documents(compiled: str) -> list[dict[str, Any]]:
+    """The documents of a compiled pipeline (the pipeline, and its Kubernetes settings), without the version of the SDK."""
+    parsed = list(yaml.safe_load_all(compiled))
+    for document in parsed:
+        document.pop("sdkVersion", None)
+    return parsed
+
+
+def stale() -> list[Path]:
+    """The specs of this repository whose committed compiled form is missing or says something else."""
+    pairs = [(spec, COMPILED / spec.name) for spec in sorted(SPECS.glob("*.yaml"))]
+    return [spec for spec, compiled in pairs if not compiled.exists() or not _same(spec, compiled.read_text(encoding="utf-8"))]
+
+
+def compile_all() -> list[Path]:
+    """Compiles the stale ones anew; returns what was written."""
+    written = []
+    for spec in stale():
+        target = COMPILED / spec.name
+        target.write_text(compile_spec(DistillationSpec.from_yaml(spec)), encoding="utf-8")
+        written.append(target)
+    return written
+
+
+def _same(spec: Path, compiled: str) -> bool:
+    return documents(compile_spec(DistillationSpec.from_yaml(spec))) == documents(compiled)

@@ -1,0 +1,94 @@
+"""A spec as a Kubeflow pipeline: its tasks, one by one, unrolled over the teachers when it is compiled."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl.pipeline_channel import PipelineChannel
+
+from components.distill import distill
+from components.evaluate import evaluate
+from components.overlap import overlap
+from components.prepare import prepare
+from components.projection import projection
+from components.report import report
+from components.resolve import resolve
+from pipelines.cluster import on_cluster
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow import evaluated, shape
+
+NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report")
+"""Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
+training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
+
+
+def build_pipeline(compiled: DistillationSpec) -> Any:
+    """The pipeline of a spec. Its parameters, `spec` (JSON; this one by default) and `overrides`, are checked by its first task."""
+
+    @dsl.pipeline(name=compiled.name, description=_description(compiled))
+    def pipeline(spec: str = compiled.to_json(), overrides: str = ""):
+        _add_tasks(compiled, spec, overrides)
+
+    return pipeline
+
+
+def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
+    edges: list[dict[str, Any]] = []
+    add = _adder(compiled, edges)
+    views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=shape(compiled))
+    audit = add(overlap, "overlap", spec=views["overlap"])
+
+    matrices = {}
+    for index, teacher in enumerate(compiled.teachers):
+        if teacher.cross_tokenizer:
+            task = add(projection, f"projection-{teacher.id}", after="overlap", heavy=True, spec=views[f"projection_{index}"])
+            matrices[f"projection_{index}"] = task["matrix"]
+    rows = add(prepare, "prepare", after="overlap", heavy=True, spec=views["prepare"])["rows"]
+
+    training = {"gpu": True, "rows": rows, "checkpoints": views["checkpoints"]}
+    student = add(distill, "distill", spec=views["distill"], modes=audit["modes"], **training, **matrices)["run"]
+    runs = {"student_after": student}
+    if compiled.evaluation.ce_baseline:
+        runs["baseline"] = add(distill, "distill-baseline", spec=views["baseline"], baseline=True, **training)["run"]
+
+    results = {}
+    for who in evaluated(compiled):
+        if who.startswith("teacher-"):
+            index = [f"teacher-{teacher.id}" for teacher in compiled.teachers].index(who)
+            slot, given = f"teacher_{index}", {"spec": views[f"evaluate_teacher_{index}"], "after": "overlap"}
+        else:
+            slot, given = who, {"spec": views["evaluate_student"], "rows": rows, "modes": audit["modes"], **matrices}
+            given |= {"run": run for prefix, run in runs.items() if who.startswith(prefix)}  # noqa: B035 - of one prefix
+        results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpu=True, who=who, **given)["result"]
+
+    kept = {"run": student} | ({"baseline": runs["baseline"]} if "baseline" in runs else {})
+    add(report, "report", spec=views["report"], tasks=edges, overlap=audit["report"], rows=rows, **kept, **matrices, **results)
+
+
+def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[..., Any]:
+    """Returns a function that adds a task under its own name, set up for the cluster, and notes its edges in `edges`."""
+    tasks: dict[str, dsl.PipelineTask] = {}
+
+    def add(component: Any, name: str, *, after: str = "", heavy: bool = False, gpu: bool = False, **inputs: Any) -> Any:
+        upstream = [after] if after else []
+        upstream += [i.task_name for i in inputs.values() if isinstance(i, PipelineChannel) and i.task_name]
+        edges.append(
+            {"name": name, "after": [task for task in tasks if task in upstream and task != "resolve"] or list(tasks)[:1]}
+        )
+        named = copy.deepcopy(component)
+        named.component_spec.name = name  # KFP would number the tasks of one component: projection, projection-2
+        task = tasks[name] = named(**inputs)
+        if after:
+            task.after(tasks[after])
+        if name in NEVER_CACHED:
+            task.set_caching_options(False)
+        on_cluster(task, compiled.resources, heavy=heavy, gpu=gpu)
+        return task.outputs
+
+    return add
+
+
+def _description(spec: DistillationSpec) -> str:
+    teachers = ", ".join(teacher.model for teacher in spec.teachers)
+    return f"Distills {teachers} into {spec.student.model}."

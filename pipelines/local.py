@@ -1,0 +1,175 @@
+"""A run on this machine: the compiled pipeline under `kfp.local`, each task a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from kfp import components, local
+
+from pipelines.compiling import compile_spec
+from xtoken_core import storage
+from xtoken_core.errors import InputError
+from xtoken_core.report import Run, answer_table
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow import CHECKPOINTS, ERROR_FILE
+
+QUIET = {
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of the steps: their lines arrive as they are printed, libraries draw no bars into the log."""
+
+TRAINING = ("distill", "distill-baseline")
+
+
+class RunFailed(Exception):
+    """A step failed for another reason than bad input; the message names it and the log."""
+
+
+def run_locally(spec: DistillationSpec, runs: Path) -> Run:
+    """Runs a spec's pipeline here and returns what its report was made from.
+
+    `runs`: folder for intermediate results, logs and the cache: a step whose spec, files and code are as in an earlier run
+    is not run again. Raises InputError where a step finds bad input, RunFailed where one fails.
+    """
+    runs = runs.absolute()
+    root = runs / spec.name
+    root.mkdir(parents=True, exist_ok=True)
+    log = root / f"{datetime.now():%Y-%m-%d-%H-%M-%S}.log"
+    pipeline = for_this_machine(compile_spec(spec))
+    tasks = len(pipeline["root"]["dag"]["tasks"])
+    run = components.load_component_from_text(yaml.safe_dump(pipeline))
+    with tempfile.TemporaryDirectory() as scratch, log.open("w", encoding="utf-8") as raw:
+        error = Path(scratch) / "error"
+        with _environment({**QUIET, ERROR_FILE: str(error), CHECKPOINTS: str(runs / "checkpoints")}):
+            local.init(
+                local.SubprocessRunner(use_venv=False),
+                pipeline_root=str(root),
+                enable_caching=True,
+                cache_root=str(runs / ".cache"),
+            )
+            progress = Progress(raw, tasks)
+            progress.say(f"{spec.name}: {tasks} steps; everything they print: {os.path.relpath(log)}")
+            try:
+                with progress.following():
+                    run()
+            except RuntimeError as e:
+                if error.exists():
+                    raise InputError(error.read_text(encoding="utf-8").strip()) from None
+                if not progress.current:
+                    raise
+                raise RunFailed(
+                    f"{progress.current}: the step failed; its last lines are above and in {os.path.relpath(log)}"
+                ) from e
+    return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
+
+
+def answer(spec: DistillationSpec, run: Run) -> str:
+    """Did it help? The table that ends a run, and where things lie."""
+    uri = spec.output.uri.rstrip("/")
+    student = "student/best" if spec.data.validation else "student/last"
+    return answer_table(run, {"report": f"{uri}/report.html", "student": f"{uri}/{student}", "logs": f"{uri}/logs"})
+
+
+def for_this_machine(compiled: str) -> dict[str, Any]:
+    """The compiled pipeline with what concerns a cluster alone taken out.
+
+    Training may come from the cache: here nothing but its inputs and the code, which are part of the key, can differ. And
+    there is no pre-emption, for which a step would have to be tried again.
+    """
+    pipeline: dict[str, Any] = next(iter(yaml.safe_load_all(compiled)))
+    for name, task in pipeline["root"]["dag"]["tasks"].items():
+        task.pop("retryPolicy", None)
+        if name in TRAINING:
+            task["cachingOptions"] = {"enableCache": True}
+    for executor in pipeline["deploymentSpec"]["executors"].values():
+        executor["container"].pop("resources", None)
+    return pipeline
+
+
+class Progress(io.TextIOBase):
+    """Stands in for stdout while KFP runs: everything goes to a log file, and what a person wants to see on the terminal."""
+
+    def __init__(self, raw: IO[str], tasks: int):
+        self.raw, self.tasks, self.out = raw, tasks, sys.stdout
+        self.current, self.begun, self.count, self.inside, self.line = "", 0.0, 0, False, ""
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Takes over stdout and KFP's messages."""
+        handler = logging.StreamHandler(self)  # for the one message that KFP gives no handler to: that of its cache
+        handler.addFilter(lambda record: "cache hit" in record.getMessage())
+        logger = logging.getLogger()
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            with contextlib.redirect_stdout(self), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+    def write(self, text: str) -> int:
+        """Takes text as it comes, and handles each line when it is complete."""
+        self.raw.write(text)
+        self.raw.flush()
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            self._handle(re.sub(r"\x1b\[\d*m", "", line))
+        return len(text)
+
+    def say(self, line: str) -> None:
+        """Prints one line on the terminal."""
+        self.out.write(line + "\n")
+        self.out.flush()
+
+    def _handle(self, line: str) -> None:
+        message = re.sub(r"^\d\d:\d\d:\d\d\.\d{3} - \w+ - ", "", line)
+        if found := re.match(r"Task (\S+) cache hit", message):
+            self._begin(found[1])
+            self.say(f"{self._place()} {found[1]}: unchanged, its earlier result is used")
+        elif found := re.match(r"Executing task '(\S+)'", message):
+            self._begin(found[1])
+            self.say(f"{self._place()} {found[1]}")
+        elif found := re.match(r"Task '(\S+)' finished with status (\w+)", message):
+            verb = "done" if found[2] == "SUCCESS" else "failed"
+            self.say(f"{self._place()} {found[1]}: {verb} after {time.time() - self.begun:.1f} s")
+            self.inside = False
+        elif re.fullmatch(r"    [\w -]+: (started|done in [\d.]+ s)", line):  # around them, KFP speaks (see `workflow.step`)
+            self.inside = line.endswith("started")
+        elif self.inside and line.strip():
+            self.say(f"      {line}")
+
+    def _begin(self, task: str) -> None:
+        self.current, self.begun, self.count, self.inside = task, time.time(), self.count + 1, False
+
+    def _place(self) -> str:
+        return f"[{self.count:>{len(str(self.tasks))}}/{self.tasks}]"
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

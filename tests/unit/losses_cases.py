@@ -44,3 +44,65 @@ def oracle_case(path: Path, dtype: torch.dtype):
         "metrics": json.loads(meta["expected_metrics"]),
     }
     return batch, teachers, LossSpec(topk_scope="batch", **config), expected
+
+
+MODES = ("p_kl", "gold", "h_kl")
+
+
+def random_segmentation(generator: torch.Generator, batch: int, length: int, chunks: int) -> torch.Tensor:
+    """[batch, length] ascending chunk ids below `chunks`; some tokens lie outside, some chunks have none."""
+    ids = torch.randint(0, chunks, (batch, length), generator=generator).sort(1).values
+    return ids.masked_fill(torch.rand(batch, length, generator=generator) < 0.2, -1)
+
+
+def random_projection(generator: torch.Generator, student_vocab: int, teacher_vocab: int, k: int = 3) -> Projection:
+    """Rows of 0 to k entries that sum to 1; about half of them a single entry."""
+    indices = torch.randint(0, teacher_vocab, (student_vocab, k), generator=generator)
+    entries = torch.randint(0, k + 1, (student_vocab, 1), generator=generator)
+    entries = torch.where(torch.rand(student_vocab, 1, generator=generator) < 0.4, 1, entries)
+    outside = torch.arange(k)[None] >= entries
+    weights = torch.rand(student_vocab, k, generator=generator).pow(3).masked_fill(outside, 0)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
+    return Projection(indices.masked_fill(outside, -1), weights.masked_fill((entries == 1) & ~outside, 1), teacher_vocab)
+
+
+def identity_projection(vocab: int) -> Projection:
+    """Every token is the teacher's token of the same id."""
+    return Projection(torch.arange(vocab)[:, None], torch.ones(vocab, 1), vocab)
+
+
+def random_batch(seed: int, batch: int, length: int, vocab: int, dtype: torch.dtype = torch.float64):
+    """(student_logits with gradient, input_ids, token_mask, sample_mask): about a sixth masked, the first sample counts."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    ids = torch.randint(0, vocab, (batch, length), generator=generator)
+    mask = (torch.rand(batch, length, generator=generator) > 0.15).long()
+    samples = (torch.rand(batch, generator=generator) > 0.15).float().index_fill(0, torch.tensor([0]), 1)
+    return logits, ids, mask, samples
+
+
+def random_teacher(
+    seed: int, batch: int, student_length: int, student_vocab: int, cross: bool, dtype: torch.dtype = torch.float64, **fields
+) -> TeacherBatch:
+    """A teacher for a `random_batch` of these sizes. Cross-tokenizer: its own vocabulary, length, masks, chunks and W."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    length, vocab = student_length, student_vocab
+    if cross:
+        length, vocab = student_length + seed % 3, student_vocab + 2 + seed % 5
+    logits = (3 * torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64)).to(dtype)
+    token_bytes = torch.randint(1, 6, (batch, length), generator=generator)
+    if not cross:
+        return TeacherBatch(logits, token_bytes=token_bytes, **fields)
+    chunks = max(2, student_length * 2 // 3)
+    return TeacherBatch(
+        logits=logits,
+        input_ids=torch.randint(0, vocab, (batch, length), generator=generator),
+        token_mask=(torch.rand(batch, length, generator=generator) > 0.15).long(),
+        student_chunk_id=random_segmentation(generator, batch, student_length, chunks),
+        teacher_chunk_id=random_segmentation(generator, batch, length, chunks),
+        chunk_valid=torch.rand(batch, chunks, generator=generator) > 0.15,
+        chunk_exact=torch.rand(batch, chunks, generator=generator) > 0.3,
+        projection=random_projection(generator, student_vocab, vocab),
+        token_bytes=token_bytes,
+        **fields,
+    )

@@ -11,7 +11,7 @@ from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import Chart, Measured, Series, interval_plot, line_chart
 from xtoken_core.report.page import render
 from xtoken_core.report.run import Run
-from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, task_difference
+from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, short_name, task_difference
 from xtoken_core.report.verdict import Difference, bits_difference, bits_per_byte, interval, label, verdict
 
 CURVES = (
@@ -55,11 +55,12 @@ def render_comparison(runs: Sequence[Run]) -> str:
 
 
 def distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The same runs, a number added to names that come twice."""
+    """The same runs; those that share a name go by the last part of output.uri as well, or by a number where that is shared too."""
+    named = [f"{run.name} ({short_name(run.spec['output']['uri'])})" for run in runs]
+    if len(set(named)) < len(runs):
+        named = [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]
     names = [run.name for run in runs]
-    return [
-        replace(r, name=f"{r.name} ({names[:i].count(r.name) + 1})") if names.count(r.name) > 1 else r for i, r in enumerate(runs)
-    ]
+    return [replace(run, name=name) if names.count(run.name) > 1 else run for run, name in zip(runs, named)]
 
 
 def _after(run: Run) -> dict:

@@ -113,6 +113,7 @@ def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
         "color": color_of(run, f"teacher-{name}"),
         "facts": [(key, value) for key, value in facts if value],
         "picture": density_picture(projection["picture"]) if projection.get("picture") else None,
+        "block": projection.get("block"),
         "examples": [
             (e["student"], [(text, f"{weight:.3f}") for text, weight in e["pieces"]]) for e in projection.get("examples", [])
         ],

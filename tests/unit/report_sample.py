@@ -101,7 +101,7 @@ def _log(path: Path, rng: np.random.Generator, steps: int, twin: bool) -> Path:
                 "tokens": step * 1000,
                 "tokens_per_second": 700 + 400 * noise[5],
                 "seconds_step": 1.4 + noise[6],
-                "memory_gib": 3.1 + min(1, 5 * done) * 0.8,
+                "memory_gib": (1.9 if twin else 3.1) + min(1, 5 * done) * 0.8,
             }
             if not twin:
                 line |= kd | {"kd": sum(kd.values()), "scale": ce / sum(kd.values()), "weight_gemma": 0.7, "weight_smollm": 0.3}

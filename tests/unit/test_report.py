@@ -204,7 +204,9 @@ def test_warnings_on_teachers_chunks_rows_and_selection(run):
     prepare = json.loads(json.dumps(run.prepare))
     prepare["train"]["teachers"]["gemma"]["exact_chunks"] = 100
     prepare["train"] |= {"dropped_documents": {"too short": 9}, "rows": 100_000}
-    poor = dataclasses.replace(run, prepare=prepare, projections={"gemma": {"rows": 1000, "empty": 400}})
+    poor = dataclasses.replace(
+        run, prepare=prepare, projections={"gemma": {"rows": 1000, "exact": 500, "multi": 100, "empty": 400}}
+    )
     assert "Only 1 % of the chunks shared with gemma" in titles(poor) and "40.0 % of the student's tokens" in titles(poor)
     assert "9 of 41 documents were left out" in titles(poor) and "Little text" not in titles(poor)
     assert "Never selected: smollm" in titles(dataclasses.replace(run, log=[{"step": 1, "selected": "gemma"}]))

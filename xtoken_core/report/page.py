@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from xtoken_core.report import tables
 from xtoken_core.report.cautions import cautions
-from xtoken_core.report.charts import Spans, duration, interval_plot, number
+from xtoken_core.report.charts import Measured, Spans, interval_plot
 from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, task_bars
+from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
@@ -51,7 +52,7 @@ def render_report(run: Run) -> str:
         teachers=[_teacher(run, teacher) for teacher in run.spec["teachers"]],
         samples=_samples(run),
         settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100),
-        facts=_facts(run),
+        facts=list(run_facts(run)),
         corpora=tables.data_table(run),
     )
 
@@ -75,7 +76,7 @@ def render(template: str, **values: Any) -> str:
 
 def standing(run: Run) -> Spans | None:
     """Where everybody stands in bits per byte, with intervals."""
-    rows = []
+    rows: list[Measured] = []
     for who in everybody(run):
         measured = run.result(who).get("bits_per_byte") or {}
         if measured.get("total") is not None:
@@ -91,45 +92,19 @@ def color_of(run: Run, who: str) -> int | None:
 
 
 def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of one teacher's vocabulary and projection."""
+    """What the report shows of one teacher's vocabulary and projection."""
     name = teacher["id"]
-    overlap = run.overlap.get("teachers", {}).get(name, {})
-    projection = run.projections.get(name, {})
-    chunks = run.prepare.get("train", {}).get("teachers", {}).get(name, {})
-    rows = projection.get("rows") or 0
-    facts = [
-        ("model", teacher["model"]),
-        ("loss mode", _mode(run, name, overlap)),
-        ("vocabulary", f"{overlap['size']:,} ids" if overlap.get("size") else None),
-        ("shared with the student", f"{overlap['shared']:,} ids, overlap {overlap['coefficient']:.4f}" if overlap.get("shared") else None),
-        ("chunks of training text", f"{chunks['chunks']:,}, {_percent(chunks.get('exact_chunks', 0), chunks['chunks'])} exact" if chunks.get("chunks") else None),
-        ("rows of W", f"{rows:,}: {_percent(projection.get('exact', 0), rows)} exact, {_percent(projection.get('multi', 0), rows)} of several "
-         f"tokens, {projection.get('empty', 0):,} empty" if rows else None),
-        ("built in", duration(projection["seconds"]) if projection.get("seconds") is not None else None),
-        ("fingerprint", overlap.get("fingerprint")),
-    ]  # fmt: skip
+    w = run.projections.get(name, {})
     return {
         "id": name,
         "color": color_of(run, f"teacher-{name}"),
-        "facts": [(key, value) for key, value in facts if value],
-        "picture": density_picture(projection["picture"]) if projection.get("picture") else None,
-        "block": projection.get("block"),
-        "examples": [
-            (e["student"], [(text, f"{weight:.3f}") for text, weight in e["pieces"]]) for e in projection.get("examples", [])
-        ],
-        "rows": rows,
-        "columns": projection.get("columns") or 0,
+        "facts": list(teacher_facts(run, teacher)),
+        "picture": density_picture(w["picture"]) if w.get("picture") else None,
+        "block": w.get("block"),
+        "examples": [(e["student"], [(text, f"{weight:.3f}") for text, weight in e["pieces"]]) for e in w.get("examples", [])],
+        "rows": w.get("rows", 0),
+        "columns": w.get("columns", 0),
     }
-
-
-def _mode(run: Run, teacher: str, overlap: dict[str, Any]) -> str | None:
-    mode = overlap.get("mode") or run.summary.get("modes", {}).get(teacher)
-    reason = overlap.get("reason")
-    return f"{mode}: {reason}" if mode and reason else mode
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %"
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
@@ -144,40 +119,3 @@ def _samples(run: Run) -> list[dict[str, Any]]:
             )
             entry["texts"].append((label(who), color_of(run, who), sample["text"].strip()))
     return list(prompts.values())
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """What was run, on what, with which versions."""
-    environment, summary = run.summary.get("environment", {}), run.summary
-    devices = environment.get("devices") or []
-    student = run.overlap.get("student", {})
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
-    facts = [
-        ("student", run.spec["student"]["model"]),
-        (
-            "student's vocabulary",
-            f"{student['size']:,} ids, fingerprint {student['fingerprint']}" if student.get("size") else None,
-        ),
-        ("parameters", f"{summary['parameters'] / 1e6:,.1f} million" if summary.get("parameters") else None),
-        (
-            "trained",
-            f"{summary['steps']:,} steps, {number(summary['tokens'])} tokens"
-            if summary.get("steps") and summary.get("tokens")
-            else None,
-        ),
-        ("training took", duration(summary["seconds"]) if summary.get("seconds") else None),
-        ("resumed", f"at step {summary['resumed_from']:,}" if summary.get("resumed_from") else None),
-        ("accelerators", f"{len(devices)} x {devices[0]}" if devices else ("none" if environment else None)),
-        (
-            "processor",
-            f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['memory_gib']} GiB"
-            if environment.get("cpu")
-            else None,
-        ),
-        ("system", f"{environment['platform']}, Python {environment['python']}" if environment.get("python") else None),
-        ("libraries", versions or None),
-        ("commit", environment.get("commit")),
-        ("published at", run.spec["output"]["uri"]),
-        ("report made", run.created.replace("T", " ").replace("+00:00", " UTC")),
-    ]
-    return [(key, value) for key, value in facts if value]

@@ -1,0 +1,72 @@
+"""What was run, in pairs of words and values: the student, the machine, the versions; each teacher's vocabulary and W."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from xtoken_core.report.charts import duration, number
+from xtoken_core.report.run import Run
+
+Fact = tuple[str, str]
+
+
+def run_facts(run: Run) -> Iterator[Fact]:
+    """Student, training, machine, versions, places."""
+    yield "student", run.spec["student"]["model"]
+    if student := run.overlap.get("student"):
+        yield "student's vocabulary", f"{student['size']:,} ids, fingerprint {student['fingerprint']}"
+    yield from _training(run.summary)
+    yield from _machine(run.summary.get("environment") or {})
+    yield "published at", run.spec["output"]["uri"]
+    if run.created:
+        yield "report made", run.created.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _training(summary: dict[str, Any]) -> Iterator[Fact]:
+    if summary.get("parameters"):
+        yield "parameters", f"{summary['parameters'] / 1e6:,.1f} million"
+    if summary.get("steps"):
+        tokens = f", {number(summary['tokens'])} student tokens" if summary.get("tokens") else ""
+        yield "trained", f"{summary['steps']:,} steps{tokens}"
+    if summary.get("seconds"):
+        yield "training took", duration(summary["seconds"])
+    if summary.get("resumed_from"):
+        yield "resumed", f"at step {summary['resumed_from']:,}"
+
+
+def _machine(environment: dict[str, Any]) -> Iterator[Fact]:
+    """Of `xtoken_core.environment.describe_environment`."""
+    if not environment:
+        return
+    devices = environment["devices"]
+    yield "accelerators", f"{len(devices)} x {devices[0]}" if devices else "none"
+    yield "processor", f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['memory_gib']} GiB"
+    yield "system", f"{environment['platform']}, Python {environment['python']}"
+    yield "libraries", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    if environment["commit"]:
+        yield "commit", environment["commit"]
+
+
+def teacher_facts(run: Run, teacher: dict[str, Any]) -> Iterator[Fact]:
+    """Of one teacher (its section of the spec): its loss mode, its vocabulary, its chunks, its projection."""
+    name = teacher["id"]
+    yield "model", teacher["model"]
+    if overlap := run.overlap.get("teachers", {}).get(name):
+        yield "loss mode", f"{overlap['mode']}: {overlap['reason']}" if overlap.get("reason") else overlap["mode"]
+        yield "vocabulary", f"{overlap['size']:,} ids, fingerprint {overlap['fingerprint']}"
+        yield "shared with the student", f"{overlap['shared']:,} byte strings, overlap {overlap['coefficient']:.4f}"
+    chunks = run.prepare.get("train", {}).get("teachers", {}).get(name, {})
+    if chunks.get("chunks"):
+        yield "chunks of training text", f"{chunks['chunks']:,}, {_percent(chunks['exact_chunks'], chunks['chunks'])} exact"
+    if w := run.projections.get(name):
+        kinds = (
+            f"{_percent(w['exact'], w['rows'])} exact, {_percent(w['multi'], w['rows'])} of several tokens, {w['empty']:,} empty"
+        )
+        yield "rows of W", f"{w['rows']:,}: {kinds}"
+        if w.get("seconds") is not None:
+            yield "W was built in", duration(w["seconds"])
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"

@@ -39,7 +39,7 @@ def command(component: Any) -> click.Command:
     for parameter in parameters:
         options.append(_option(parameter, texts[parameter.name]))
         if parameter.name == "spec":
-            options.append(click.Option(["--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="Change the spec."))
+            options.append(click.Option(["--set", "changes"], multiple=True, metavar="KEY=VALUE", help="Change the spec."))
     about = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
     run = partial(_run, function, {p.name: p.annotation for p in parameters})
     name = f"python -m {Path(inspect.getfile(function)).parent.name}.{function.__name__}"
@@ -90,8 +90,8 @@ def _is_json(kind: Any) -> bool:
     return (get_origin(kind) or kind) in (dict, list)
 
 
-def _run(function: Callable[..., Any], kinds: dict[str, Any], overrides: tuple[str, ...] = (), **values: Any) -> None:
-    arguments = {name: _argument(name, kinds[name], value, overrides) for name, value in values.items()}
+def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str, ...] = (), **values: Any) -> None:
+    arguments = {name: _argument(name, kinds[name], value, changes) for name, value in values.items()}
     returned = function(**{name: value for name, value in arguments.items() if value is not None})
     for artifact in arguments.values():
         if isinstance(artifact, dsl.Metrics):  # which KFP keeps as metadata, and not as a file
@@ -101,11 +101,11 @@ def _run(function: Callable[..., Any], kinds: dict[str, Any], overrides: tuple[s
         click.echo(json.dumps(dict(zip(fields, returned, strict=True)), ensure_ascii=False))
 
 
-def _argument(name: str, kind: Any, value: Any, overrides: tuple[str, ...]) -> Any:
+def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any:
     if value is None:
         return None
     if name == "spec":
-        return DistillationSpec.from_yaml(value, overrides).to_json()
+        return DistillationSpec.from_yaml(value, changes).to_json()
     if type_annotations.is_artifact_wrapped_in_Output(kind):
         Path(value).parent.mkdir(parents=True, exist_ok=True)
         return get_args(kind)[0](name=name, uri=value)

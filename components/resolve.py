@@ -6,11 +6,7 @@ from components.cli import component, main
 
 
 @component
-def resolve(
-    spec: str,
-    overrides: str = "",
-    compiled: dict = None,  # type: ignore[type-arg,assignment]  # noqa: B006, RUF013
-) -> NamedTuple(  # type: ignore[valid-type]
+def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  # type: ignore[valid-type]
     "Views",
     [
         (name, str)
@@ -25,7 +21,7 @@ def resolve(
     Args:
         spec: The whole spec.
         overrides: Changes to it, as dotted.key=value items separated by blanks.
-        compiled: What the compiled pipeline has built in; overrides that contradict it are refused.
+        compiled: What the compiled pipeline has built in, as JSON; a spec that contradicts it is refused.
     """
     from xtoken_core.workflow import resolve, step
 

@@ -1,6 +1,7 @@
 """A spec as a Kubeflow pipeline: its tasks, one by one, unrolled over the teachers when it is compiled."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
 def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     edges: list[dict[str, Any]] = []
     add = _adder(compiled, edges)
-    views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=shape(compiled))
+    views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=json.dumps(shape(compiled)))
     audit = add(overlap, "overlap", spec=views["overlap"])
 
     matrices = {}

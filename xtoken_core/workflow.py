@@ -81,20 +81,22 @@ def evaluated(spec: DistillationSpec) -> list[str]:
     ]
 
 
-def resolve(spec_text: str, overrides: str = "", compiled_shape: dict[str, Any] | None = None) -> dict[str, str]:
+def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str, str]:
     """Checks a spec with its overrides, and returns the view of every step.
 
-    `overrides` holds `dotted.key=value` items separated by blanks, quoted as in a shell. `compiled_shape`, where given, is
-    the `shape` of the spec that was compiled. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
+    `overrides` holds `dotted.key=value` items separated by blanks, quoted as in a shell. `compiled`, where given, is the
+    `shape` of the spec that was compiled, as JSON. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
     projection_<i> and evaluate_teacher_<i> for each teacher slot i (empty where there is no such teacher), checkpoints
     (a folder or URI for those of this run). Raises InputError for a bad spec or override, for an override that the
     compiled pipeline cannot follow, for models and data that are not there, and for an output that cannot be written.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
-    for name, now in shape(spec).items():
-        if compiled_shape is not None and compiled_shape.get(name) != now:
+    built_in = json.loads(compiled) if compiled else shape(spec)
+    for name, asked in shape(spec).items():
+        if built_in.get(name) != asked:
+            told = json.dumps(asked, ensure_ascii=False)
             raise InputError(
-                f"{name}: {now} was asked of a pipeline compiled with {compiled_shape.get(name)}; it is fixed when compiling"
+                f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
     storage.check_writable(spec.output.uri)
     versions, student, models = _Versions(), spec.student, (spec.student, *spec.teachers)

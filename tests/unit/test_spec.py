@@ -1,0 +1,185 @@
+"""The spec: one case per thing it refuses, and what it reads and writes."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+
+BASE = {
+    "name": "run",
+    "student": {"model": "student"},
+    "teachers": [{"id": "big", "model": "big"}, {"id": "other", "model": "other", "projection": {}}],
+    "data": {"train": ["train.txt"]},
+    "output": {"uri": "out"},
+}
+SAME = [{"id": "big", "model": "big"}, {"id": "larger", "model": "larger"}]
+
+
+def load(*overrides: str, **sections) -> DistillationSpec:
+    return DistillationSpec.from_text(json.dumps(copy.deepcopy(BASE) | sections), overrides)
+
+
+REJECTED = {
+    "weight_metric without sum": (
+        ["loss.aggregation=select_teacher", "loss.weight_metric=ce"],
+        "loss.weight_metric: only with aggregation",
+    ),
+    "normalize_by_vocab without sum": (
+        ["loss.aggregation=select_teacher", "loss.normalize_by_vocab=true"],
+        "loss.normalize_by_vocab: only with aggregation: sum",
+    ),
+    "a teacher's mode without sum": (["loss.aggregation=select_teacher", "teachers.other.mode=gold"], "teachers.1 (other): mode"),
+    "a mode without a projection": (["teachers.big.mode=gold"], "teachers.0.mode: only means something"),
+    "averaged_logits across tokenizers": (
+        ["loss.aggregation=averaged_logits"],
+        "teachers.1 (other): projection: averaged_logits needs",
+    ),
+    "exact_match_only outside p_kl": (
+        ["loss.mode=gold", "loss.exact_match_only=true"],
+        "loss.exact_match_only: only with mode: p_kl",
+    ),
+    "exact_match_only under auto": (["loss.exact_match_only=true"], "loss.exact_match_only: only with mode: p_kl"),
+    "exact_match_only and a teacher in another mode": (
+        ["loss.mode=p_kl", "loss.exact_match_only=true", "teachers.other.mode=h_kl"],
+        "teachers.1 (other): mode: h_kl contradicts loss.exact_match_only",
+    ),
+    "topk across tokenizers": (["teachers.other.transport=topk", "teachers.other.top_k=8"], "teachers.1.transport: topk needs"),
+    "topk without top_k": (["teachers.big.transport=topk"], "teachers.0.top_k: goes with transport: topk"),
+    "top_k without topk": (["teachers.big.top_k=8"], "teachers.0.top_k: goes with transport: topk"),
+    "a teacher twice": (["teachers.other.id=big"], "teachers.1 (big): id: used by an earlier teacher"),
+    "capitals in an id": (["teachers.big.id=Big"], "teachers.0.id"),
+    "underscores in an id": (["teachers.big.id=big_one"], "teachers.0.id"),
+    "batches that do not divide": (
+        ["training.global_batch_size=10", "training.micro_batch_size=4"],
+        "training.global_batch_size: 10 is no multiple of micro_batch_size 4",
+    ),
+    "NaN": (["training.learning_rate=.nan"], "training.learning_rate"),
+    "infinity": (["loss.alpha=.inf", "loss.weight_metric=ce"], "loss.alpha"),
+    "an unknown section": (["trainings.max_steps=3"], "trainings: no such field"),
+    "an unknown field": (["training.max_step=3"], "training.max_step: no such field"),
+    "a weight under select_teacher": (
+        ["loss.aggregation=select_teacher", "teachers.big.weight=0.5"],
+        "teachers.0 (big): weight: would be ignored",
+    ),
+    "a weight under weight_metric": (
+        ["loss.weight_metric=ce", "teachers.big.weight=0.5"],
+        "teachers.0 (big): weight: would be ignored",
+    ),
+    "no weight at all": (["teachers.big.weight=0", "teachers.other.weight=0"], "teachers: weight: all are zero"),
+    "a negative weight": (["teachers.big.weight=-1"], "teachers.0.weight"),
+    "alpha without weight_metric": (["loss.alpha=2.0"], "loss.alpha: only used with weight_metric"),
+    "bytes of scores that nothing uses": (["loss.score_unit=byte"], "loss.score_unit: byte only applies"),
+    "options of a W that is not built": (
+        ["teachers.other.projection={uri: w, top_k: 2}"],
+        "teachers.1.projection.uri: a stored projection",
+    ),
+    "a learning rate of a fixed W": (["teachers.other.projection={learning_rate: 0.1}"], "teachers.1.projection.learning_rate"),
+    "a text column of chats": (["data.format=messages", "data.text_key=body"], "data.text_key: not used with format: messages"),
+    "a chat column of texts": (["data.messages_key=chat"], "data.messages_key: not used with format: text"),
+    "validation without documents": (["training.eval_steps=5"], "training.eval_steps: needs data.validation"),
+    "no training data": (["data.train=[]"], "data.train"),
+    "a float for an integer": (["training.max_steps=1.5"], "training.max_steps"),
+    "text for a number": (["training.max_steps=many"], "training.max_steps"),
+    "a number for text": (["student.model=7"], "student.model"),
+    "a mode that is none": (["loss.mode=kl"], "loss.mode"),
+    "layers out of order": (["student.keep_layers=[3, 1]"], "student.keep_layers: layer indices must ascend"),
+    "a layer twice": (["student.keep_layers=[1, 1]"], "student.keep_layers: layer indices must ascend"),
+    "no layers": (["student.keep_layers=[]"], "student.keep_layers"),
+    "a name unfit for Kubernetes": (["name=My Run"], "name"),
+    "memory without a unit that is one": (["resources.memory=64GB"], "resources.memory"),
+    "a relative mount": (["resources.pvc=[{name: models, mount_path: models}]"], "resources.pvc.0.mount_path"),
+    "an environment variable that is none": (["resources.secrets=[{secret: s, key: k, env: a-b}]"], "resources.secrets.0.env"),
+    "no teacher": (["teachers=[]"], "teachers"),
+    "an override without a value": (["training.max_steps"], "--set training.max_steps: expected dotted.key=value"),
+    "an override of a teacher that is none": (["teachers.nobody.weight=1"], "teachers.nobody: no such item"),
+    "an override below a value": (["name.first=x"], "--set name.first: name has no fields"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REJECTED.values(), ids=REJECTED)
+def test_is_refused_in_one_line_that_names_the_field(overrides, message):
+    with pytest.raises(InputError) as caught:
+        load(*overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [0, 0]])
+def test_averaged_logits_needs_weights_that_do_not_sum_to_zero(weights):
+    teachers = [teacher | {"weight": weight} for teacher, weight in zip(SAME, weights)]
+    with pytest.raises(InputError, match="teachers: weight: all are zero"):
+        load("loss.aggregation=averaged_logits", teachers=teachers)
+
+
+def test_averaged_logits_needs_whole_logits():
+    teachers = [SAME[0], SAME[1] | {"transport": "topk", "top_k": 8}]
+    with pytest.raises(InputError, match="averaged_logits needs full logits"):
+        load("loss.aggregation=averaged_logits", teachers=teachers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "line 2: duplicate key 'name'"),
+        ("name: a\nstudent: {model: x, model: y}\n", "line 2: duplicate key 'model'"),
+        ("name: [\n", "line 2"),
+        ("- a\n", "a spec is a mapping"),
+        ("", "a spec is a mapping"),
+        ("1: a\n", "key 1 is not text"),
+    ],
+)
+def test_refuses_text_that_is_no_spec(text, message):
+    with pytest.raises(InputError) as caught:
+        DistillationSpec.from_text(text)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="absent.yaml: cannot read the spec: No such file"):
+        DistillationSpec.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_required_fields_are_named():
+    for field in ("name", "student", "teachers", "data", "output"):
+        with pytest.raises(InputError, match=f"{field}: required"):
+            DistillationSpec.from_text(json.dumps({k: v for k, v in BASE.items() if k != field}))
+
+
+def test_reads_numbers_as_people_write_them():
+    spec = load("training.learning_rate=1e-3", "training.weight_decay=0", "loss.temperature=2")
+    assert (spec.training.learning_rate, spec.training.weight_decay, spec.loss.temperature) == (1e-3, 0.0, 2.0)
+
+
+def test_yaml_words_stay_words():
+    spec = load(student={"model": "no"}, data={"train": ["on"]})
+    assert (spec.student.model, spec.data.train) == ("no", ("on",))
+
+
+def test_a_null_projection_is_an_absent_one():
+    assert not load("teachers.other.projection=null").teachers[1].cross_tokenizer
+
+
+def test_overrides_reach_teachers_by_id_and_by_index():
+    assert load("teachers.other.weight=0.25").teachers[1].weight == load("teachers.1.weight=0.25").teachers[1].weight == 0.25
+
+
+def test_json_reads_back_to_an_equal_spec():
+    spec = load("training.learning_rate=1e-5", "student.keep_layers=[0, 3]", "loss.mode=gold")
+    assert DistillationSpec.from_text(spec.to_json()) == spec
+
+
+def test_is_immutable():
+    with pytest.raises(Exception, match="frozen"):
+        load().name = "other"
+
+
+@pytest.mark.parametrize("path", sorted(Path("pipelines/specs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_specs_of_this_repository_are_valid(path):
+    spec = DistillationSpec.from_yaml(path)
+    assert spec.name == path.stem
+    assert spec.model_dump(mode="json", exclude_unset=True).keys() == yaml.safe_load(path.read_text()).keys()

@@ -14,12 +14,15 @@ def projection(spec: str, matrix: Output[Artifact], teacher: str = ""):
         matrix: Folder for projection.safetensors and stats.json.
         teacher: Id of the teacher; may be left out where the spec has one.
     """
+    from pathlib import Path
+
     from xtoken_core.workflow import step
 
     with step("projection", matrix):
         from xtoken_core.projection import write_projection
         from xtoken_core.spec import DistillationSpec
 
+        Path(matrix.path).mkdir(parents=True, exist_ok=True)
         write_projection(DistillationSpec.from_text(spec), teacher, matrix.path)
 
 

@@ -173,7 +173,7 @@ def _rows_from_counts(counts: dict[Any, Any], rows: int | None, path: str | Path
 
 
 def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path) -> None:
-    """Builds (or, with `projection.uri`, fetches and checks) W for one teacher of a spec.
+    """Builds (or, with `projection.uri`, fetches and checks) W for one teacher of a spec; no id: the only one with a projection.
 
     Writes `projection.safetensors` and `stats.json` (`projection_summary`, with `seconds` and `options`) to `folder`.
     Raises InputError.
@@ -181,10 +181,10 @@ def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path
     from xtoken_core.projection_summary import projection_summary
 
     start = time.perf_counter()
-    teacher = next(t for t in spec.teachers if t.id == teacher_id)
-    options = teacher.projection
-    if options is None:
-        raise InputError(f"teacher {teacher_id}: has the student's vocabulary, so no projection")
+    projected = {t.id: (t, t.projection) for t in spec.teachers if t.projection is not None}
+    if teacher_id not in projected and (teacher_id or len(projected) != 1):
+        raise InputError(f"teacher: {teacher_id or 'not given'}: one of {', '.join(projected) or 'none'} is to be projected to")
+    teacher, options = projected[teacher_id or next(iter(projected))]
     toks = load_tokenizer(spec.student.model, spec.student.tokenizer), load_tokenizer(teacher.model, teacher.tokenizer)
     tables = TokenTable.from_tokenizer(toks[0]), TokenTable.from_tokenizer(toks[1])
     if options.uri is None:

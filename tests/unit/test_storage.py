@@ -100,7 +100,7 @@ def test_a_reader_never_sees_half(tmp_path, cache):
             except FileNotFoundError:
                 continue
             try:
-                seen.append([open(f"/proc/self/fd/{handle}/f{i}").read() for i in range(20)])
+                seen.append([Path(f"/proc/self/fd/{handle}/f{i}").read_text() for i in range(20)])
             except FileNotFoundError:
                 seen.append(None)  # the old version, removed under the reader's hands
             os.close(handle)

@@ -21,7 +21,7 @@ CURVES = (
     ("Next token right", "share of training tokens, 0 to 1", "accuracy"),
     ("Learning rate", "step size of AdamW", "learning_rate"),
     ("Throughput", "student tokens per second", "tokens_per_second"),
-    ("Memory, peak so far", "GiB", "memory_gib"),
+    ("Memory", "GiB, student and teachers", "memory_gib"),
 )
 STATES = ("student_after_best", "student_after_last", "baseline_best", "baseline_last", "student_before")
 

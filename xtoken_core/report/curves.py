@@ -48,7 +48,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
             [
                 _twinned(run, "Throughput", "student tokens per second", "tokens_per_second"),
                 _step_time(run),
-                _twinned(run, "Memory, peak so far", "GiB", "memory_gib"),
+                _twinned(run, "Memory", "GiB, student and teachers", "memory_gib"),
             ],
         ),
     ]

@@ -138,17 +138,15 @@ def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
 def data_table(run: Run) -> Table | None:
     """Every corpus read, with its size and fingerprint."""
     rows = [
-        [
-            Cell(split),
-            Cell(uri),
-            Cell(f"{c.get('documents', 0):,}", c.get("documents", 0)),
-            Cell(f"{c.get('bytes', 0):,}", c.get("bytes", 0)),
-            Cell(str(c.get("fingerprint") or "-")[:16]),
-        ]
+        [Cell(split), Cell(uri), *_counts(corpus, "documents", "bytes"), Cell(str(corpus.get("fingerprint") or "-")[:16])]
         for split, stats in run.prepare.items()
-        for uri, c in stats.get("corpora", {}).items()
+        for uri, corpus in stats.get("corpora", {}).items()
     ]
     return Table(["split", "corpus", "documents", "bytes", "fingerprint"], rows, code=True) if rows else None
+
+
+def _counts(corpus: dict[str, Any], *keys: str) -> list[Cell]:
+    return [Cell(f"{corpus[key]:,}", corpus[key]) if key in corpus else MISSING for key in keys]
 
 
 def settings_that_differ(specs: Mapping[str, Mapping[str, Any]]) -> Table | None:

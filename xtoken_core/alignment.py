@@ -1,9 +1,9 @@
 """Byte-exact chunk alignment of two tokenizations of one text.
 
 A chunk is a smallest stretch of text at whose two ends both tokenizations have a token boundary. Boundaries are byte
-offsets, so the common ones are an intersection of two sorted lists: linear, and in numpy throughout. Where the two
-sides spell different texts (a normaliser at work, bytes that one vocabulary lacks), the stretch between the last equal
-byte and the next equal ones is a chunk of its own, marked inexact.
+offsets, so the common ones are an intersection of two sets: linear, and in numpy throughout. Where the two sides spell
+different texts (a normaliser at work, bytes that one vocabulary lacks), everything between the last common boundary
+before the difference and the first one after it is a chunk marked inexact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from xtoken_core.tokenization import TokenTable
 
-_RESYNC = 8  # bytes that must agree before two differing texts count as together again
+_RESYNC = 8  # bytes that must agree before two differing texts count as together again; one 64-bit number
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Alignment:
     """Which tokens of two tokenizations stand for the same stretch of text."""
 
     student_chunk_id: np.ndarray
-    """int32 [T_s]: chunk of each student token; -1 for special tokens and for a tail that only one side has."""
+    """int32 [T_s]: chunk of each student token; -1 for special tokens, and for a tail that only one side has."""
     teacher_chunk_id: np.ndarray
     """int32 [T_t]."""
     num_chunks: int
@@ -35,15 +35,17 @@ class Alignment:
 def align(student_ids: Any, teacher_ids: Any, student_table: TokenTable, teacher_table: TokenTable) -> Alignment:
     """Aligns two tokenizations of one text.
 
-    Ids are 1-D integer sequences (lists, arrays, CPU tensors), with or without special tokens. A space that a
-    tokenizer put in front of the text counts as no text. If one side ends early (truncation), the other's tail gets no
-    chunk. Raises ValueError for ids outside the vocabulary, and if the two texts have nothing in common.
+    Ids are 1-D integer sequences (lists, arrays, CPU tensors), with or without special tokens, which belong to no chunk.
+    A space that a tokenizer put in front of the text counts as no text; a token that is nothing else joins the next
+    chunk. If one side ends early (truncation), the other's tail gets no chunk. Raises ValueError for ids outside the
+    vocabulary, and if less than half of the shorter text is in the other.
     """
-    student, teacher = _Side(student_ids, student_table), _Side(teacher_ids, teacher_table)
-    if student.text != teacher.text and (student_table.dummy_prefix or teacher_table.dummy_prefix):
-        student, teacher = student.without_prefix(), teacher.without_prefix()
+    student, teacher = _Side.read(student_ids, student_table), _Side.read(teacher_ids, teacher_table)
+    student, teacher = _drop_dummy_prefixes(student, teacher, student_table, teacher_table)
     if student.text == teacher.text:
-        return _align_equal(student, teacher)
+        boundaries = student.boundaries() & teacher.boundaries()
+        count = int(np.count_nonzero(boundaries))
+        return Alignment(student.chunk_ids(boundaries), teacher.chunk_ids(boundaries), count, np.ones(count, dtype=bool))
     return _align_different(student, teacher)
 
 
@@ -54,107 +56,118 @@ def align_rows(
     return [align(s, t, student_table, teacher_table) for s, t in zip(student_rows, teacher_rows, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
 class _Side:
-    """One tokenization: its bytes and, per token, where they end."""
+    """One tokenization: its bytes, and where in them each token ends."""
 
-    def __init__(self, ids: Any, table: TokenTable, trimmed: np.ndarray | None = None):
-        self.ids = np.asarray(ids, dtype=np.int64)
-        if self.ids.ndim != 1:
-            raise ValueError(f"token ids: expected one dimension, got shape {self.ids.shape}")
-        if self.ids.size and not 0 <= self.ids.min() <= self.ids.max() < len(table):
+    text: bytes
+    ends: np.ndarray
+    """int64 [T], never falling."""
+    special: np.ndarray
+    """bool [T]."""
+
+    @classmethod
+    def read(cls, ids: Any, table: TokenTable) -> _Side:
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.ndim != 1:
+            raise ValueError(f"token ids: expected one dimension, got shape {ids.shape}")
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
             raise ValueError(f"token ids: outside the vocabulary of {len(table)} ids")
-        self.table = table
-        pieces = table.objects[self.ids].tolist()
-        self.lengths = table.lengths[self.ids]
-        if trimmed is not None:
-            for i in trimmed.tolist():
-                pieces[i] = pieces[i][1:]
-            self.lengths[trimmed] -= 1
-        self.text = b"".join(pieces)
-        self.ends = np.cumsum(self.lengths, dtype=np.int64)
+        text = b"".join(table.objects[ids].tolist())
+        return cls(text, np.cumsum(table.lengths[ids], dtype=np.int64), table.special[ids])
 
-    def without_prefix(self) -> _Side:
-        """Without the space in front of each stretch of text, where the tokenizer puts one there."""
-        if not self.table.dummy_prefix:
-            return self
-        text = ~self.table.special[self.ids]
-        starts = np.flatnonzero(text & ~np.concatenate(([False], text[:-1])))
-        return _Side(self.ids, self.table, np.array([i for i in starts if self.table[self.ids[i]][:1] == b" "], dtype=np.int64))
+    def without_dummy_prefix(self) -> _Side:
+        """Without the first space of each stretch of text between special tokens."""
+        starts = np.flatnonzero(~self.special & np.concatenate(([True], self.special[:-1])))
+        offsets = np.concatenate(([0], self.ends))[starts]
+        text = np.frombuffer(self.text, dtype=np.uint8)
+        is_space = text[offsets] == ord(" ")
+        removed = np.zeros(len(self.ends), dtype=np.int64)
+        removed[starts[is_space]] = 1
+        return _Side(np.delete(text, offsets[is_space]).tobytes(), self.ends - np.cumsum(removed), self.special)
+
+    def boundaries(self) -> np.ndarray:
+        """bool [bytes + 1]: a token ends at this offset. The start of the text is none."""
+        mask = np.zeros(len(self.text) + 1, dtype=bool)
+        mask[self.ends] = True
+        mask[0] = False
+        return mask
 
     def chunk_ids(self, boundaries: np.ndarray) -> np.ndarray:
-        """Chunk of each token, given the byte offsets at which chunks end. An empty prefix joins the next chunk."""
-        chunk = np.searchsorted(boundaries, self.ends, side="left").astype(np.int32)
-        empty = self.lengths == 0
-        if empty.any():
-            chunk[empty] = np.searchsorted(boundaries, self.ends[empty], side="right")
-            chunk[self.table.special[self.ids]] = -1
-        chunk[chunk == len(boundaries)] = -1
+        """int32 [T]: chunk of each token, given the offsets (as a mask) at which chunks end."""
+        closes = boundaries[self.ends]
+        closes[1:] &= self.ends[1:] > self.ends[:-1]  # a token without text closes nothing
+        closed = np.cumsum(closes, dtype=np.int32)
+        chunk = closed - closes
+        chunk[self.special] = -1
+        if len(closed):
+            chunk[chunk == closed[-1]] = -1  # after the last common boundary
         return chunk
 
 
-def _align_equal(student: _Side, teacher: _Side) -> Alignment:
-    """Both sides spell the same text: chunks end where both have a boundary."""
-    ends = np.zeros(len(student.text) + 1, dtype=bool)
-    ends[teacher.ends] = True
-    ends[0] = False
-    marked = np.zeros(len(ends), dtype=bool)
-    marked[student.ends] = True
-    boundaries = np.flatnonzero(ends & marked)
-    return Alignment(
-        student.chunk_ids(boundaries), teacher.chunk_ids(boundaries), len(boundaries), np.ones(len(boundaries), dtype=bool)
-    )
+def _drop_dummy_prefixes(
+    student: _Side, teacher: _Side, student_table: TokenTable, teacher_table: TokenTable
+) -> tuple[_Side, _Side]:
+    """Both sides without the spaces that their tokenizers put in front of text, as far as that makes them agree.
+
+    Llama-2's tokenizer always adds one and Metaspace only if there is none, so what was added shows in the other side.
+    """
+    if student.text == teacher.text or not (student_table.dummy_prefix or teacher_table.dummy_prefix):
+        return student, teacher
+    bare_student = student.without_dummy_prefix() if student_table.dummy_prefix else student
+    bare_teacher = teacher.without_dummy_prefix() if teacher_table.dummy_prefix else teacher
+    for s, t in ((bare_student, bare_teacher), (bare_student, teacher), (student, bare_teacher)):
+        if s.text == t.text:
+            return s, t
+    return bare_student, bare_teacher
 
 
 def _align_different(student: _Side, teacher: _Side) -> Alignment:
-    """The sides spell different texts: chunks end at common boundaries of the stretches that agree."""
-    runs = np.array(_equal_runs(student.text, teacher.text), dtype=np.int64).reshape(-1, 3)
-    if not runs[:, 2].any() and student.text and teacher.text:
-        raise ValueError("the two tokenizations spell different texts: no stretch in common")
-    # teacher offset of every student boundary that lies in an equal run, wherever the teacher has a boundary there too
-    at = np.unique(student.ends)
-    teacher_ends = np.zeros(len(teacher.text) + 1, dtype=bool)
-    teacher_ends[teacher.ends] = True
-    pairs = []
-    for i, j, n in runs.tolist():
-        inside = at[(at >= i) & (at <= i + n)]
-        inside = inside[teacher_ends[inside - i + j]]
-        pairs.append(np.stack([inside, inside - i + j], axis=1))
-    pairs = np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=np.int64)
-    pairs = pairs[(pairs > 0).all(axis=1)]
-    advances = np.ones(len(pairs), dtype=bool)  # a chunk has text on both sides; text of one side alone joins the next
-    last = np.zeros(2, dtype=np.int64)
-    for k, pair in enumerate(pairs):
-        advances[k] = (pair > last).all()
-        last = pair if advances[k] else last
-    pairs = pairs[advances]
-    starts = np.concatenate([np.zeros((1, 2), dtype=np.int64), pairs[:-1]]) if len(pairs) else pairs
-    exact = np.array(
-        [student.text[a:c] == teacher.text[b:d] for (a, b), (c, d) in zip(starts.tolist(), pairs.tolist())], dtype=bool
-    )
-    return Alignment(student.chunk_ids(pairs[:, 0]), teacher.chunk_ids(pairs[:, 1]), len(pairs), exact)
+    """The sides spell different texts: chunks end at common boundaries within the stretches that agree."""
+    runs = _equal_runs(np.frombuffer(student.text, dtype=np.uint8), np.frombuffer(teacher.text, dtype=np.uint8))
+    agree, shorter = sum(n for _, _, n in runs), min(len(student.text), len(teacher.text))
+    if 2 * agree < shorter:
+        raise ValueError(f"the two tokenizations spell different texts: {agree} of {shorter} bytes agree")
+
+    student_ends, teacher_has = np.flatnonzero(student.boundaries()), teacher.boundaries()
+    found = []  # (student offset, teacher offset, run) of every common boundary
+    for run, (i, j, n) in enumerate(runs):
+        at = student_ends[np.searchsorted(student_ends, i) : np.searchsorted(student_ends, i + n, side="right")]
+        at = at[teacher_has[at - i + j]]
+        found.append(np.stack([at, at - i + j, np.full(len(at), run)], axis=1))
+    pairs = np.concatenate(found)
+    # a chunk has text on both sides: what only one side has, between two runs, joins the chunk after it
+    pairs = pairs[(np.diff(pairs[:, :2], axis=0, prepend=0) > 0).all(axis=1)]
+    same_run = np.diff(pairs[:, 2], prepend=0) == 0
+
+    sides = []
+    for side, ends in ((student, pairs[:, 0]), (teacher, pairs[:, 1])):
+        boundaries = np.zeros(len(side.text) + 1, dtype=bool)
+        boundaries[ends] = True
+        sides.append(side.chunk_ids(boundaries))
+    return Alignment(sides[0], sides[1], len(pairs), same_run)
 
 
-def _equal_runs(a: bytes, b: bytes) -> list[tuple[int, int, int]]:
-    """(start in a, start in b, length) of the stretches that agree, in order.
+def _equal_runs(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int, int]]:
+    """(start in a, start in b, length) of the stretches of bytes that agree, in order.
 
-    Both ends of the text count as agreeing, unless one side merely stops early.
+    The ends of the two texts count as agreeing, unless one side merely stops early.
     """
-    left, right = np.frombuffer(a, dtype=np.uint8), np.frombuffer(b, dtype=np.uint8)
     runs, i, j = [], 0, 0
     while True:
-        n = _common_prefix(left[i:], right[j:])
+        n = _common_prefix(a[i:], b[j:])
         runs.append((i, j, n))
         i, j = i + n, j + n
         if i == len(a) or j == len(b):
             return runs
-        found = _next_meeting(left[i:], right[j:])
-        if found is None:
+        meeting = _next_meeting(a[i:], b[j:])
+        if meeting is None:
             return [*runs, (len(a), len(b), 0)]
-        i, j = i + found[0], j + found[1]
+        i, j = i + meeting[0], j + meeting[1]
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
+    """Length of the longest common prefix, in steps that grow so that the cost follows the length."""
     limit, done, step = min(len(a), len(b)), 0, 64
     while done < limit:
         end = min(done + step, limit)
@@ -166,11 +179,10 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _next_meeting(a: np.ndarray, b: np.ndarray) -> tuple[int, int] | None:
-    """The nearest offsets (smallest sum) from which a and b agree on `_RESYNC` bytes, or to their ends."""
-    window = 64
+    """The nearest offsets (of smallest sum) from which a and b agree for `_RESYNC` bytes, or to both ends."""
+    window = 32
     while True:
-        grams_a, grams_b = _grams(a, window), _grams(b, window)
-        _, in_a, in_b = np.intersect1d(grams_a, grams_b, return_indices=True)
+        _, in_a, in_b = np.intersect1d(_grams(a, window), _grams(b, window), return_indices=True)
         if len(in_a):
             nearest = np.argmin(in_a + in_b)
             return int(in_a[nearest]), int(in_b[nearest])
@@ -180,8 +192,8 @@ def _next_meeting(a: np.ndarray, b: np.ndarray) -> tuple[int, int] | None:
 
 
 def _grams(text: np.ndarray, window: int) -> np.ndarray:
-    """Every `_RESYNC` bytes that start in the first `window` bytes, as numbers; the end is padded."""
-    padded = np.concatenate(
-        [text[: window + _RESYNC - 1], np.zeros(max(0, min(_RESYNC - 1, window + _RESYNC - 1 - len(text))), np.uint8)]
-    )
-    return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(padded, _RESYNC)).view(np.uint64).ravel()
+    """uint64: the `_RESYNC` bytes from each of the first `window` offsets; past the end of the text they are zeros."""
+    text = text[: window + _RESYNC - 1]
+    padded = np.concatenate([text, np.zeros(_RESYNC - 1, dtype=np.uint8)])
+    grams = np.lib.stride_tricks.sliding_window_view(padded, _RESYNC)[: min(window, len(text))]
+    return np.ascontiguousarray(grams).view(np.uint64).ravel()

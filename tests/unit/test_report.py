@@ -14,8 +14,10 @@ from xtoken_core.errors import InputError
 from xtoken_core.report import Run, answer_table, markdown, metrics, write_comparison, write_report
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import MAX_POINTS, Series, duration, line_chart, nice_ticks, number, tick_texts
+from xtoken_core.report.curves import phase_bars
 from xtoken_core.report.page import render_report
 from xtoken_core.report.pictures import dag_picture, density_picture
+from xtoken_core.report.run import MAX_LINES
 from xtoken_core.report.tables import bits_table, settings_that_differ, tasks_table
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
 
@@ -312,6 +314,21 @@ def test_files_that_are_no_json(tmp_path):
     for path in ("other.json", "none.json"):
         with pytest.raises(InputError, match=path):
             Run.load(tmp_path / path)
+
+
+def test_long_logs_are_thinned(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = [{"step": i, "loss": 1.0} if i % 100 else {"step": i, "validation_bits_per_byte": 2.0} for i in range(20_000)]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    kept = Run.collect(write_files(tmp_path / "run")["spec"], log=log).log
+    assert sum("loss" in line for line in kept) <= MAX_LINES and sum("loss" not in line for line in kept) == 200
+    assert [line["step"] for line in kept] == sorted(line["step"] for line in kept) and kept[-1]["step"] > 19_900
+
+
+def test_time_of_phases_without_a_summary(run):
+    bars = {bar.label: bar for bar in phase_bars(dataclasses.replace(run, summary={}))}
+    assert list(bars) == ["teachers", "student"] and 0.4 < bars["student"].length / bars["teachers"].length < 1.1
+    assert {bar.label: bar.text for bar in phase_bars(run)}["gemma"] == "1 min 01 s"
 
 
 def test_comparison(run, tmp_path):

@@ -60,11 +60,11 @@ def phase_bars(run: Run) -> list[Bar]:
     """Where the time of the training went, longest first: phases from summary.json, or the teachers' share from the log."""
     phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds}
     if not phases:
-        _, step = run.steps("seconds_step")
+        steps, whole = run.steps("seconds_step")
         _, teachers = run.steps("seconds_teachers")
-        if step and teachers:
-            every = run.spec["training"]["log_steps"]
-            phases = {"teachers' forward": every * sum(teachers), "student": every * (sum(step) - sum(teachers))}
+        if whole and teachers:
+            step, taught = sum(whole) / len(whole), sum(teachers) / len(teachers)
+            phases = {"teachers": taught * steps[-1], "student": (step - taught) * steps[-1]}
     total = sum(phases.values())
     rows = sorted(phases.items(), key=lambda phase: -phase[1])
     return bar_chart([(name, s, duration(s), STUDENT, f"{100 * s / total:.0f} %") for name, s in rows])

@@ -5,7 +5,7 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
 
 `spec`: the whole `DistillationSpec` as JSON (defaults included).
 
-`log`, `baseline_log` (log.jsonl of the student and of its twin trained on cross-entropy alone): one object a line.
+`log`, `baseline_log` (log.jsonl of the student and of its twin trained on cross-entropy alone): one object a line, long ones thinned.
     Training lines: `step`, `loss`, `ce`, `kd`, `kd_<teacher>`, `weight_<teacher>`, `selected` (teacher id), `scale` (the dynamic
     factor of KD), `accuracy` (0..1, next token), `learning_rate`, `grad_norm`, `tokens` (student tokens so far),
     `tokens_per_second`, `seconds_step`, `seconds_teachers`, `seconds_<teacher>`, `memory_gib`.
@@ -49,6 +49,9 @@ from xtoken_core.spec import DistillationSpec
 
 FORMAT = 1
 """Version of run.json."""
+
+MAX_LINES = 5000
+"""Training lines of a log that are kept; of a longer one every second, third, ... line, so that run.json stays small."""
 
 PathLike = str | Path
 
@@ -96,8 +99,8 @@ class Run:
             settings=spec.model_dump(mode="json", exclude_defaults=True),
             name=spec.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            log=read_lines(log),
-            baseline_log=read_lines(baseline_log),
+            log=thinned(read_lines(log)),
+            baseline_log=thinned(read_lines(baseline_log)),
             summary=read_json(summary, {}),
             baseline_summary=read_json(baseline_summary, {}),
             results=[read_json(path, {}) for path in results],
@@ -162,3 +165,10 @@ def read_lines(path: PathLike | None) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise InputError(f"{path}: line {number}: not JSON: {e}") from None
     return objects
+
+
+def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most MAX_LINES training lines, evenly spread, and every validation line."""
+    training = [line for line in lines if "loss" in line]
+    kept = {id(line) for line in training[:: max(1, -(-len(training) // MAX_LINES))]}
+    return [line for line in lines if "loss" not in line or id(line) in kept]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -101,15 +101,14 @@ def prune_layers(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> Pr
     return model
 
 
-def vocabulary_rows(model: PreTrainedModel, num_ids: int, who: str, special_ids: Callable[[], set[int]]) -> int:
+def vocabulary_rows(model: PreTrainedModel, num_ids: int, min_rows: int, who: str) -> int:
     """How many rows of the lm_head belong to ids of the tokenizer; rows beyond them are padding.
 
-    Fewer rows than ids are an error, unless all ids without a row are special tokens, which no text yields (Gemma-3's
-    image token). `special_ids` gives those; `who` names the model in the InputError.
+    num_ids, min_rows: `len(table)` and `table.min_rows` of its TokenTable. `who` names the model in the InputError for too few rows.
     """
     rows = model.get_output_embeddings().weight.shape[0]
-    if rows < num_ids and not set(range(rows, num_ids)) <= special_ids():
-        raise InputError(f"{who}: its lm_head has {rows} rows, fewer than the {num_ids} ids of its tokenizer")
+    if rows < min_rows:
+        raise InputError(f"{who}: its lm_head has {rows} rows, fewer than the {min_rows} ids of its tokenizer")
     return min(rows, num_ids)
 
 

@@ -30,8 +30,8 @@ from xtoken_core.teachers.transport import Inbox, Shape
 
 Logits = Tensor | HiddenLogits | TopKLogits
 Inputs = dict[str, np.ndarray]
-"""One micro-batch of a teacher: input_ids [B, T], position_ids [B, T] where documents are packed; for scores also
-token_mask [B, T], sample_mask [B] and token_bytes [B, T]."""
+"""One micro-batch of a teacher: input_ids [R, L], and of packed rows position_ids [R, L]. For scores also sample_mask [B],
+scored_input_ids, scored_token_mask and scored_token_bytes [B, T], and of packed rows gather [B, T]: where in R * L each token lies."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class TeacherSetup:
     name: str
     """As errors call it: `teachers.0 (qwen)`."""
     model: str
-    tokenizer: str | None
     num_ids: int
     """Ids of its tokenizer; rows of the lm_head beyond them are padding and are dropped."""
+    min_rows: int
+    """Rows that its lm_head must have (`TokenTable.min_rows`)."""
     transport: str
     top_k: int | None
     residency: str

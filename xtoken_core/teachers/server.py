@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class TeacherServer:
         logging.disable_progress_bar()
         self.setup = setup
         self.model = load_model(setup.model, setup.dtype, setup.attention).requires_grad_(False)
-        self.rows = vocabulary_rows(self.model, setup.num_ids, setup.name, self._special_ids)
+        self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.name)
         if setup.transport == "hidden":
             check_head(self.model, setup.name)
         self.outbox = Outbox(setup.device)
@@ -32,11 +33,6 @@ class TeacherServer:
         self.weights = Weights(self.model, setup.device, stay=pinned)
         if setup.residency == "resident":
             self.settle(resident=True)
-
-    def _special_ids(self) -> set[int]:
-        from xtoken_core.tokenization import TokenTable, load_tokenizer
-
-        return set(TokenTable.from_tokenizer(load_tokenizer(self.setup.model, self.setup.tokenizer)).special_ids)
 
     def _share_head(self) -> list[nn.Parameter]:
         """Moves the lm_head (and the embedding tied to it) into buffers that the student maps, for good."""
@@ -108,9 +104,11 @@ class TeacherServer:
         return result
 
     def _score(self, logits: HiddenLogits, inputs: dict[str, Tensor]) -> Tensor:
-        return teacher_scores(
-            logits, inputs["input_ids"], inputs["token_mask"], inputs["sample_mask"], self.setup.scores, inputs["token_bytes"]
-        )
+        if "gather" in inputs:
+            logits = replace(logits, hidden=logits.hidden.flatten(0, 1)[inputs["gather"]])
+        ids, mask, widths = (inputs[f"scored_{name}"] for name in ("input_ids", "token_mask", "token_bytes"))
+        assert self.setup.scores is not None
+        return teacher_scores(logits, ids, mask, inputs["sample_mask"], self.setup.scores, widths)
 
 
 class Weights:

@@ -16,22 +16,26 @@ from xtoken_core.spec import DistillationSpec
 
 
 class Collator:
-    """Pads rows on the right into one batch; an item may be a list of rows, which then share a row of the batch.
+    """Pads rows on the right into one batch, as tensors on the CPU.
 
     The batch, B rows of T tokens on the student's side:
 
-        input_ids, attention_mask, token_mask     int64 [B, T]; attention_mask 1: no padding, token_mask 1: a target
-        token_bytes                               int32 [B, T]: bytes of text under each token
-        sample_mask                               float32 [B]: ones
-        position_ids, segment_ids                 int64 [B, T], only of packed rows: positions restart with every document (padding
-                                                  counts as one more), documents are numbered from 1 (padding: 0)
-        teachers                                  one dict per teacher, None for one with the student's vocabulary: the same keys (all but
-                                                  sample_mask) [B, T_t], student_chunk_id [B, T] and teacher_chunk_id [B, T_t] int64
-                                                  (-1 outside chunks), chunk_valid and chunk_exact bool [B, C]
+        input_ids, attention_mask, token_mask   int64 [B, T]; attention_mask 1: no padding, token_mask 1: a target
+        token_bytes                             int32 [B, T]: bytes of text under each token
+        sample_mask                             float32 [B]: ones
+        teachers                                one dict per teacher, None for one with the student's vocabulary: the same keys
+                                                [B, T_t] but sample_mask, student_chunk_id [B, T] and teacher_chunk_id [B, T_t]
+                                                int64 (-1 outside chunks), chunk_valid and chunk_exact bool [B, C]
 
     No row of logits predicts the first token of a document, so it is no target and belongs to no chunk; a chunk that
-    thereby has no token left on a side, or with `chunk_distribution: first` loses its first, is not valid. A packed row hence
-    counts exactly what its documents count one by one.
+    thereby has no token left on a side, or with `chunk_distribution: first` loses its first, is not valid.
+
+    Items of a packed dataset are lists of rows. Then the batch is that of all these rows one by one, as losses want it, and
+    each side has in `packed` what its model reads:
+
+        input_ids, position_ids                 int64 [R, L]: the documents of an item in one row; positions restart with each, and
+                                                with the padding
+        gather                                  int64 [B, T]: where each token lies in the flattened [R * L]; 0 for padding
     """
 
     def __init__(self, columns: Sequence[str | None], pads: dict[str, int], chunk_distribution: str = "mean"):
@@ -45,62 +49,52 @@ class Collator:
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
         return cls(columns, pads, spec.loss.chunk_distribution)
 
-    def __call__(self, items: Sequence[Row | list[Row]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> dict[str, Any]:
         """See the class."""
-        groups = [item if isinstance(item, list) else [item] for item in items]
-        packed = any(isinstance(item, list) for item in items)
-        batch: dict[str, Any] = self._tokens(groups, "student", packed)
-        batch["sample_mask"] = torch.ones(len(groups))
+        groups = [item for item in items if isinstance(item, list)]
+        rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        batch: dict[str, Any] = {**self._tokens(rows, groups, "student"), "sample_mask": torch.ones(len(rows))}
         batch["teachers"] = [
-            None if column is None else self._tokens(groups, column, packed) | self._chunks(groups, column)
-            for column in self.columns
+            None if column is None else self._tokens(rows, groups, column) | self._chunks(rows, column) for column in self.columns
         ]
         return batch
 
-    def _tokens(self, groups: list[list[Row]], column: str, packed: bool) -> dict[str, Tensor]:
+    def _tokens(self, rows: list[Row], groups: list[list[Row]], column: str) -> dict[str, Any]:
         """What one side reads."""
-        length = max(sum(len(row[f"{column}_ids"]) for row in group) for group in groups)
-        shape = (len(groups), length)
-        ids = np.full(shape, self.pads[column], np.int64)
-        attention, targets, positions, segments = (np.zeros(shape, np.int64) for _ in range(4))
-        widths = np.zeros(shape, np.int32)
-        for b, group in enumerate(groups):
-            at = 0
-            for number, row in enumerate(group, 1):
-                part = slice(at, at := at + len(row[f"{column}_ids"]))
-                ids[b, part] = row[f"{column}_ids"]
-                targets[b, part] = row[f"{column}_mask"]
-                targets[b, part.start] = 0
-                widths[b, part] = row[f"{column}_bytes"]
-                segments[b, part] = number
-                positions[b, part] = np.arange(at - part.start)
-            attention[b, :at] = 1
-            positions[b, at:] = np.arange(length - at)
-        arrays = {"input_ids": ids, "attention_mask": attention, "token_mask": targets, "token_bytes": widths}
-        if packed:
-            arrays |= {"position_ids": positions, "segment_ids": segments}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        targets = _padded([row[f"{column}_mask"] for row in rows], 0)
+        targets[:, 0] = 0
+        arrays = {
+            "input_ids": _padded([row[f"{column}_ids"] for row in rows], self.pads[column]),
+            "attention_mask": _padded([np.ones_like(row[f"{column}_ids"]) for row in rows], 0),
+            "token_mask": targets,
+            "token_bytes": _padded([row[f"{column}_bytes"] for row in rows], 0, np.int32),
+        }
+        return _tensors(arrays) | ({"packed": self._packed(groups, column)} if groups else {})
 
-    def _chunks(self, groups: list[list[Row]], column: str) -> dict[str, Tensor]:
+    def _packed(self, groups: list[list[Row]], column: str) -> dict[str, Tensor]:
+        ids = [[row[f"{column}_ids"] for row in group] for group in groups]
+        lengths = [[len(i) for i in group] for group in ids]
+        width = max(map(sum, lengths))
+        positions = [[np.arange(n) for n in [*group, width - sum(group)]] for group in lengths]
+        starts = [r * width + start for r, group in enumerate(lengths) for start in np.cumsum([0, *group[:-1]])]
+        gather = [start + np.arange(n) for start, n in zip(starts, (n for group in lengths for n in group))]
+        return _tensors(
+            {
+                "input_ids": _padded([np.concatenate(group) for group in ids], self.pads[column]),
+                "position_ids": _padded([np.concatenate(group) for group in positions], 0),
+                "gather": _padded(gather, 0),
+            }
+        )
+
+    def _chunks(self, rows: list[Row], column: str) -> dict[str, Tensor]:
         """How one teacher's tokens and the student's meet."""
-        students = _padded([[row[f"{column}_student_chunk_id"] for row in group] for group in groups])
-        teachers = _padded([[row[f"{column}_teacher_chunk_id"] for row in group] for group in groups])
-        counts = [[len(row[f"{column}_chunk_exact"]) for row in group] for group in groups]
-        shape = (len(groups), max(sum(count) for count in counts))
-        valid, exact = np.zeros(shape, bool), np.zeros(shape, bool)
-        for b, group in enumerate(groups):
-            at_student = at_teacher = chunk = 0
-            for row, count in zip(group, counts[b]):
-                student = students[b, at_student : (at_student := at_student + len(row[f"{column}_student_chunk_id"]))]
-                teacher = teachers[b, at_teacher : (at_teacher := at_teacher + len(row[f"{column}_teacher_chunk_id"]))]
-                part = slice(chunk, chunk := chunk + count)
-                valid[b, part] = self._valid(student, teacher, count)
-                exact[b, part] = row[f"{column}_chunk_exact"]
-                for ids in (student, teacher):  # views: changes the batch
-                    ids[0] = -1
-                    ids[ids >= 0] += part.start
-        arrays = {"student_chunk_id": students, "teacher_chunk_id": teachers, "chunk_valid": valid, "chunk_exact": exact}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        students = _padded([row[f"{column}_student_chunk_id"] for row in rows], -1)
+        teachers = _padded([row[f"{column}_teacher_chunk_id"] for row in rows], -1)
+        exact = _padded([row[f"{column}_chunk_exact"] for row in rows], False, bool)
+        counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
+        valid = _padded([self._valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
+        students[:, 0] = teachers[:, 0] = -1
+        return _tensors({"student_chunk_id": students, "teacher_chunk_id": teachers, "chunk_valid": valid, "chunk_exact": exact})
 
     def _valid(self, student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:
         """[count] bool: the chunks of one document that keep a predictor row on both sides."""
@@ -113,10 +107,13 @@ class Collator:
         return valid
 
 
-def _padded(groups: list[list[np.ndarray]]) -> np.ndarray:
-    """[B, T] int64 of concatenated arrays, -1 behind them."""
-    rows = [np.concatenate(group) for group in groups]
-    out = np.full((len(rows), max(map(len, rows))), -1, np.int64)
+def _padded(rows: Sequence[np.ndarray], fill: int, dtype: type = np.int64) -> np.ndarray:
+    """[B, T]: the rows, filled up on the right."""
+    out: np.ndarray = np.full((len(rows), max(map(len, rows))), fill, dtype)
     for b, row in enumerate(rows):
         out[b, : len(row)] = row
     return out
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -63,7 +63,7 @@ def prepare_rows(
     documents = read_documents(uris, spec.data, shard, shards)
     interval = 0.5 if sys.stderr.isatty() else 15
     stats = Statistics(sides)
-    with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval) as progress:
+    with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec.data, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
     if shards == 1 or stats.documents:  # a shard may be left without documents, a corpus may not
@@ -148,6 +148,7 @@ class Statistics:
         self.documents = self.rows = self.bytes = 0
         self.dropped: Counter[str] = Counter()
         self.corpora: Counter[str] = Counter()
+        self.corpus_bytes: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.chunks: Counter[str] = Counter()
         self.exact: Counter[str] = Counter()
@@ -156,6 +157,8 @@ class Statistics:
         """Counts a document, and why it was dropped if it was."""
         self.documents += 1
         self.corpora[document.corpus] += 1
+        texts = [document.content] if isinstance(document.content, str) else [m["content"] for m in document.content]
+        self.corpus_bytes[document.corpus] += sum(len(text.encode()) for text in texts)
         if dropped:
             self.dropped[dropped] += 1
 
@@ -190,7 +193,7 @@ class Statistics:
             "rows": self.rows,
             "bytes": self.bytes,
             "student_tokens": self.tokens["student"],
-            "corpora": {name: {"documents": count} for name, count in self.corpora.items()},
+            "corpora": {name: {"documents": count, "bytes": self.corpus_bytes[name]} for name, count in self.corpora.items()},
             "teachers": {
                 side.name.removeprefix("teacher "): {
                     "tokens": self.tokens[side.name],

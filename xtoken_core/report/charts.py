@@ -253,19 +253,18 @@ def interval_plot(unit: str, rows: Sequence[Measured]) -> Spans | None:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a label, its length in per cent of the longest, and its value as text."""
+    """One bar: a label, its length in per cent of the longest, and its duration as text."""
 
     label: str
     length: float
     text: str
-    color: int = 0
     note: str = ""
 
 
-def bar_chart(rows: Sequence[tuple[str, float, str, int, str]]) -> list[Bar]:
-    """Bars of rows (label, value, text, color, note), on a common scale from zero."""
-    longest = max((value for _, value, *_ in rows), default=0) or 1
-    return [Bar(text, round(100 * value / longest, 2), shown, color, note) for text, value, shown, color, note in rows]
+def duration_bars(rows: Sequence[tuple[str, float, str]]) -> list[Bar]:
+    """Bars of rows (label, seconds, note), on a common scale from zero."""
+    longest = max((seconds for _, seconds, _ in rows), default=0.0)
+    return [Bar(label, round(100 * seconds / longest, 2), duration(seconds), note) for label, seconds, note in rows]
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from xtoken_core.report.charts import Bar, Chart, Series, bar_chart, duration, line_chart
+from xtoken_core.report.charts import Bar, Chart, Series, duration_bars, line_chart
 from xtoken_core.report.run import Run
 
 STUDENT, TWIN, FIRST_TEACHER = 0, 1, 2
@@ -57,25 +57,17 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
 
 
 def phase_bars(run: Run) -> list[Bar]:
-    """Where the time of the training went, longest first: phases from summary.json, or the teachers' share from the log."""
+    """Where the time of the training went, longest phase first."""
     phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds}
-    if not phases:
-        steps, whole = run.steps("seconds_step")
-        _, teachers = run.steps("seconds_teachers")
-        if whole and teachers:
-            step, taught = sum(whole) / len(whole), sum(teachers) / len(teachers)
-            phases = {"teachers": taught * steps[-1], "student": (step - taught) * steps[-1]}
     total = sum(phases.values())
     rows = sorted(phases.items(), key=lambda phase: -phase[1])
-    return bar_chart([(name, s, duration(s), STUDENT, f"{100 * s / total:.0f} %") for name, s in rows])
+    return duration_bars([(name, seconds, f"{100 * seconds / total:.0f} %") for name, seconds in rows])
 
 
 def task_bars(run: Run) -> list[Bar]:
     """How long each task of the DAG took, longest first."""
-    timed = sorted((t for t in run.tasks if t.get("seconds")), key=lambda task: -task["seconds"])
-    return bar_chart(
-        [(t["name"], t["seconds"], duration(t["seconds"]), STUDENT, "") for t in timed if t.get("status") != "cached"]
-    )
+    timed = [task for task in run.tasks if task.get("seconds") and task.get("status") != "cached"]
+    return duration_bars([(task["name"], task["seconds"], "") for task in sorted(timed, key=lambda task: -task["seconds"])])
 
 
 def _validation(run: Run) -> Chart | None:

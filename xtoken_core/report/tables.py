@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from xtoken_core.report.run import Run
-from xtoken_core.report.verdict import Difference, bits_difference, everybody, interval, label, task_difference
+from xtoken_core.report.verdict import Difference, bits_difference, everybody, label, task_difference
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Table:
     columns: list[str]
     rows: list[list[Cell]]
     caption: str = ""
-    code: bool = field(default=False)
+    code: bool = False
     """Whether every column is text, for code and names."""
 
 
@@ -188,8 +188,7 @@ def _bits(measured: dict[str, Any] | None) -> Cell:
 def _difference(difference: Difference | None) -> Cell:
     if difference is None:
         return MISSING
-    note = interval(difference).partition(" ")[2].strip("[]").replace(", ", " to ")
-    note += "" if difference.exceeds_noise else ", within the noise"
+    note = f"{difference.low:+.3f} to {difference.high:+.3f}" + ("" if difference.exceeds_noise else ", within the noise")
     return Cell(f"{difference.value:+.3f}", difference.value, difference.tone, note=note)
 
 

@@ -1,0 +1,238 @@
+"""The terms of a batch through the kernels, tile by tile, and their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xtoken_core.losses.kernels.gradient import TileGradient, write_gradient
+from xtoken_core.losses.kernels.projected import SparseGradient, weight_gradient
+from xtoken_core.losses.kernels.rows import RowStats, row_stats
+from xtoken_core.losses.kernels.sources import HiddenGradients, Source
+from xtoken_core.losses.kernels.terms import ChunkTerm, CommonTerm, ProjectedTerm, Term, Tile, WithinTerm, make_term
+from xtoken_core.losses.kernels.tiles import cut
+from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens
+from xtoken_core.losses.kernels.whole import WholeGradient
+from xtoken_core.losses.selection import next_token_ids, next_token_mask
+from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
+from xtoken_core.spec import LossSpec
+
+
+class Batch:
+    """A batch made ready: rows, terms, tables and tiles. `run` does the work, as often as asked."""
+
+    def __init__(
+        self, student: Tensor | HiddenLogits, input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor, teachers: Sequence[TeacherBatch],
+        spec: LossSpec,
+    ):  # fmt: skip
+        self.student, self.spec = student, spec
+        self.source = Source.of(student)
+        self.counted = next_token_mask(token_mask, sample_mask).flatten()
+        self.targets = next_token_ids(input_ids).flatten()
+        self.length = student.shape[1]
+        self.terms: list[Term] = [
+            make_term(t, self.length, self.source.vocab, self.counted, sample_mask, spec) for t in teachers
+        ]
+        self.active = self.counted
+        for term in self.terms:
+            if isinstance(term, ChunkTerm):
+                self.active = self.active | term.active
+        self.touched, self.placed = self._tables()
+        self.stats = RowStats.empty(self.source.rows, spec.temperature, self.counted.device)
+        self.saved: tuple[Tile, TileGradient] | None = None
+        chunked = [term for term in self.terms if isinstance(term, ChunkTerm)]
+        formed = [term.source for term in chunked if isinstance(term, CommonTerm)]
+        if all(source.dense is not None for source in [self.source, *formed]):
+            self.tiles = [((0, self.source.rows), [term.teacher_range for term in chunked])]
+        else:
+            self.tiles = cut(self.source.rows, [(term.student, term.teacher) for term in chunked])
+        self.chunked = chunked
+
+    def _tables(self) -> tuple[Touched | None, dict[int, Placed]]:
+        sparse = {i: t for i, t in enumerate(self.terms) if isinstance(t, ProjectedTerm | WithinTerm)}
+        if not sparse:
+            return None, {}
+        sets = next(iter(sparse.values())).place.shape[0]
+        flag = torch.zeros(sets, self.source.vocab, dtype=torch.int32, device=self.counted.device)
+        for term in sparse.values():
+            mark(flag, term.indices, term.place)
+        touched = touched_tokens(flag)
+        return touched, {i: placed_entries(touched, t.indices, t.weights, t.place) for i, t in sparse.items()}
+
+    def run(self, use: Callable[[Tile, TileGradient], None] | None = None) -> None:
+        """All terms' sums; `use` is called with every tile and what its gradient needs."""
+        for (first, last), ranges in self.tiles:
+            for term, teacher_range in zip(self.chunked, ranges, strict=True):
+                term.teacher_range = teacher_range
+            logits = self.source.tile(first, last)
+            row_stats(logits, self.active, self.targets, self.stats, first, self.spec.temperature)
+            tile = Tile(first, last, logits, self.stats)
+            parts = TileGradient([], [], [])
+            for i, term in enumerate(self.terms):
+                part = term.tile(tile)
+                if isinstance(part, SparseGradient):
+                    parts.sparse.append((i, part, self.placed[i], isinstance(term, ProjectedTerm)))
+                elif isinstance(part, WholeGradient):
+                    parts.whole.append((i, part))
+                else:
+                    parts.common.append((i, part))
+            if use is not None:
+                use(tile, parts)
+            logits = tile = parts = part = None  # the next tile needs the room
+
+    def gradient(self, tile: Tile, parts: TileGradient, out: Tensor, ce: Tensor, kd: Tensor) -> None:
+        """Writes a tile's gradient by its raw logits to `out`."""
+        write_gradient(
+            tile.logits, out, tile.first, self.active, self.counted, self.targets, self.stats, ce, kd, parts, self.touched, self.length,
+            self.spec.temperature, self.spec.reverse_kl, self.source.scale, self.source.cap,
+        )  # fmt: skip
+
+    def weight_gradients(self, tile: Tile, parts: TileGradient, kd: Tensor, into: dict[int, Tensor]) -> None:
+        """Adds a tile's derivative by the weights of every learnable W to `into`, by term."""
+        assert self.touched is not None or not parts.sparse
+        for i, sparse, placed, _ in parts.sparse:
+            term = self.terms[i]
+            if isinstance(term, ProjectedTerm) and term.learnable.requires_grad:
+                assert self.touched is not None
+                found = weight_gradient(
+                    tile.logits, tile.first, tile.lse_tau, sparse, self.touched, placed, self.length, self.spec.temperature
+                )
+                found *= kd[i] * self.spec.temperature**2
+                into[i] = into[i] + found if i in into else found
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The CE sum and the [n] KD sums."""
+        ce = torch.where(self.counted, self.stats.lse - self.stats.target, 0).sum()
+        kd = [term.kl.sum() * self.spec.temperature**2 for term in self.terms]
+        return ce, torch.stack(kd) if kd else ce.new_zeros(0)
+
+
+@triton.jit
+def _scale_kernel(x, factor, size, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) * by
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=at < size)
+
+
+def scale_(x: Tensor | None, factor: Tensor) -> Tensor | None:
+    """x *= factor (0-dim, on the device); costs nothing where the factor is 1."""
+    if x is not None and x.numel():
+        _scale_kernel[(triton.cdiv(x.numel(), 8192),)](x, factor, x.numel(), BLOCK=8192, num_warps=8)
+    return x
+
+
+class _Terms(torch.autograd.Function):
+    """The CE sum, the KD sums and, with coefficients, their total, by logits (or hidden states, weight, bias) and learnable weights of W."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: Batch, coefficients: Coefficients | None, wanted: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.batch, ctx.coefficients, ctx.ready = batch, coefficients, None
+        if isinstance(batch.student, HiddenLogits):
+            if wanted and coefficients is not None:
+                ctx.ready = _hidden_gradients(batch, coefficients.ce.float(), coefficients.kd.float())
+            else:
+                batch.run()
+        elif wanted and len(batch.tiles) == 1:
+
+            def keep(tile: Tile, parts: TileGradient) -> None:
+                batch.saved = tile, parts
+
+            batch.run(keep)
+        else:
+            batch.run()
+        ce, kd = batch.sums()
+        if coefficients is None:
+            return ce, kd
+        total = coefficients.ce * ce + (coefficients.kd * kd).sum()
+        ctx.mark_non_differentiable(ce, kd)
+        return ce, kd, total.to(ce.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        batch: Batch = ctx.batch
+        if ctx.ready is not None:
+            gradients, ctx.ready = ctx.ready, None
+            return None, None, None, *(scale_(x, upstream[2]) for x in gradients)
+        if ctx.coefficients is None:
+            ce, kd = upstream[0].float(), upstream[1].float()
+        else:
+            ce, kd = (upstream[2] * x for x in (ctx.coefficients.ce.float(), ctx.coefficients.kd.float()))
+        if isinstance(batch.student, HiddenLogits):
+            return None, None, None, *_hidden_gradients(batch, ce, kd)
+        return None, None, None, *_dense_gradients(batch, ce, kd)
+
+
+def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None]:
+    """By the student's logits and the weights of W; from what forward kept, or by another run."""
+    assert isinstance(batch.student, Tensor)
+    shape = batch.student.shape
+    out = torch.empty(shape, dtype=batch.student.dtype, device=batch.student.device).flatten(0, 1)
+    weights: dict[int, Tensor] = {}
+
+    def use(tile: Tile, parts: TileGradient) -> None:
+        batch.weight_gradients(tile, parts, kd, weights)
+        batch.gradient(tile, parts, out[tile.first : tile.last], ce, kd)
+
+    if batch.saved is not None:
+        use(*batch.saved)
+    else:
+        batch.run(use)
+    return [out.view(shape), *_by_weights(batch, weights)]
+
+
+def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None]:
+    """By hidden states, lm_head weight and bias, and the weights of W, in one run over the tiles."""
+    assert isinstance(batch.student, HiddenLogits)
+    gradients = HiddenGradients(batch.source, batch.student, len(batch.tiles) == 1)
+    weights: dict[int, Tensor] = {}
+
+    def use(tile: Tile, parts: TileGradient) -> None:
+        batch.weight_gradients(tile, parts, kd, weights)
+        out = torch.empty_like(tile.logits) if parts.common else tile.logits  # in place where no other row is read
+        batch.gradient(tile, parts, out, ce, kd)
+        gradients.add(out, tile.first)
+
+    batch.run(use)
+    return [*gradients.finished(), *_by_weights(batch, weights)]
+
+
+def _learnable(batch: Batch) -> list[tuple[int, Tensor]]:
+    return [(i, t.learnable) for i, t in enumerate(batch.terms) if isinstance(t, ProjectedTerm) and t.learnable.requires_grad]
+
+
+def _by_weights(batch: Batch, weights: dict[int, Tensor]) -> list[Tensor | None]:
+    padded: list[Tensor | None] = []
+    for i, like in _learnable(batch):
+        full = torch.zeros_like(like)
+        full[: weights[i].shape[0]] = weights[i]
+        padded.append(full)
+    return padded
+
+
+def term_sums(
+    student: Tensor | HiddenLogits,
+    input_ids: Tensor,
+    token_mask: Tensor,
+    sample_mask: Tensor,
+    teachers: Sequence[TeacherBatch],
+    spec: LossSpec,
+    coefficients: Coefficients | None = None,
+) -> TermSums:
+    """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16."""
+    batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec)
+    inputs = [student] if isinstance(student, Tensor) else [student.hidden, student.weight, student.bias]
+    inputs += [weights for _, weights in _learnable(batch)]
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    sums = _Terms.apply(batch, coefficients, wanted, *inputs)
+    parts = [term.sums() for term in batch.terms]
+    zero = sums[0].new_zeros(())
+    common, uncommon = (torch.stack([zero if p is None else p[i] for p in parts]) if parts else sums[1].new_zeros(0) for i in (0, 1))
+    correct = ((batch.stats.argmax == batch.targets) & batch.counted).sum()
+    return TermSums(sums[0], sums[1], correct, common, uncommon, sums[2] if coefficients is not None else None)

@@ -1,0 +1,135 @@
+"""gold and h_kl over common columns: the KL of every chunk between the two sides' mean log-probabilities at paired columns.
+
+With l_v the student's mean log-probability of a chunk (n rows), f the chunk's loss and g_v = df/dl_v, the gradient of its row t is
+
+    df / dz_tv = (g_v - p_tv Σ_u g_u) / (n τ)
+
+where g_v = -exp(R) at a common column (R: the teacher's at its pair; reverse: exp(l)(l - R + 1)) and sign * exp(l) at an uncommon one
+(`ranks.py`). It is dense, and `gradient.py` forms g_v again from the logits of both sides when it writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
+from xtoken_core.losses.selection import common_pairs
+
+if TYPE_CHECKING:
+    from xtoken_core.projection import Projection
+
+SPLIT = 4
+"""Programs that share the columns of a chunk."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The vocabulary split of one teacher: `selection.common_pairs` by student column."""
+
+    pair: Tensor
+    """[V_s] int32: the teacher's column paired with a student's; for the student's i-th uncommon column -1 - i."""
+    uncommon_student: Tensor
+    """[u] int32, ascending."""
+    uncommon_teacher: Tensor
+    """[w] int32, ascending."""
+
+
+_SPLITS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def vocabulary_split(projection: Projection, mode: str, student_vocab: int, teacher_vocab: int) -> Split:
+    """Computed once per set of pairs."""
+    tables = _SPLITS.setdefault(projection.weights, {})
+    key = mode, student_vocab, teacher_vocab
+    if key not in tables:
+        pairs = common_pairs(projection, *key)
+        pair = torch.empty(student_vocab, dtype=torch.int32, device=pairs.student.device)
+        pair[pairs.student] = pairs.teacher.int()
+        rest = pairs.uncommon_student.int()
+        pair[pairs.uncommon_student] = -1 - torch.arange(rest.numel(), dtype=torch.int32, device=rest.device)
+        tables[key] = Split(pair, rest, pairs.uncommon_teacher.int())
+    return tables[key]
+
+
+@triton.jit
+def _common_kernel(
+    s_logits, s_stride, s_first, s_lse, s_rows, s_start, t_logits, t_stride, t_first, t_lse, t_rows, t_start, num_rows, pair, vocab,
+    inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: a chunk's KL and Σ g over every so-many-th block of the student's columns."""
+    chunk, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    begin, end = tl.load(s_start + chunk), tl.load(s_start + chunk + 1)
+    head = tl.load(s_rows + begin, mask=begin < end, other=-1).to(tl.int64) - s_first
+    if (head >= 0) & (head < num_rows):
+        t_begin, t_end = tl.load(t_start + chunk), tl.load(t_start + chunk + 1)
+        terms = tl.zeros([BLOCK], tl.float32)
+        slope = tl.zeros([BLOCK], tl.float32)
+        for v0 in range(part * BLOCK, vocab, parts * BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            column = tl.load(pair + v, mask=v < vocab, other=-1)
+            common = column >= 0
+            s = mean_log_prob(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, v, v < vocab, inv_tau)
+            t = mean_log_prob(t_logits, t_stride, t_first, t_lse, t_rows, t_begin, t_end, column, common, inv_tau)
+            if REVERSE:
+                weight = tl.exp(s)
+                terms += tl.where(common, weight * (s - t), 0.0)
+                slope += tl.where(common, weight * (s - t + 1.0), 0.0)
+            else:
+                weight = tl.exp(t)
+                terms += tl.where(common, weight * (t - s), 0.0)
+                slope -= tl.where(common, weight, 0.0)
+        tl.store(kl + chunk * parts + part, tl.sum(terms, 0))
+        tl.store(slopes + chunk * parts + part, tl.sum(slope, 0))
+
+
+def common_kl(
+    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Segments, t_logits: Tensor, t_first: int, t_lse: Tensor, teacher: Segments,
+    pair: Tensor, temperature: float, reverse: bool, kl: Tensor, slopes: Tensor,
+) -> None:  # fmt: skip
+    """Fills kl and slopes [N, SPLIT] float32, to be summed, of the chunks whose student rows are in the tile.
+
+    Args:
+        s_logits: [n, V_s] the student's tile; t_logits: [m, V_t] the teacher's.
+        s_first: number of the tile's first row; t_first: the teacher's.
+        s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
+        student: all chunks' student rows; teacher: their teacher rows.
+        pair: [V_s] int32, see `Split`.
+        temperature: τ.
+        reverse: KL(student || teacher).
+        kl: parts of Σ over common columns of the KL.
+        slopes: parts of Σ_v g_v over common columns.
+    """
+    if kl.shape[0] == 0:
+        return
+    _common_kernel[kl.shape](
+        s_logits, s_logits.stride(0), s_first, s_lse, student.rows, student.start, t_logits, t_logits.stride(0), t_first, t_lse,
+        teacher.rows, teacher.start, s_logits.shape[0], pair, s_logits.shape[1], 1.0 / temperature, kl, slopes, REVERSE=reverse,
+        BLOCK=2048, num_warps=8,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CommonGradient:
+    """What `gradient.py` needs of a tile to write this teacher's part."""
+
+    pair: Tensor
+    """[V_s] int32, see `Split`."""
+    sign: Tensor
+    """[N, u] int8: derivative of the L1 by each uncommon probability."""
+    slope: Tensor
+    """[N] float32: Σ_v g_v of each chunk."""
+    student: Segments
+    teacher: Segments
+    logits: Tensor
+    """[m, V_t]: the teacher's tile."""
+    first: int
+    """Number of its first row."""
+    lse: Tensor
+    """[m] float32: log-sum-exp / τ of its rows."""

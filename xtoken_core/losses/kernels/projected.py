@@ -1,0 +1,275 @@
+"""p_kl: the student's probabilities projected by W into the teacher's K columns, and the KL of every chunk.
+
+With p the student's softmax(z / τ), q_t = p_t W[:, K] is formed row by row (`project`); one program a chunk then takes the mean of its rows, both
+sides' KL, and G = dKL/dQ_c (`chunk_kl`). The gradient of a row t of chunk c (n rows) is
+
+    dKL_c / dz_tv = p_tv (h_tv - s_t) / τ,   h_tv = 1/n Σ_j W_vj G_j (touched columns only),   s_t = Σ_v p_tv h_tv = 1/n Σ_j G_j q_tj
+
+so that beside the dense slope -s_t it is sparse; `gradient.py` writes it. Formulas: `reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
+from xtoken_core.losses.kernels.touched import HEAVY, ByTeacher, Columns, Placed, Touched
+from xtoken_core.losses.selection import EPSILON, FLOOR
+
+
+@triton.jit
+def _project_kernel(
+    logits, stride, first, active, lse, mass, width, column_start, column_count, heavy, student, weight, rows_per_set, num_sets,
+    inv_tau, LIGHT: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """q of one row, over this program's share of K: LIGHT columns at a time, an entry of each per step; and before them, where one
+    column has many entries, tiles of COLUMNS x ENTRIES. K is sorted by number of entries, so the columns of a block need about as many steps.
+    """
+    local = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    row = first + local
+    if tl.load(active + row) != 0:
+        base = logits + local * stride
+        out = mass + local * width
+        set_ = row // rows_per_set % num_sets
+        starts, counts = column_start + set_ * width, column_count + set_ * width
+        many = tl.load(heavy + set_)
+        norm = tl.load(lse + local)
+        for j0 in range(part * COLUMNS, many, parts * COLUMNS):
+            j = j0 + tl.arange(0, COLUMNS)
+            start = tl.load(starts + j, mask=j < many, other=0)
+            count = tl.load(counts + j, mask=j < many, other=0)
+            total = tl.zeros([COLUMNS, ENTRIES], tl.float32)
+            for e0 in range(0, tl.max(count, 0), ENTRIES):
+                e = e0 + tl.arange(0, ENTRIES)
+                live = e[None, :] < count[:, None]
+                entry = start[:, None] + e[None, :]
+                z = tl.load(base + tl.load(student + entry, mask=live, other=0), mask=live, other=float("-inf")).to(tl.float32)
+                total += tl.load(weight + entry, mask=live, other=0.0) * tl.exp(z * inv_tau - norm)
+            tl.store(out + j, tl.sum(total, 1), mask=j < many)
+        for j0 in range(part * LIGHT, width, parts * LIGHT):
+            j = j0 + tl.arange(0, LIGHT)
+            mine = (j >= many) & (j < width)
+            start = tl.load(starts + j, mask=mine, other=0)
+            count = tl.load(counts + j, mask=mine, other=0)
+            sums = tl.zeros([LIGHT], tl.float32)
+            for e1 in range(0, tl.max(count, 0)):
+                alive = e1 < count
+                x = tl.load(base + tl.load(student + start + e1, mask=alive, other=0), mask=alive, other=float("-inf")).to(tl.float32)
+                sums += tl.load(weight + start + e1, mask=alive, other=0.0) * tl.exp(x * inv_tau - norm)
+            tl.store(out + j, sums, mask=mine)
+
+
+def project(
+    logits: Tensor, first: int, active: Tensor, lse: Tensor, columns: Columns, table: ByTeacher, weight: Tensor, rows_per_set: int,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """q [n, k] float32 of a tile's active rows.
+
+    Args:
+        logits: [n, V_s], the tile.
+        first: number of its first row.
+        active: [R] bool; other rows of q are garbage.
+        lse: [n] float32, of the logits / τ.
+        columns: K.
+        table: W by teacher column.
+        weight: [entries of W] float32, in the order of `table`.
+        rows_per_set: T.
+        temperature: τ.
+    """
+    n, (sets, width) = logits.shape[0], columns.index.shape
+    mass = torch.empty(n, width, device=logits.device)
+    _project_kernel[(n, 4)](
+        logits, logits.stride(0), first, active, lse, mass, width, columns.start, columns.count, columns.heavy, table.student, weight,
+        rows_per_set, sets, 1.0 / temperature, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=4,
+    )  # fmt: skip
+    return mass
+
+
+@triton.jit
+def _mean_mass(mass, width, rows, begin, end, first, j, inside):
+    """Q of a chunk at positions j: the mean of q over its rows."""
+    total = tl.zeros(j.shape, tl.float32)
+    for i in range(begin, end):
+        local = tl.load(rows + i).to(tl.int64) - first
+        total += tl.load(mass + local * width + j, mask=inside, other=0.0)
+    return total / (end - begin)
+
+
+@triton.jit
+def _renormalised(mass, scale, r, REVERSE: tl.constexpr, FIRST: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr):
+    """Normalised Q, each column's term of the KL and the term's derivative by normalised Q. `first` floors the log, `mean` adds an epsilon."""
+    q = mass * scale
+    if FIRST:
+        floored = tl.maximum(q, FLOOR)
+        passes = q >= FLOOR
+    else:
+        floored = q + EPSILON
+        passes = q >= 0
+    log_q = tl.log(floored)
+    if REVERSE:
+        term = floored * (log_q - r)
+        slope = log_q - r + 1.0
+    else:
+        target = tl.exp(r)
+        term = target * (r - log_q)
+        slope = -target / floored
+    return q, term, tl.where(passes, slope, 0.0)
+
+
+@triton.jit
+def _chunk_kl_kernel(
+    mass, width, rows, start, first, num_rows, within, within_lse, teacher_rows, teacher_start, teacher_first, inv_tau, kl, owner, share,
+    slope, REVERSE: tl.constexpr, FIRST: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk of the tile: its KL, then G in place of q of its first row (the owner), and every row's share and slope."""
+    chunk = tl.program_id(0)
+    begin, end = tl.load(start + chunk), tl.load(start + chunk + 1)
+    head = tl.load(rows + begin, mask=begin < end, other=-1).to(tl.int64) - first
+    if (head >= 0) & (head < num_rows):
+        t_begin, t_end = tl.load(teacher_start + chunk), tl.load(teacher_start + chunk + 1)
+        total = tl.zeros([BLOCK], tl.float32)
+        for j0 in range(0, width, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            total += _mean_mass(mass, width, rows, begin, end, first, j, j < width)
+        captured = tl.sum(total, 0)
+        if FIRST:
+            scale = 1.0 / tl.maximum(captured, FLOOR)
+        else:
+            scale = 1.0 / (captured + EPSILON)
+
+        terms = tl.zeros([BLOCK], tl.float32)
+        inner = tl.zeros([BLOCK], tl.float32)
+        for j0 in range(0, width, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            inside = j < width
+            chunk_mass = _mean_mass(mass, width, rows, begin, end, first, j, inside)
+            r = mean_log_prob(within, width, teacher_first, within_lse, teacher_rows, t_begin, t_end, j, inside, inv_tau)
+            q, term, by_q = _renormalised(chunk_mass, scale, r, REVERSE, FIRST, EPSILON, FLOOR)
+            terms += tl.where(inside, term, 0.0)
+            inner += tl.where(inside, by_q * q, 0.0)
+        tl.store(kl + chunk, tl.sum(terms, 0))
+        pull = tl.sum(inner, 0)
+        if FIRST:
+            pull = tl.where(captured >= FLOOR, pull, 0.0)
+
+        part = 1.0 / (end - begin)
+        for i in range(begin + 1, end + 1):  # the first row comes last: G takes the place of its q
+            local = tl.load(rows + tl.where(i == end, begin, i)).to(tl.int64) - first
+            dot = tl.zeros([BLOCK], tl.float32)
+            for j0 in range(0, width, BLOCK):
+                j = j0 + tl.arange(0, BLOCK)
+                inside = j < width
+                chunk_mass = _mean_mass(mass, width, rows, begin, end, first, j, inside)
+                r = mean_log_prob(within, width, teacher_first, within_lse, teacher_rows, t_begin, t_end, j, inside, inv_tau)
+                q, term, by_q = _renormalised(chunk_mass, scale, r, REVERSE, FIRST, EPSILON, FLOOR)
+                g = (by_q - pull) * scale
+                dot += tl.where(inside, g * tl.load(mass + local * width + j, mask=inside, other=0.0), 0.0)
+                tl.store(mass + local * width + j, g, mask=inside & (i == end))
+            tl.store(owner + local, head.to(tl.int32))
+            tl.store(share + local, part)
+            tl.store(slope + local, -part * tl.sum(dot, 0))
+
+
+@dataclass(frozen=True)
+class SparseGradient:
+    """One teacher's part of the gradient of a tile's n student rows, in a form that `gradient.py` spreads over the vocabulary."""
+
+    values: Tensor
+    """[n, k] float32: G (p_kl) or the derivative by the logits within K (same vocabulary), by owner row."""
+    owner: Tensor
+    """[n] int32: the row whose values are this row's; -1: it has none."""
+    share: Tensor
+    """[n] float32: their factor."""
+    slope: Tensor
+    """[n] float32: factor of the dense part, p itself."""
+
+    @classmethod
+    def over(cls, values: Tensor) -> SparseGradient:
+        """With no row owning anything yet."""
+        n, device = values.shape[0], values.device
+        owner = torch.full((n,), -1, dtype=torch.int32, device=device)
+        return cls(values, owner, torch.zeros(n, device=device), torch.zeros(n, device=device))
+
+
+def chunk_kl(
+    mass: Tensor, student: Segments, first: int, within: Tensor, within_lse: Tensor, teacher: Segments, teacher_first: int, kl: Tensor,
+    temperature: float, reverse: bool, first_only: bool,
+) -> SparseGradient:  # fmt: skip
+    """KL of the chunks whose rows are in the tile, and their gradient. Uses up `mass`.
+
+    Args:
+        mass: [n, k] q of the tile's rows.
+        student: all chunks' student rows.
+        first: number of the tile's first row.
+        within: [m, k] teacher logits within K.
+        within_lse: [m] their log-sum-exp / τ.
+        teacher: all chunks' teacher rows.
+        teacher_first: number of the first row of `within`.
+        kl: [N] float32; written for the tile's chunks.
+        temperature: τ.
+        reverse: KL(student || teacher).
+        first_only: chunk_distribution: first.
+    """
+    sparse = SparseGradient.over(mass)
+    chunks = kl.shape[0]
+    if chunks:
+        _chunk_kl_kernel[(chunks,)](
+            mass, mass.shape[1], student.rows, student.start, first, mass.shape[0], within, within_lse, teacher.rows, teacher.start,
+            teacher_first, 1.0 / temperature, kl, sparse.owner, sparse.share, sparse.slope, REVERSE=reverse, FIRST=first_only,
+            EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
+        )  # fmt: skip
+    return sparse
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    logits, stride, first, num_rows, lse, values, owner, share, width, token, count, position, slot, partial, vocab, rows_per_set, num_sets,
+    inv_tau, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a block of touched tokens: Σ over this program's rows of p_tu G_j / n for each of W's entries, in a fixed order."""
+    set_, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(count + set_)
+    if tl.program_id(0) * BLOCK < length:
+        inside = at < length
+        u = tl.load(token + set_ * vocab + at, mask=inside, other=0)
+        for s in range(SLOTS):
+            here = set_.to(tl.int64) * SLOTS * vocab + s * vocab + at
+            j = tl.load(position + here, mask=inside, other=-1)
+            live = j >= 0
+            total = tl.zeros([BLOCK], tl.float32)
+            for local in range(part, num_rows, parts):
+                row = first + local
+                mine = tl.load(owner + local)
+                if (mine >= 0) & (row // rows_per_set % num_sets == set_):
+                    z = tl.load(logits + tl.cast(local, tl.int64) * stride + u, mask=live, other=float("-inf")).to(tl.float32)
+                    g = tl.load(values + mine.to(tl.int64) * width + j, mask=live, other=0.0)
+                    total += tl.exp(z * inv_tau - tl.load(lse + local)) * g * tl.load(share + local)
+            into = u.to(tl.int64) * SLOTS + tl.load(slot + here, mask=live, other=0)
+            pointer = partial + (part * num_sets + set_).to(tl.int64) * vocab * SLOTS + into
+            tl.store(pointer, total, mask=live)
+
+
+def weight_gradient(
+    logits: Tensor, first: int, lse: Tensor, sparse: SparseGradient, touched: Touched, placed: Placed, rows_per_set: int, temperature: float
+) -> Tensor:  # fmt: skip
+    """[V_s, slots] float32: the derivative by W's weights of the sum of the tile's KLs (not yet times τ² and the coefficient)."""
+    n, vocab = logits.shape
+    sets, slots, _ = placed.position.shape
+    parts, block = min(16, max(1, n // 64)), 128
+    partial = torch.zeros(parts, sets, vocab, slots, device=logits.device)
+    _weight_gradient_kernel[(triton.cdiv(vocab, block), sets, parts)](
+        logits, logits.stride(0), first, n, lse, sparse.values, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
+        touched.count, placed.position, placed.slot, partial, vocab, rows_per_set, sets, 1.0 / temperature, SLOTS=slots, BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+    return partial.sum((0, 1))
+
+
+__all__ = ["HEAVY", "SparseGradient", "chunk_kl", "project", "weight_gradient"]

@@ -1,0 +1,246 @@
+"""The uncommon columns of gold and h_kl: L1 between the two sides' probabilities, each sorted descending and cut to k, without sorting.
+
+With r the rank of x on its own side and y_(r) the other side's probability of that rank, the loss is a sum over all kept elements of *both* sides,
+
+    Σ_r |s_(r) - t_(r)| = Σ_s sign(s - t_(r)) s + Σ_t sign(t - s_(r)) t,
+
+and its gradient by a student's probability is that sign. The sign only compares counts: +1 where at most r elements of the other side are >= x,
+-1 where more than r of them are > x. So both sides are counted into the same fine bins of log-probability. Let the elements of a bin have
+ranks [b0, b1) on this side and [o0, o1) on the other: where o1 <= b0 all signs are +1, where b1 <= o0 all are -1. Only bins in which the two
+intervals overlap, or which the cut at k divides, need the order of their elements, and there each is compared with its bin's few others (equal
+ones keep index order). Integer counters are the only atomics: what they count does not depend on order, and the places within a bin that
+they hand out do not show in the result, which is bitwise reproducible.
+
+Probabilities below exp(-104) are 0 in float32; they take no part. Should a bin hold very many elements (all logits equal, say) the result is right
+and the kernel slow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
+
+LEAST = -104.0
+"""exp of this is 0 in float32."""
+
+_AMBIGUOUS = tl.constexpr(2)
+"""Code of an element whose sign depends on its order within its bin."""
+
+
+@triton.jit
+def _coarse_bin(x):
+    """256 bins of 1/8 nat; the last holds everything below -32."""
+    return tl.minimum(tl.maximum((x * -8.0).to(tl.int32), 0), 255)
+
+
+@triton.jit
+def _fine_bin(x, high, scale, BINS: tl.constexpr):
+    return tl.minimum(tl.maximum(((high - x) * scale).to(tl.int32), 0), BINS - 1)
+
+
+@triton.jit
+def _values(
+    logits, stride, first, lse, rows, begin, end, index, size, values, inv_tau, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes the chunk's mean log-probabilities at the uncommon columns; returns how many fall into each coarse bin."""
+    counts = tl.zeros([256], tl.int32)
+    for i0 in range(0, size, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        inside = i < size
+        column = tl.load(index + i, mask=inside, other=0)
+        x = mean_log_prob(logits, stride, first, lse, rows, begin, end, column, inside, inv_tau)
+        tl.store(values + i, x, mask=inside)
+        counts += tl.histogram(_coarse_bin(x), 256, mask=inside & (x > LEAST))
+    return counts
+
+
+@triton.jit
+def _last_bin(counts, k):
+    """The coarse bin in which the k-th largest lies; 255 if there are fewer."""
+    lane = tl.arange(0, 256)
+    return tl.min(tl.where(tl.cumsum(counts, 0) >= k, lane, 255), 0)
+
+
+@triton.jit
+def _count(values, size, histogram, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    for i0 in range(0, size, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        x = tl.load(values + i, mask=i < size, other=LEAST)
+        keep = (x > LEAST) & (_coarse_bin(x) <= last)
+        tl.atomic_add(histogram + _fine_bin(x, high, scale, BINS), 1, mask=keep, sem="relaxed", scope="cta")
+
+
+@triton.jit
+def _bases(histogram, base, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """base[b] = elements in bins before b; zeroes the histogram, which then hands out places within bins."""
+    carry = tl.zeros([], tl.int32)
+    for b0 in range(0, BINS, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        n = tl.load(histogram + b, cache_modifier=".cg")
+        tl.store(base + b, carry + tl.cumsum(n, 0) - n)
+        tl.store(histogram + b, tl.zeros([BLOCK], tl.int32))
+        carry += tl.sum(n, 0)
+    tl.store(base + BINS, carry)
+
+
+@triton.jit
+def _classify(
+    values, size, base, other_base, cursor, bin_values, bin_index, code, k, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Signs of one side wherever the bin decides them; elements of other bins are listed by bin. Returns the sum of sign * probability."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for i0 in range(0, size, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        x = tl.load(values + i, mask=i < size, other=LEAST)
+        keep = (x > LEAST) & (_coarse_bin(x) <= last)
+        b = _fine_bin(x, high, scale, BINS)
+        b0 = tl.load(base + b, mask=keep, other=0)
+        b1 = tl.load(base + b + 1, mask=keep, other=0)
+        o0 = tl.load(other_base + b, mask=keep, other=0)
+        o1 = tl.load(other_base + b + 1, mask=keep, other=0)
+        overlap = (b0 < o1) & (o0 < b1)
+        divided = ((b0 < k) & (k < b1)) | ((o0 < k) & (k < o1))
+        open_ = keep & (overlap | divided) & ((b0 < k) | (o0 < k))
+        sign = tl.where(keep & (b0 < k), tl.where(o1 <= b0, 1, -1), 0)
+        total += tl.where(open_, 0.0, sign.to(tl.float32) * tl.exp(x))
+        tl.store(code + i, tl.where(open_, _AMBIGUOUS, sign).to(tl.int8), mask=i < size)
+        place = b0 + tl.atomic_add(cursor + b, 1, mask=open_, sem="relaxed", scope="cta")
+        tl.store(bin_values + place, x, mask=open_)
+        tl.store(bin_index + place, i, mask=open_)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _resolve(
+    values, size, base, other_base, bin_values, bin_index, other_values, code, k, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Signs of the remaining elements of one side, from comparisons within their bins. Returns the sum of sign * probability."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for i0 in range(0, size, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        open_ = tl.load(code + i, mask=i < size, other=0) == _AMBIGUOUS
+        if tl.max(open_.to(tl.int32), 0) != 0:
+            x = tl.load(values + i, mask=open_, other=LEAST)
+            b = _fine_bin(x, high, scale, BINS)
+            b0 = tl.load(base + b, mask=open_, other=0)
+            b1 = tl.load(base + b + 1, mask=open_, other=0)
+            rank = b0
+            for e in range(0, tl.max(b1 - b0, 0)):
+                live = open_ & (b0 + e < b1)
+                y = tl.load(bin_values + b0 + e, mask=live, other=LEAST)
+                before = tl.load(bin_index + b0 + e, mask=live, other=0) < i
+                rank += (live & ((y > x) | ((y == x) & before))).to(tl.int32)
+            o0 = tl.load(other_base + b, mask=open_, other=0)
+            o1 = tl.load(other_base + b + 1, mask=open_, other=0)
+            above = o0
+            level = o0
+            for e in range(0, tl.max(o1 - o0, 0)):
+                live = open_ & (o0 + e < o1)
+                y = tl.load(other_values + o0 + e, mask=live, other=LEAST)
+                above += (live & (y > x)).to(tl.int32)
+                level += (live & (y >= x)).to(tl.int32)
+            sign = tl.where(rank >= k, 0, tl.where(level <= rank, 1, tl.where(above > rank, -1, 0)))
+            total += tl.where(open_, sign.to(tl.float32) * tl.exp(x), 0.0)
+            tl.store(code + i, sign.to(tl.int8), mask=open_)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _ranks_kernel(
+    s_logits, s_stride, s_first, s_lse, s_rows, s_start, s_index, s_size, t_logits, t_stride, t_first, t_lse, t_rows, t_start, t_index,
+    t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, bytes_, LEAST: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Persistent: a program takes every so-many-th chunk and keeps its scratch. Phases that read what others wrote are set apart by barriers."""
+    program = tl.program_id(0).to(tl.int64)
+    both = s_size + t_size
+    s_values = floats + program * 2 * both
+    t_values = s_values + s_size
+    s_bin = s_values + both
+    t_bin = s_bin + s_size
+    s_at = ints + program * (both + 4 * BINS + 2)
+    t_at = s_at + s_size
+    s_hist = s_at + both
+    t_hist = s_hist + BINS
+    s_base = t_hist + BINS
+    t_base = s_base + BINS + 1
+    t_code = bytes_ + program * t_size
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        begin, end = tl.load(s_start + chunk), tl.load(s_start + chunk + 1)
+        head = tl.load(s_rows + begin, mask=begin < end, other=-1).to(tl.int64) - s_first
+        if (head >= 0) & (head < num_rows):
+            t_begin, t_end = tl.load(t_start + chunk), tl.load(t_start + chunk + 1)
+            code = s_code + tl.cast(chunk, tl.int64) * s_size
+            for b0 in range(0, BINS, BLOCK):
+                tl.store(s_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
+                tl.store(t_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
+            s_counts = _values(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, s_index, s_size, s_values, inv_tau, LEAST, BLOCK)
+            t_counts = _values(t_logits, t_stride, t_first, t_lse, t_rows, t_begin, t_end, t_index, t_size, t_values, inv_tau, LEAST, BLOCK)
+            last = tl.maximum(_last_bin(s_counts, k), _last_bin(t_counts, k))
+            high_bin = tl.min(tl.where(s_counts + t_counts > 0, tl.arange(0, 256), 255), 0)
+            high = high_bin.to(tl.float32) * -0.125
+            low = tl.where(last == 255, LEAST, (last + 1).to(tl.float32) * -0.125)
+            scale = BINS / (high - low)
+            tl.debug_barrier()
+            _count(s_values, s_size, s_hist, last, high, scale, LEAST, BINS, BLOCK)
+            _count(t_values, t_size, t_hist, last, high, scale, LEAST, BINS, BLOCK)
+            tl.debug_barrier()
+            _bases(s_hist, s_base, BINS, BLOCK)
+            _bases(t_hist, t_base, BINS, BLOCK)
+            tl.debug_barrier()
+            total = _classify(s_values, s_size, s_base, t_base, s_hist, s_bin, s_at, code, k, last, high, scale, LEAST, BINS, BLOCK)
+            s_sum = total
+            total += _classify(t_values, t_size, t_base, s_base, t_hist, t_bin, t_at, t_code, k, last, high, scale, LEAST, BINS, BLOCK)
+            tl.debug_barrier()
+            more = _resolve(s_values, s_size, s_base, t_base, s_bin, s_at, t_bin, code, k, high, scale, LEAST, BINS, BLOCK)
+            s_sum += more
+            total += more + _resolve(t_values, t_size, t_base, s_base, t_bin, t_at, s_bin, t_code, k, high, scale, LEAST, BINS, BLOCK)
+            tl.store(l1 + chunk, total)
+            tl.store(signed + chunk, s_sum)
+            tl.debug_barrier()
+
+
+def sorted_distance(
+    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Segments, s_index: Tensor, t_logits: Tensor, t_first: int, t_lse: Tensor,
+    teacher: Segments, t_index: Tensor, k: int, temperature: float, sign: Tensor, l1: Tensor, signed: Tensor,
+) -> None:  # fmt: skip
+    """Fills the L1 of the chunks whose student rows are in the tile.
+
+    Args:
+        s_logits: [n, V_s] the student's tile; t_logits: [m, V_t] the teacher's.
+        s_first: number of the tile's first row; t_first: the teacher's.
+        s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
+        student: all chunks' student rows; teacher: their teacher rows.
+        s_index: [u] int32 uncommon columns of the student, ascending; t_index: [w] of the teacher.
+        k: how many are compared, at most min(u, w).
+        temperature: τ.
+        sign: [N, u] int8: derivative of l1 by each of the student's uncommon probabilities.
+        l1: [N] float32.
+        signed: [N] float32: the sum of sign times probability, of the student's.
+    """
+    chunks, s_size = sign.shape
+    t_size = t_index.shape[0]
+    if k == 0 or chunks == 0:
+        return
+    device = s_logits.device
+    programs = min(chunks, PROGRAMS)
+    floats = torch.empty(programs * 2 * (s_size + t_size), device=device)
+    ints = torch.empty(programs * (s_size + t_size + 4 * BINS + 2), dtype=torch.int32, device=device)
+    codes = torch.empty(programs * t_size, dtype=torch.int8, device=device)
+    _ranks_kernel[(programs,)](
+        s_logits, s_logits.stride(0), s_first, s_lse, student.rows, student.start, s_index, s_size,
+        t_logits, t_logits.stride(0), t_first, t_lse, teacher.rows, teacher.start, t_index, t_size,
+        s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints, codes,
+        LEAST=LEAST, BINS=BINS, BLOCK=2048, num_warps=16,
+    )  # fmt: skip
+
+
+PROGRAMS = 264
+"""Persistent programs: two on each of an H100's multiprocessors."""
+BINS = 8192

@@ -1,0 +1,84 @@
+"""Statistics of each row of logits in one streaming pass: log-sum-exp, argmax, the target's logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 8192
+"""Columns a program reads at a time."""
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Of the rows of one side, in the order of the flattened batch; rows that are not active hold garbage."""
+
+    lse: Tensor
+    """[R] float32: log-sum-exp of the logits."""
+    lse_tau: Tensor
+    """[R] float32: log-sum-exp of the logits / τ; the same tensor as `lse` where τ is 1."""
+    target: Tensor
+    """[R] float32: the logit of the row's target."""
+    argmax: Tensor
+    """[R] int32: the first column of the largest logit."""
+
+    @classmethod
+    def empty(cls, rows: int, temperature: float, device: torch.device) -> RowStats:
+        """Room for the statistics of `rows` rows."""
+        lse = torch.zeros(rows, device=device)
+        lse_tau = lse if temperature == 1.0 else torch.zeros_like(lse)
+        return cls(lse, lse_tau, torch.zeros_like(lse), torch.zeros(rows, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def _row_stats_kernel(
+    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, inv_tau, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a row: softmax with one running maximum, and per lane the best column so far."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(active + row) != 0:
+        base = logits + row * stride
+        lane = tl.arange(0, BLOCK)
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_at = tl.zeros([BLOCK], tl.int32)
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        total_tau = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab, BLOCK):
+            column = start + lane
+            z = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+            best_at = tl.where(z > best, column, best_at)
+            best = tl.maximum(best, z)
+            new_top = tl.maximum(top, tl.max(z, 0))
+            total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+            if TEMPERED:
+                total_tau = total_tau * tl.exp((top - new_top) * inv_tau) + tl.exp((z - new_top) * inv_tau)
+            top = new_top
+        tl.store(lse + row, top + tl.log(tl.sum(total, 0)))
+        if TEMPERED:
+            tl.store(lse_tau + row, top * inv_tau + tl.log(tl.sum(total_tau, 0)))
+        tl.store(argmax + row, tl.min(tl.where(best == top, best_at, 2147483647), 0))
+        tl.store(target + row, tl.load(base + tl.load(targets + row)).to(tl.float32))
+
+
+def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, first: int, temperature: float) -> None:
+    """Fills `stats` for the rows that a tile holds.
+
+    Args:
+        logits: [n, V], columns contiguous: the tile.
+        active: [R] bool: rows to read at all.
+        targets: [R] int64.
+        stats: of all R rows.
+        first: number of the tile's first row.
+        temperature: τ.
+    """
+    n, vocab = logits.shape
+    rows = slice(first, first + n)
+    _row_stats_kernel[(n,)](
+        logits, logits.stride(0), active[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], stats.target[rows],
+        stats.argmax[rows], vocab, 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=16,
+    )  # fmt: skip

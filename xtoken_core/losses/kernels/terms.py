@@ -1,0 +1,269 @@
+"""One teacher's KD as the kernels compute it: what is prepared once for a batch, and what is done with each tile of rows.
+
+Every term has `active` (student rows that carry gradient), `kl` (float32, to be summed: the KD without τ²), `tile(...)`, which fills
+`kl` for a tile and returns what the gradient pass needs, and `sums()`, the common and uncommon parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xtoken_core.losses.kernels.columns import column_maxima, gather_columns, within_lse
+from xtoken_core.losses.kernels.common import SPLIT, CommonGradient, common_kl, vocabulary_split
+from xtoken_core.losses.kernels.projected import SparseGradient, chunk_kl, project
+from xtoken_core.losses.kernels.ranks import sorted_distance
+from xtoken_core.losses.kernels.rows import RowStats, row_stats
+from xtoken_core.losses.kernels.segments import Segments, segments
+from xtoken_core.losses.kernels.sources import Source
+from xtoken_core.losses.kernels.touched import by_teacher, place_of, projected_columns
+from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
+from xtoken_core.losses.kernels.within import within_kl
+from xtoken_core.losses.selection import chunk_rows, largest_columns, scope_mask, top_columns
+from xtoken_core.losses.types import AveragedLogits, TeacherBatch, TopKLogits
+from xtoken_core.spec import LossSpec
+
+COLUMN_ROWS = 1024
+"""Rows of the teacher's logits formed at a time while its columns are chosen."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Student rows first .. last, and what is known of them."""
+
+    first: int
+    last: int
+    logits: Tensor
+    """[n, V_s]."""
+    stats: RowStats
+    """Of all rows."""
+
+    @property
+    def lse_tau(self) -> Tensor:
+        """[n] float32."""
+        return self.stats.lse_tau[self.first : self.last]
+
+
+def choose_columns(teacher: TeacherBatch, source: Source, spec: LossSpec) -> Tensor:
+    """K [sets, k] int64, ascending; one set a sequence, or one in all (`topk_scope: batch`)."""
+    batch, length, vocab = teacher.logits.shape
+    sets = 1 if spec.topk_scope == "batch" else batch
+    if spec.vocab_topk >= vocab:
+        return torch.arange(vocab, device=teacher.logits.device).expand(sets, vocab)
+    assert teacher.token_mask is not None
+    mask = scope_mask(teacher.token_mask, spec)
+    maxima = []
+    for begin in range(0, source.rows, source.rows // sets):
+        best = None
+        last = begin + source.rows // sets
+        step = COLUMN_ROWS if source.dense is None else last - begin
+        for first in range(begin, last, step):
+            end = min(first + step, last)
+            found = column_maxima(source.tile(first, end), None if mask is None else mask.view(-1)[first:end])
+            best = found if best is None else torch.maximum(best, found)
+        maxima.append(best)
+    return largest_columns(torch.stack(maxima) if sets > 1 else maxima[0][None], spec.vocab_topk)
+
+
+def teacher_within(
+    source: Source, first: int, last: int, active: Tensor, index: Tensor, length: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """A teacher's logits [last - first, k] within K, and their log-sum-exp / τ [last - first]; see `gather_columns`."""
+    if source.dense is not None:
+        return gather_columns(source.tile(first, last), first, active, index, length, temperature)
+    if index.shape[0] == 1:
+        within = source.columns(first, last, index[0])
+    else:
+        pieces, row = [], first
+        while row < last:
+            end = min(last, (row // length + 1) * length)
+            pieces.append(source.columns(row, end, index[row // length]))
+            row = end
+        within = torch.cat(pieces)
+    return within, within_lse(within, first, active, temperature)
+
+
+class ChunkTerm:
+    """What the terms across tokenizers share: the teacher's rows and the chunks."""
+
+    def __init__(self, teacher: TeacherBatch, source: Source, sample_mask: Tensor, spec: LossSpec):
+        self.spec, self.source = spec, source
+        rows = chunk_rows(teacher, sample_mask, spec)
+        self.chunks = rows.valid.shape[0]
+        self.student: Segments = segments(rows.student, self.chunks)
+        self.teacher: Segments = segments(rows.teacher, self.chunks)
+        self.active = self.student.active
+        self.teacher_range = (0, source.rows)
+        """Teacher rows of the tile's chunks; `tiles.py` narrows it."""
+
+
+class ProjectedTerm(ChunkTerm):
+    """p_kl."""
+
+    def __init__(self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec):
+        columns = choose_columns(teacher, source, spec)  # first: the GPU is busy with it while what follows is queued
+        super().__init__(teacher, source, sample_mask, spec)
+        projection = teacher.projection
+        assert projection is not None
+        self.length, self.teacher_length = length, teacher.logits.shape[1]
+        self.indices = projection.indices[:student_vocab].contiguous()
+        self.weights = projection.weights.detach()[:student_vocab].contiguous()
+        self.learnable = projection.weights
+        self.table = by_teacher(projection, student_vocab, source.vocab)
+        self.by_column = projection.weights.detach().flatten()[self.table.slot].float()
+        self.columns = projected_columns(columns, self.table, source.vocab)
+        self.place = self.columns.place
+        self.kl = torch.zeros(self.chunks, device=columns.device)
+
+    def tile(self, tile: Tile) -> SparseGradient:
+        """Chunks of the tile: their KL and G."""
+        spec, (first, last) = self.spec, self.teacher_range
+        within, lse = teacher_within(
+            self.source, first, last, self.teacher.active, self.columns.index, self.teacher_length, spec.temperature
+        )
+        mass = project(
+            tile.logits, tile.first, self.active, tile.lse_tau, self.columns, self.table, self.by_column, self.length, spec.temperature
+        )
+        return chunk_kl(
+            mass, self.student, tile.first, within, lse, self.teacher, first, self.kl, spec.temperature, spec.reverse_kl,
+            spec.chunk_distribution == "first",
+        )  # fmt: skip
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """No parts."""
+        return None
+
+
+class WithinTerm:
+    """The same vocabulary, compared within K."""
+
+    def __init__(self, teacher: TeacherBatch, source: Source | None, counted: Tensor, spec: LossSpec):
+        self.spec, self.source, self.active = spec, source, counted
+        logits = teacher.logits
+        self.top_k = logits if isinstance(logits, TopKLogits) else None
+        _, self.length, vocab = logits.shape
+        if source is None:
+            columns = top_columns(teacher, spec)
+            columns = columns.expand(1 if spec.topk_scope == "batch" else logits.shape[0], -1)
+        else:
+            columns = choose_columns(teacher, source, spec)
+        self.index = columns.int()
+        self.place = place_of(columns, vocab)
+        device = columns.device
+        self.indices = torch.arange(vocab, device=device)[:, None]
+        self.weights = torch.ones(vocab, 1, device=device)
+        self.kl = torch.zeros(counted.shape[0], device=device)
+
+    def tile(self, tile: Tile) -> SparseGradient:
+        """Rows of the tile: their KL and its derivative."""
+        spec = self.spec
+        if self.source is None:
+            target = self._known(tile.first, tile.last)
+            lse = within_lse(target, tile.first, self.active, spec.temperature)
+        else:
+            target, lse = teacher_within(self.source, tile.first, tile.last, self.active, self.index, self.length, spec.temperature)
+        return within_kl(
+            tile.logits, tile.first, self.active, self.index, target, lse, self.kl, self.length, spec.temperature, spec.reverse_kl,
+            self.top_k is not None,
+        )  # fmt: skip
+
+    def _known(self, first: int, last: int) -> Tensor:
+        """The teacher's top k laid out over K: [last - first, |K|], -inf where it is silent."""
+        assert self.top_k is not None
+        values = self.top_k.values.detach().flatten(0, 1)[first:last]
+        held = self.top_k.indices.flatten(0, 1)[first:last].long()
+        sets, width = self.index.shape
+        which = torch.arange(first, last, device=held.device) // self.length % sets
+        at = self.place[which[:, None], held].long()
+        laid = values.new_full((last - first, width + 1), -torch.inf)
+        return laid.scatter_(1, torch.where(at < 0, width, at), values)[:, :width].contiguous()
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """No parts."""
+        return None
+
+
+class WholeTerm:
+    """The same vocabulary, compared whole: averaged logits, or K as large as the vocabulary."""
+
+    def __init__(self, sources: tuple[Source, ...], weights: tuple[float, ...], counted: Tensor, spec: LossSpec):
+        self.sources, self.weights, self.spec, self.active = sources, weights, spec, counted
+        self.kl = torch.zeros(counted.shape[0], device=counted.device)
+
+    def tile(self, tile: Tile) -> WholeGradient:
+        """Rows of the tile: their KL."""
+        parts = tuple(source.tile(tile.first, tile.last) for source in self.sources)
+        return whole_kl(
+            tile.logits, tile.first, self.active, tile.lse_tau, parts, self.weights, self.kl, self.spec.temperature, self.spec.reverse_kl
+        )
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """No parts."""
+        return None
+
+
+class CommonTerm(ChunkTerm):
+    """gold and h_kl."""
+
+    def __init__(self, teacher: TeacherBatch, source: Source, student_vocab: int, sample_mask: Tensor, spec: LossSpec):
+        super().__init__(teacher, source, sample_mask, spec)
+        assert teacher.projection is not None and teacher.mode is not None
+        self.split = vocabulary_split(teacher.projection, teacher.mode, student_vocab, source.vocab)
+        sizes = self.split.uncommon_student.numel(), self.split.uncommon_teacher.numel()
+        self.depth = min(*sizes, spec.uncommon_topk)
+        device = self.active.device
+        self.stats = RowStats.empty(source.rows, spec.temperature, device)
+        self.no_targets = torch.zeros(source.rows, dtype=torch.int64, device=device)
+        self.kl_parts, self.slope_parts = torch.zeros(2, self.chunks, SPLIT, device=device)
+        self.l1, self.signed = torch.zeros(2, self.chunks, device=device)
+        self.sign = torch.zeros(self.chunks, sizes[0], dtype=torch.int8, device=device)
+
+    @property
+    def kl(self) -> Tensor:
+        """[N, SPLIT + 1]: parts of the KL over common columns, and the L1 over uncommon ones."""
+        return torch.cat([self.kl_parts, self.l1[:, None]], 1)
+
+    def tile(self, tile: Tile) -> CommonGradient:
+        """Chunks of the tile: KL and L1."""
+        tau, (first, last) = self.spec.temperature, self.teacher_range
+        logits = self.source.tile(first, last)
+        row_stats(logits, self.teacher.active, self.no_targets, self.stats, first, tau)
+        lse = self.stats.lse_tau[first:last]
+        common_kl(
+            tile.logits, tile.first, tile.lse_tau, self.student, logits, first, lse, self.teacher, self.split.pair, tau,
+            self.spec.reverse_kl, self.kl_parts, self.slope_parts,
+        )  # fmt: skip
+        sorted_distance(
+            tile.logits, tile.first, tile.lse_tau, self.student, self.split.uncommon_student, logits, first, lse, self.teacher,
+            self.split.uncommon_teacher, self.depth, tau, self.sign, self.l1, self.signed,
+        )  # fmt: skip
+        slope = self.slope_parts.sum(1) + self.signed
+        return CommonGradient(self.split.pair, self.sign, slope, self.student, self.teacher, logits, first, lse)
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """KL over common columns, L1 over uncommon ones."""
+        return self.kl_parts.sum(), self.l1.sum()
+
+
+Term = ProjectedTerm | WithinTerm | WholeTerm | CommonTerm
+
+
+def make_term(
+    teacher: TeacherBatch, length: int, student_vocab: int, counted: Tensor, sample_mask: Tensor, spec: LossSpec
+) -> Term:  # fmt: skip
+    """The term of a teacher that `selection.resolve_teachers` returned. `length`: T_s; `counted`: [R] bool."""
+    logits = teacher.logits
+    if isinstance(logits, AveragedLogits):
+        return WholeTerm(tuple(Source.of(part) for part in logits.parts), logits.weights, counted, spec)
+    if isinstance(logits, TopKLogits):
+        return WithinTerm(teacher, None, counted, spec)
+    source = Source.of(logits)
+    if teacher.projection is None:
+        if spec.vocab_topk >= source.vocab:
+            return WholeTerm((source,), (1.0,), counted, spec)
+        return WithinTerm(teacher, source, counted, spec)
+    if teacher.mode == "p_kl":
+        return ProjectedTerm(teacher, source, length, student_vocab, sample_mask, spec)
+    return CommonTerm(teacher, source, student_vocab, sample_mask, spec)

@@ -1,0 +1,62 @@
+"""Into which stretches of rows a batch is cut, so that no chunk of any teacher is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xtoken_core.losses.kernels.segments import Segments
+
+TILE_ROWS = 2048
+"""Rows of a tile, unless a chunk is in the way."""
+
+Range = tuple[int, int]
+
+
+def cut(rows: int, segments: Sequence[tuple[Segments, Segments]]) -> list[tuple[Range, list[Range]]]:
+    """Stretches of at most TILE_ROWS student rows where chunks allow it, and each teacher's rows of the chunks inside.
+
+    Chunks may lie in any order; only where they interlace do tiles grow. Waits for the device once, if there is more than one tile.
+
+    Args:
+        rows: R student rows.
+        segments: per cross-tokenizer teacher, its student rows and its teacher rows.
+    """
+    if rows <= TILE_ROWS or not segments:
+        bounds = [*range(0, rows, TILE_ROWS), rows]
+        whole = [(0, teacher.rows.shape[0]) for _, teacher in segments]
+        return [((a, b), whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    table = torch.cat([_boundaries(rows, *pair) for pair in segments]).cpu()
+    blocked = table[::3].amax(0) > 0
+    allowed = [r for r in (~blocked).nonzero().squeeze(1).tolist() if r > 0]
+    tiles, begin = [], 0
+    for position, r in enumerate(allowed):
+        if position + 1 == len(allowed) or allowed[position + 1] - begin > TILE_ROWS:
+            ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(segments))]
+            tiles.append(((begin, r), [(low, high) if low < high else (0, 0) for low, high in ranges]))
+            begin = r
+    return tiles
+
+
+def _boundaries(rows: int, student: Segments, teacher: Segments) -> Tensor:
+    """[3, R + 1], at each row r: how many chunks a cut before r would cut; the first teacher row of chunks that begin at r or later;
+    one past the last teacher row of chunks that end before r.
+    """
+    device = student.rows.device
+    begin, end = student.start[:-1].long(), student.start[1:].long()
+    valid = end > begin
+    spare = rows + 1  # where chunks without rows go
+    first, last = (torch.where(valid, student.rows[i.clamp(0, rows - 1)].long(), rows) for i in (begin, end - 1))
+    t_first = teacher.rows[teacher.start[:-1].long().clamp(max=teacher.rows.shape[0] - 1)].long()
+    t_last = teacher.rows[(teacher.start[1:].long() - 1).clamp(min=0)].long()
+    crossing = torch.zeros(rows + 2, dtype=torch.int64, device=device)
+    crossing.scatter_add_(0, torch.where(valid, first + 1, spare), torch.ones_like(first))
+    crossing.scatter_add_(0, torch.where(valid, last + 1, spare), -torch.ones_like(first))
+    low = torch.full((rows + 2,), teacher.rows.shape[0], dtype=torch.int64, device=device)
+    low.scatter_reduce_(0, torch.where(valid, first, spare), t_first, "amin")
+    high = torch.zeros(rows + 2, dtype=torch.int64, device=device)
+    high.scatter_reduce_(0, torch.where(valid, last + 1, spare), t_last + 1, "amax")
+    low, high, crossing = low[:-1].flip(0).cummin(0).values.flip(0), high[:-1].cummax(0).values, crossing[:-1].cumsum(0)
+    return torch.stack([crossing, low, high])

@@ -1,0 +1,188 @@
+"""Which of the student's columns matter to K, and W seen from both sides of that: everything on the device, nothing bounded in advance.
+
+A student token is *touched* when W (or, for a teacher with the student's own vocabulary, K itself) maps it into the K teacher columns of
+its sequence. Lists have room for the whole vocabulary and their length stays on the device, so nothing can overflow and nobody waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from xtoken_core.losses.selection import projection_entries
+
+if TYPE_CHECKING:
+    from xtoken_core.projection import Projection
+
+HEAVY = 4
+"""A teacher column with more student tokens than this is summed by a tile of lanes, not by one."""
+
+
+@dataclass(frozen=True)
+class ByTeacher:
+    """W's nonzeros in the order of the teacher's columns (compressed sparse columns)."""
+
+    start: Tensor
+    """[V_t + 1] int32: column j has entries start[j] : start[j + 1]."""
+    student: Tensor
+    """[n] int32."""
+    slot: Tensor
+    """[n] int64: where its weight is in `projection.weights.flatten()`."""
+
+
+_BY_TEACHER: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -> ByTeacher:
+    """Computed once per `indices` tensor and sizes."""
+    tables = _BY_TEACHER.setdefault(projection.indices, {})
+    key = student_vocab, teacher_vocab
+    if key not in tables:
+        entries = projection_entries(projection, student_vocab)
+        column, order = entries.teacher.sort(stable=True)
+        start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
+        tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order])
+    return tables[key]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """K of each sequence (or one K for all), with W's entries in it; columns with the most student tokens first."""
+
+    index: Tensor
+    """[sets, k] int32 teacher columns."""
+    start: Tensor
+    """[sets, k] int32: first entry of each column in `ByTeacher`."""
+    count: Tensor
+    """[sets, k] int32: its entries; descending."""
+    heavy: Tensor
+    """[sets] int32: how many columns have more than HEAVY."""
+    place: Tensor
+    """[sets, V_t] int32: where a teacher column stands in `index`, or -1."""
+
+
+def place_of(columns: Tensor, vocab: int) -> Tensor:
+    """[sets, k] columns -> [sets, V] int32: where each column stands, or -1."""
+    position = torch.arange(columns.shape[1], dtype=torch.int32, device=columns.device).expand(columns.shape)
+    return torch.full((columns.shape[0], vocab), -1, dtype=torch.int32, device=columns.device).scatter_(1, columns, position)
+
+
+def projected_columns(columns: Tensor, table: ByTeacher, teacher_vocab: int) -> Columns:
+    """From [sets, k] int64 columns, ascending; equal counts keep that order, so that neighbours stay neighbours."""
+    count, order = (table.start[columns + 1] - table.start[columns]).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    heavy = (count > HEAVY).sum(1, dtype=torch.int32)
+    return Columns(columns.int(), table.start[columns], count, heavy, place_of(columns, teacher_vocab))
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The student's touched columns of each sequence, ascending, over all teachers."""
+
+    token: Tensor
+    """[sets, V_s] int32; only the first `count` are set."""
+    count: Tensor
+    """[sets] int32."""
+    rank: Tensor
+    """[sets, V_s] int32: inclusive count of touched tokens up to each; a touched token stands at rank - 1."""
+    flag: Tensor
+    """[sets, V_s] int32: 1 where touched."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Of one teacher, by touched token: its entries within K."""
+
+    position: Tensor
+    """[sets, slots, V_s] int32: column of K; a token's entries come first, then -1."""
+    weight: Tensor
+    """[sets, slots, V_s] float32."""
+    slot: Tensor
+    """[sets, slots, V_s] int32: which of the token's `slots` entries in W it is."""
+
+
+@triton.jit
+def _mark_kernel(indices, place, flag, vocab, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Flags the tokens of a block that W maps into K, beside those flagged already."""
+    set_ = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    hit = tl.load(flag + set_ * vocab + token, mask=inside, other=0)
+    for s in range(SLOTS):
+        column = tl.load(indices + token.to(tl.int64) * SLOTS + s, mask=inside, other=-1)
+        position = tl.load(place + set_ * teacher_vocab + column, mask=column >= 0, other=-1)
+        hit = tl.where(position >= 0, 1, hit)
+    tl.store(flag + set_ * vocab + token, hit, mask=inside)
+
+
+@triton.jit
+def _place_kernel(
+    indices, weights, place, rank, flag, position, weight, slot, vocab, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes the entries within K of a block's touched tokens to the tokens' places in the list."""
+    set_ = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    touched = inside & (tl.load(flag + set_ * vocab + token, mask=inside, other=0) != 0)
+    at = tl.load(rank + set_ * vocab + token, mask=touched, other=1) - 1
+    out = set_.to(tl.int64) * SLOTS * vocab + at
+    found = tl.zeros([BLOCK], tl.int32)
+    for s in range(SLOTS):
+        entry = token.to(tl.int64) * SLOTS + s
+        column = tl.load(indices + entry, mask=touched, other=-1)
+        p = tl.load(place + set_ * teacher_vocab + column, mask=column >= 0, other=-1)
+        here = p >= 0
+        tl.store(position + out + found * vocab, p, mask=here)
+        tl.store(weight + out + found * vocab, tl.load(weights + entry, mask=here, other=0.0).to(tl.float32), mask=here)
+        tl.store(slot + out + found * vocab, tl.full([BLOCK], s, tl.int32), mask=here)
+        found += here.to(tl.int32)
+    for s in range(SLOTS):
+        tl.store(position + out + s * vocab, tl.full([BLOCK], -1, tl.int32), mask=touched & (s >= found))
+
+
+@triton.jit
+def _list_kernel(rank, flag, token, vocab, BLOCK: tl.constexpr):
+    """Writes each touched token to its place in the list."""
+    set_ = tl.program_id(1)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    hit = tl.load(flag + set_ * vocab + t, mask=t < vocab, other=0) != 0
+    at = tl.load(rank + set_ * vocab + t, mask=hit, other=1) - 1
+    tl.store(token + set_ * vocab + at, t, mask=hit)
+
+
+_TOKENS = 1024
+
+
+def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
+    """Sets flag [sets, V_s] where W's `indices` [>= V_s, slots] reach into K."""
+    sets, vocab = flag.shape
+    _mark_kernel[(triton.cdiv(vocab, _TOKENS), sets)](
+        indices, place, flag, vocab, place.shape[1], SLOTS=indices.shape[1], BLOCK=_TOKENS
+    )
+
+
+def touched_tokens(flag: Tensor) -> Touched:
+    """The list of what is flagged in [sets, V_s] int32."""
+    sets, vocab = flag.shape
+    rank = flag.cumsum(1, dtype=torch.int32)
+    token = torch.empty_like(flag)
+    _list_kernel[(triton.cdiv(vocab, _TOKENS), sets)](rank, flag, token, vocab, BLOCK=_TOKENS)
+    return Touched(token, rank[:, -1].contiguous(), rank, flag)
+
+
+def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Tensor) -> Placed:
+    """W's entries within K by touched token; `indices`, `weights`: [>= V_s, slots], contiguous."""
+    (sets, vocab), slots = touched.token.shape, indices.shape[1]
+    position = torch.empty(sets, slots, vocab, dtype=torch.int32, device=indices.device)
+    weight = torch.empty(sets, slots, vocab, device=indices.device)
+    slot = torch.empty_like(position)
+    _place_kernel[(triton.cdiv(vocab, _TOKENS), sets)](
+        indices, weights, place, touched.rank, touched.flag, position, weight, slot, vocab, place.shape[1], SLOTS=slots, BLOCK=_TOKENS
+    )
+    return Placed(position, weight, slot)

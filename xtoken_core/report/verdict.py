@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from xtoken_core.bootstrap import ratio_interval
 from xtoken_core.report.run import Run
 
 WHO = {
@@ -20,7 +21,6 @@ WHO = {
 """Names for people of everybody who is evaluated, in the order of tables; teachers follow. Best: the checkpoint with the best
 validation. CE twin: the same student trained on cross-entropy alone, with the same rows and steps."""
 
-RESAMPLES = 2000
 Z95 = 1.96
 
 OVERFIT = 0.02
@@ -72,9 +72,8 @@ def bits_per_byte(result: dict[str, Any]) -> float | None:
 def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
     """Difference in bits per byte of two evaluations; None unless both were measured.
 
-    On the same held-out documents the interval is a paired bootstrap over documents (Koehn, 2004, "Statistical significance
-    tests for machine translation evaluation"): what makes a text hard is common to both and cancels. Otherwise the two intervals' widths
-    are added in quadrature.
+    On the same held-out documents the interval is a paired one, over documents (see `ratio_interval`); otherwise the widths of the
+    two intervals are added in quadrature.
     """
     a, b = bits_per_byte(of), bits_per_byte(against)
     if a is None or b is None:
@@ -82,7 +81,7 @@ def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference |
     documents_a, documents_b = (result["bits_per_byte"].get("documents") or {} for result in (of, against))
     paired = len(documents_a.get("bits", [])) >= 2 and documents_a.get("bytes") == documents_b.get("bytes")
     if paired:
-        low, high = _paired_bootstrap(documents_a["bits"], documents_b["bits"], documents_a["bytes"])
+        low, high = ratio_interval(np.subtract(documents_a["bits"], documents_b["bits"]), documents_a["bytes"])
     else:
         half = np.hypot(_half_width(of["bits_per_byte"]), _half_width(against["bits_per_byte"]))
         low, high = a - b - half, a - b + half
@@ -104,15 +103,6 @@ def _half_width(measured: dict[str, Any]) -> float:
     if measured.get("low") is not None and measured.get("high") is not None:
         return (measured["high"] - measured["low"]) / 2
     return Z95 * (measured.get("stderr") or 0.0)
-
-
-def _paired_bootstrap(bits_a: list[float], bits_b: list[float], num_bytes: list[int]) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantiles of the difference in bits per byte over resampled documents."""
-    difference, size = np.asarray(bits_a) - np.asarray(bits_b), np.asarray(num_bytes, dtype=float)
-    rng, n = np.random.default_rng(0), len(size)
-    draws = (rng.integers(n, size=n) for _ in range(RESAMPLES))
-    low, high = np.quantile([difference[draw].sum() / size[draw].sum() for draw in draws], [0.025, 0.975])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def score(
     ce (and select_teacher): minus the sum of -log p over the next tokens that count, per token, or with `score_unit: byte` per byte of
     those tokens. entropy: minus the mean entropy over the positions that count. max_prob: the mean of the largest probability over them.
     """
-    z = _float64(logits)
+    z = _float64(logits).detach()
     metric = spec.weight_metric or "ce"
     total, units = 0.0, 0
     for b in range(z.shape[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -93,6 +94,24 @@ def dense(logits: Logits) -> Tensor:
     return full.to(torch.promote_types(full.dtype, torch.float32))
 
 
+def sample_logits(logits: Logits, b: int, columns: Tensor | None = None) -> Tensor:
+    """[T, k]: sample b's logits of some columns (None: all), without gradient. Of logits not formed yet, no others are."""
+    part: Logits
+    if isinstance(logits, HiddenLogits):
+        weight, bias = logits.weight, logits.bias
+        if columns is not None:
+            weight, bias = weight[columns], None if bias is None else bias[columns]
+        part, columns = replace(logits, hidden=logits.hidden[b : b + 1], weight=weight, bias=bias), None
+    elif isinstance(logits, AveragedLogits):
+        parts = [replace(p, hidden=p.hidden[b : b + 1]) if isinstance(p, HiddenLogits) else p[b : b + 1] for p in logits.parts]
+        part = replace(logits, parts=tuple(parts))
+    else:
+        assert isinstance(logits, Tensor)
+        part = logits[b : b + 1]
+    full = dense(part).detach()[0]
+    return full if columns is None else full.index_select(1, columns)
+
+
 def divergence(student: Tensor, teacher: Tensor, reverse: bool) -> Tensor:
     """[n, k] log-probabilities of both -> [n]: Σ exp(t)(t - s), KL(teacher || student); reverse: Σ exp(s)(s - t)."""
     if reverse:
@@ -107,16 +126,12 @@ def _same_vocabulary(logits: Tensor, log_probs: Tensor, teacher: TeacherBatch, c
     vocab = logits.shape[-1]
     full = isinstance(teacher.logits, AveragedLogits) or spec.vocab_topk >= vocab
     columns = None if full else top_columns(teacher, spec)
-    target = dense(teacher.logits).detach()
     total = logits.new_zeros(())
     for b in range(logits.shape[0]):
         rows = counted[b]
-        if columns is None:
-            student, other = log_probs[b][rows], target[b][rows]
-        else:
-            k = columns[b % columns.shape[0]]
-            student = (logits[b].index_select(1, k)[rows] / spec.temperature).log_softmax(-1)
-            other = target[b].index_select(1, k)[rows]
+        k = None if columns is None else columns[b % columns.shape[0]]
+        student = log_probs[b][rows] if k is None else (logits[b].index_select(1, k)[rows] / spec.temperature).log_softmax(-1)
+        other = sample_logits(teacher.logits, b, k)[rows]
         total = total + divergence(student, (other / spec.temperature).log_softmax(-1), spec.reverse_kl).sum()
     return total
 
@@ -148,7 +163,6 @@ def _p_kl(log_probs: Tensor, teacher: TeacherBatch, sample_mask: Tensor, spec: L
     entries = projection_entries(teacher.projection, student_vocab)
     weights = teacher.projection.weights.flatten()
     columns = top_columns(teacher, spec)
-    target = dense(teacher.logits).detach()
     total = log_probs.new_zeros(())
     for b in range(batch):
         k = columns[b % columns.shape[0]]
@@ -161,7 +175,7 @@ def _p_kl(log_probs: Tensor, teacher: TeacherBatch, sample_mask: Tensor, spec: L
         probs = _chunk_mean(log_probs[b].index_select(1, touched).exp(), student_chunk, count)
         weight = weights[entries.slot[reached]].to(probs.dtype)
         mass = probs.new_zeros(k.numel(), count).index_add(0, place[entries.teacher[reached]], probs.T[entry] * weight[:, None]).T
-        r = _chunk_mean((target[b].index_select(1, k) / spec.temperature).log_softmax(-1), teacher_chunk, count)
+        r = _chunk_mean((sample_logits(teacher.logits, b, k) / spec.temperature).log_softmax(-1), teacher_chunk, count)
         if spec.chunk_distribution == "mean":
             log_q = (mass / (mass.sum(-1, keepdim=True) + EPSILON) + EPSILON).log()
         else:
@@ -178,14 +192,13 @@ def _common_and_uncommon(log_probs: Tensor, teacher: TeacherBatch, sample_mask: 
     rows = chunk_rows(teacher, sample_mask, spec)
     pairs = common_pairs(teacher.projection, teacher.mode, student_vocab, teacher_vocab)
     depth = min(pairs.uncommon_student.numel(), pairs.uncommon_teacher.numel(), spec.uncommon_topk)
-    target = dense(teacher.logits).detach()
     kl = l1 = log_probs.new_zeros(())
     for b in range(batch):
         student_chunk, teacher_chunk, count = _compact(
             rows.student.view(batch, student_rows)[b], rows.teacher.view(batch, teacher_rows)[b]
         )
         s = _chunk_mean(log_probs[b], student_chunk, count)
-        t = _chunk_mean((target[b] / spec.temperature).log_softmax(-1), teacher_chunk, count)
+        t = _chunk_mean((sample_logits(teacher.logits, b) / spec.temperature).log_softmax(-1), teacher_chunk, count)
         common = s.index_select(1, pairs.student), t.index_select(1, pairs.teacher)
         kl = kl + divergence(*common, spec.reverse_kl).sum()
         s_rest = s.index_select(1, pairs.uncommon_student).exp()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from xtoken_core.tokenization import TokenTable
+from xtoken_core.tokenization import HASH_BASE, SPACE_HASH, TokenTable, hash_powers
 
 _RESYNC = 8  # bytes that must agree before two differing texts count as together again; one 64-bit number
 
@@ -40,92 +41,152 @@ def align(student_ids: Any, teacher_ids: Any, student_table: TokenTable, teacher
     chunk. If one side ends early (truncation), the other's tail gets no chunk. Raises ValueError for ids outside the
     vocabulary, and if less than half of the shorter text is in the other.
     """
-    student, teacher = _Side.read(student_ids, student_table), _Side.read(teacher_ids, teacher_table)
-    student, teacher = _drop_dummy_prefixes(student, teacher, student_table, teacher_table)
-    if student.text == teacher.text:
-        boundaries = student.boundaries() & teacher.boundaries()
-        count = int(np.count_nonzero(boundaries))
-        return Alignment(student.chunk_ids(boundaries), teacher.chunk_ids(boundaries), count, np.ones(count, dtype=bool))
+    student, teacher = _Side.read([student_ids], student_table), _Side.read([teacher_ids], teacher_table)
+    student, teacher = _without_dummy_prefixes(student, teacher)
+    if _same_text(student, teacher):
+        return _align_equal(student, teacher)[0]
     return _align_different(student, teacher)
 
 
 def align_rows(
     student_rows: Sequence[Any], teacher_rows: Sequence[Any], student_table: TokenTable, teacher_table: TokenTable
 ) -> list[Alignment]:
-    """`align` of each pair of rows."""
+    """`align` of each pair of rows, in one go where both sides spell the same text in every row."""
+    student, teacher = _Side.read(student_rows, student_table), _Side.read(teacher_rows, teacher_table)
+    student, teacher = _without_dummy_prefixes(student, teacher)
+    if _same_text(student, teacher):
+        return _align_equal(student, teacher)
     return [align(s, t, student_table, teacher_table) for s, t in zip(student_rows, teacher_rows, strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
 class _Side:
-    """One tokenization: its bytes, and where in them each token ends."""
+    """The tokens of one side, rows one after the other, and where in their bytes each ends."""
 
-    text: bytes
-    ends: np.ndarray
-    """int64 [T], never falling."""
-    special: np.ndarray
-    """bool [T]."""
+    def __init__(self, table: TokenTable, ids: np.ndarray, rows: np.ndarray, trimmed: np.ndarray | None = None):
+        self.table, self.ids = table, ids
+        self.rows = rows
+        """int64 [R + 1]: where rows begin, in tokens; the last is the end."""
+        self.trimmed = trimmed
+        """Places of tokens whose first byte, an added space, is left out; None: none."""
 
     @classmethod
-    def read(cls, ids: Any, table: TokenTable) -> _Side:
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.ndim != 1:
-            raise ValueError(f"token ids: expected one dimension, got shape {ids.shape}")
+    def read(cls, rows: Sequence[Any], table: TokenTable) -> _Side:
+        arrays = [np.asarray(row, dtype=np.int64) for row in rows]
+        for array in arrays:
+            if array.ndim != 1:
+                raise ValueError(f"token ids: expected one dimension, got shape {array.shape}")
+        ids = arrays[0] if len(arrays) == 1 else np.concatenate(arrays or [np.empty(0, np.int64)])
         if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
             raise ValueError(f"token ids: outside the vocabulary of {len(table)} ids")
-        text = b"".join(table.objects[ids].tolist())
-        return cls(text, np.cumsum(table.lengths[ids], dtype=np.int64), table.special[ids])
+        return cls(table, ids, np.cumsum([0, *map(len, arrays)]))
 
     def without_dummy_prefix(self) -> _Side:
-        """Without the first space of each stretch of text between special tokens."""
-        starts = np.flatnonzero(~self.special & np.concatenate(([True], self.special[:-1])))
-        offsets = np.concatenate(([0], self.ends))[starts]
-        text = np.frombuffer(self.text, dtype=np.uint8)
-        is_space = text[offsets] == ord(" ")
-        removed = np.zeros(len(self.ends), dtype=np.int64)
-        removed[starts[is_space]] = 1
-        return _Side(np.delete(text, offsets[is_space]).tobytes(), self.ends - np.cumsum(removed), self.special)
+        """Without the first space of each row, and of each stretch of text after special tokens."""
+        if not self.table.dummy_prefix:
+            return self
+        starts = np.union1d(self.rows[:-1], self.special + 1)
+        starts = starts[starts < len(self.ids)]
+        return _Side(self.table, self.ids, self.rows, starts[self.table.starts_with_space[self.ids[starts]]])
+
+    @cached_property
+    def special(self) -> np.ndarray:
+        """Places of special tokens."""
+        return np.flatnonzero(self.table.special[self.ids])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [T]: bytes of each token."""
+        lengths = self.table.lengths[self.ids]
+        if self.trimmed is not None:
+            lengths[self.trimmed] -= 1
+        return lengths
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [T]: where each token ends, in bytes."""
+        return np.cumsum(self.lengths, dtype=np.int64)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return int(self.ends[-1]) if len(self.ids) else 0
+
+    @cached_property
+    def digest(self) -> int:
+        """Content hash of the bytes of all rows."""
+        hashes = self.table.hashes[self.ids]
+        if self.trimmed is not None:
+            hashes[self.trimmed] = (hashes[self.trimmed] - SPACE_HASH) * _INVERSE_BASE
+        return int(np.dot(hashes, hash_powers(self.size + 1)[self.ends - self.lengths]))
+
+    def text(self) -> bytes:
+        """The bytes of all rows."""
+        pieces = self.table.objects[self.ids].tolist()
+        for place in () if self.trimmed is None else self.trimmed.tolist():
+            pieces[place] = pieces[place][1:]
+        return b"".join(pieces)
+
+    def row_ends(self) -> np.ndarray:
+        """int64 [R]: where rows end, in bytes."""
+        return np.concatenate(([0], self.ends))[self.rows[1:]]
 
     def boundaries(self) -> np.ndarray:
         """bool [bytes + 1]: a token ends at this offset. The start of the text is none."""
-        mask = np.zeros(len(self.text) + 1, dtype=bool)
+        mask = np.zeros(self.size + 1, dtype=bool)
         mask[self.ends] = True
         mask[0] = False
         return mask
 
-    def chunk_ids(self, boundaries: np.ndarray) -> np.ndarray:
-        """int32 [T]: chunk of each token, given the offsets (as a mask) at which chunks end."""
-        closes = boundaries[self.ends]
-        closes[1:] &= self.ends[1:] > self.ends[:-1]  # a token without text closes nothing
-        closed = np.cumsum(closes, dtype=np.int32)
-        chunk = closed - closes
+    def chunk_ids(self, boundaries: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+        """Chunk of each token, int32 [T] for each row, and the number of chunks of each row, given the offsets (as a
+        mask) at which chunks end."""
+        closed = np.zeros(len(self.ids) + 1, dtype=np.int32)  # chunks that end before a token, over all rows
+        np.cumsum(boundaries[self.ends] & (self.lengths > 0), out=closed[1:])
+        at_row, tokens = closed[self.rows], np.diff(self.rows)
+        chunk = closed[:-1] - np.repeat(at_row[:-1], tokens)
+        counts = np.diff(at_row)
+        chunk[chunk == np.repeat(counts, tokens)] = -1  # after the row's last chunk
         chunk[self.special] = -1
-        if len(closed):
-            chunk[chunk == closed[-1]] = -1  # after the last common boundary
-        return chunk
+        return np.split(chunk, self.rows[1:-1]), counts.tolist()
 
 
-def _drop_dummy_prefixes(
-    student: _Side, teacher: _Side, student_table: TokenTable, teacher_table: TokenTable
-) -> tuple[_Side, _Side]:
-    """Both sides without the spaces that their tokenizers put in front of text, as far as that makes them agree.
+_INVERSE_BASE = np.uint64(pow(int(HASH_BASE), -1, 2**64))
+
+
+def _same_text(student: _Side, teacher: _Side) -> bool:
+    """Whether both sides have the same bytes in every row: the sizes agree, and a 64-bit hash of the content."""
+    return (
+        student.size == teacher.size
+        and np.array_equal(student.row_ends(), teacher.row_ends())
+        and student.digest == teacher.digest
+    )
+
+
+def _without_dummy_prefixes(student: _Side, teacher: _Side) -> tuple[_Side, _Side]:
+    """Both sides without the spaces that their tokenizers put in front of text, where that makes them agree.
 
     Llama-2's tokenizer always adds one and Metaspace only if there is none, so what was added shows in the other side.
     """
-    if student.text == teacher.text or not (student_table.dummy_prefix or teacher_table.dummy_prefix):
-        return student, teacher
-    bare_student = student.without_dummy_prefix() if student_table.dummy_prefix else student
-    bare_teacher = teacher.without_dummy_prefix() if teacher_table.dummy_prefix else teacher
-    for s, t in ((bare_student, bare_teacher), (bare_student, teacher), (student, bare_teacher)):
-        if s.text == t.text:
-            return s, t
-    return bare_student, bare_teacher
+    bare_student, bare_teacher = student.without_dummy_prefix(), teacher.without_dummy_prefix()
+    candidates = [(bare_student, bare_teacher), (bare_student, teacher), (student, bare_teacher)]
+    if student.table.dummy_prefix == teacher.table.dummy_prefix:
+        candidates.insert(0, (student, teacher))
+    else:
+        candidates.append((student, teacher))
+    return next((pair for pair in candidates if _same_text(*pair)), (bare_student, bare_teacher))
+
+
+def _align_equal(student: _Side, teacher: _Side) -> list[Alignment]:
+    """Both sides spell the same text in every row: chunks end where both have a boundary."""
+    boundaries = student.boundaries() & teacher.boundaries()
+    (of_student, counts), (of_teacher, _) = student.chunk_ids(boundaries), teacher.chunk_ids(boundaries)
+    return [Alignment(s, t, n, np.ones(n, dtype=bool)) for s, t, n in zip(of_student, of_teacher, counts)]
 
 
 def _align_different(student: _Side, teacher: _Side) -> Alignment:
     """The sides spell different texts: chunks end at common boundaries within the stretches that agree."""
-    runs = _equal_runs(np.frombuffer(student.text, dtype=np.uint8), np.frombuffer(teacher.text, dtype=np.uint8))
-    agree, shorter = sum(n for _, _, n in runs), min(len(student.text), len(teacher.text))
+    runs = _equal_runs(np.frombuffer(student.text(), dtype=np.uint8), np.frombuffer(teacher.text(), dtype=np.uint8))
+    agree, shorter = sum(n for _, _, n in runs), min(student.size, teacher.size)
     if 2 * agree < shorter:
         raise ValueError(f"the two tokenizations spell different texts: {agree} of {shorter} bytes agree")
 
@@ -142,9 +203,9 @@ def _align_different(student: _Side, teacher: _Side) -> Alignment:
 
     sides = []
     for side, ends in ((student, pairs[:, 0]), (teacher, pairs[:, 1])):
-        boundaries = np.zeros(len(side.text) + 1, dtype=bool)
+        boundaries = np.zeros(side.size + 1, dtype=bool)
         boundaries[ends] = True
-        sides.append(side.chunk_ids(boundaries))
+        sides.append(side.chunk_ids(boundaries)[0][0])
     return Alignment(sides[0], sides[1], len(pairs), same_run)
 
 

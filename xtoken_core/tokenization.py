@@ -41,6 +41,23 @@ _TO_LATIN1 = {ord(c): b for c, b in _CHAR_TO_BYTE.items()}
 _TO_BYTE_LEVEL = {b: c for c, b in _CHAR_TO_BYTE.items()}
 
 
+# The content hash of a byte string: sum over k of _BYTE_HASHES[byte k] * HASH_BASE**k modulo 2**64.
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+_BYTE_HASHES = np.random.default_rng(0).integers(2**64, size=256, dtype=np.uint64)
+SPACE_HASH = _BYTE_HASHES[ord(" ")]
+_powers = np.ones(1, dtype=np.uint64)
+
+
+def hash_powers(size: int) -> np.ndarray:
+    """HASH_BASE**k modulo 2**64 for k = 0, 1, ... , at least `size` of them, uint64."""
+    global _powers
+    if len(_powers) < size:
+        powers = np.full(max(size, 2 * len(_powers)), HASH_BASE)
+        powers[0] = 1
+        _powers = np.cumprod(powers)
+    return _powers
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTable:
     """The bytes of every id of a vocabulary, and what kind of token it is.
@@ -101,6 +118,22 @@ class TokenTable:
     def lengths(self) -> np.ndarray:
         """int32 [V]: bytes of each id."""
         return np.fromiter(map(len, self.tokens), dtype=np.int32, count=len(self))
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint64 [V]: content hash of each id's bytes, such that the hash of a text is the sum over its tokens of
+        `hashes[id] * HASH_BASE**(offset of the token)`."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        starts = ends - self.lengths
+        place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(starts, self.lengths)
+        text = np.frombuffer(b"".join(self.tokens), dtype=np.uint8)
+        sums = np.concatenate(([np.uint64(0)], np.cumsum(_BYTE_HASHES[text] * hash_powers(place.max(initial=0) + 1)[place])))
+        return sums[ends] - sums[starts]
+
+    @cached_property
+    def starts_with_space(self) -> np.ndarray:
+        """bool [V]: the id's bytes begin with a space."""
+        return np.fromiter((token[:1] == b" " for token in self.tokens), dtype=bool, count=len(self))
 
     @cached_property
     def objects(self) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.errors import InputError
-from xtoken_core.losses.plain import term_sums
+from xtoken_core.losses.dispatch import term_sums
 from xtoken_core.losses.scores import teacher_scores
 from xtoken_core.losses.selection import check_vocabularies, chunk_rows, next_token_mask, resolve_teachers
 from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, LossOutput, TeacherBatch, TermSums, TopKLogits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken_core.losses.kernels.gradient import TileGradient, write_gradient
 from xtoken_core.losses.kernels.projected import SparseGradient, weight_gradient
-from xtoken_core.losses.kernels.rows import RowStats, row_stats
+from xtoken_core.losses.kernels.rows import RowStats, empty_rows, room, row_stats
 from xtoken_core.losses.kernels.sources import HiddenGradients, Source
 from xtoken_core.losses.kernels.terms import ChunkTerm, CommonTerm, ProjectedTerm, Term, Tile, WithinTerm, make_term
 from xtoken_core.losses.kernels.tiles import cut
@@ -58,7 +58,7 @@ class Batch:
         if not sparse:
             return None, {}
         sets = next(iter(sparse.values())).place.shape[0]
-        flag = torch.zeros(sets, self.source.vocab, dtype=torch.int32, device=self.counted.device)
+        flag = torch.zeros(sets, room(self.source.vocab), dtype=torch.int32, device=self.counted.device)
         for term in sparse.values():
             mark(flag, term.indices, term.place)
         touched = touched_tokens(flag)
@@ -69,21 +69,23 @@ class Batch:
         for (first, last), ranges in self.tiles:
             for term, teacher_range in zip(self.chunked, ranges, strict=True):
                 term.teacher_range = teacher_range
-            logits = self.source.tile(first, last)
-            row_stats(logits, self.active, self.targets, self.stats, first, self.spec.temperature)
-            tile = Tile(first, last, logits, self.stats)
-            parts = TileGradient([], [], [])
-            for i, term in enumerate(self.terms):
-                part = term.tile(tile)
-                if isinstance(part, SparseGradient):
-                    parts.sparse.append((i, part, self.placed[i], isinstance(term, ProjectedTerm)))
-                elif isinstance(part, WholeGradient):
-                    parts.whole.append((i, part))
-                else:
-                    parts.common.append((i, part))
-            if use is not None:
-                use(tile, parts)
-            logits = tile = parts = part = None  # the next tile needs the room
+            self._run_tile(first, last, use)
+
+    def _run_tile(self, first: int, last: int, use: Callable[[Tile, TileGradient], None] | None) -> None:
+        logits = self.source.tile(first, last)
+        row_stats(logits, self.active, self.targets, self.stats, first, self.spec.temperature)
+        tile = Tile(first, last, logits, self.stats)
+        parts = TileGradient([], [], [])
+        for i, term in enumerate(self.terms):
+            part = term.tile(tile)
+            if isinstance(part, SparseGradient):
+                parts.sparse.append((i, part, self.placed[i], isinstance(term, ProjectedTerm)))
+            elif isinstance(part, WholeGradient):
+                parts.whole.append((i, part))
+            else:
+                parts.common.append((i, part))
+        if use is not None:
+            use(tile, parts)
 
     def gradient(self, tile: Tile, parts: TileGradient, out: Tensor, ce: Tensor, kd: Tensor) -> None:
         """Writes a tile's gradient by its raw logits to `out`."""
@@ -195,7 +197,7 @@ def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | Non
 
     def use(tile: Tile, parts: TileGradient) -> None:
         batch.weight_gradients(tile, parts, kd, weights)
-        out = torch.empty_like(tile.logits) if parts.common else tile.logits  # in place where no other row is read
+        out = empty_rows(*tile.logits.shape, tile.logits.dtype, tile.logits.device) if parts.common else tile.logits  # in place where no other row is read
         batch.gradient(tile, parts, out, ce, kd)
         gradients.add(out, tile.first)
 

@@ -7,18 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.rows import readable
+
 PARTS = 8
 """Programs that share the rows of one block of columns; their maxima are joined afterwards."""
 
 
 @triton.jit
 def _column_maxima_kernel(
-    logits, stride, rows, maxima, num_rows, vocab, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    logits, stride, rows, maxima, num_rows, vocab, readable, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program: the maxima of BLOCK columns over its share of the rows, ROWS at a time."""
     part, parts = tl.program_id(1), tl.num_programs(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
     share = tl.cdiv(tl.cdiv(num_rows, parts), ROWS) * ROWS
     for start in range(part * share, tl.minimum((part + 1) * share, num_rows), ROWS):
         row = start + tl.arange(0, ROWS)
@@ -26,9 +28,9 @@ def _column_maxima_kernel(
         if MASKED:
             keep = keep & (tl.load(rows + row, mask=keep, other=0) != 0)
         pointer = logits + row.to(tl.int64)[:, None] * stride + column[None, :]
-        z = tl.load(pointer, mask=keep[:, None] & (column < vocab)[None, :], other=float("-inf"))
-        best = tl.maximum(best, z.to(tl.float32))
-    tl.store(maxima + part * vocab + column, tl.max(best, 0), mask=column < vocab)
+        z = tl.load(pointer, mask=keep[:, None] & (column < readable)[None, :], other=float("-inf"))
+        best = tl.maximum(best, tl.max(z.to(tl.float32), 0))
+    tl.store(maxima + part * vocab + column, best, mask=column < vocab)
 
 
 def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
@@ -37,7 +39,7 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
     maxima = torch.empty(PARTS, vocab, device=logits.device)
     block = 1024
     _column_maxima_kernel[(triton.cdiv(vocab, block), PARTS)](
-        logits, logits.stride(0), rows, maxima, n, vocab, MASKED=rows is not None, ROWS=8, BLOCK=block, num_warps=4
+        logits, logits.stride(0), rows, maxima, n, vocab, readable(logits), MASKED=rows is not None, ROWS=8, BLOCK=block, num_warps=4
     )
     return maxima.amax(0)
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xtoken_core.losses.kernels.rows import readable, room
 from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
 from xtoken_core.losses.selection import common_pairs
 
@@ -34,7 +35,7 @@ class Split:
     """The vocabulary split of one teacher: `selection.common_pairs` by student column."""
 
     pair: Tensor
-    """[V_s] int32: the teacher's column paired with a student's; for the student's i-th uncommon column -1 - i."""
+    """[room for V_s] int32: the teacher's column paired with a student's; for the student's i-th uncommon column -1 - i; -1 beyond V_s."""
     uncommon_student: Tensor
     """[u] int32, ascending."""
     uncommon_teacher: Tensor
@@ -50,7 +51,7 @@ def vocabulary_split(projection: Projection, mode: str, student_vocab: int, teac
     key = mode, student_vocab, teacher_vocab
     if key not in tables:
         pairs = common_pairs(projection, *key)
-        pair = torch.empty(student_vocab, dtype=torch.int32, device=pairs.student.device)
+        pair = torch.full((room(student_vocab),), -1, dtype=torch.int32, device=pairs.student.device)
         pair[pairs.student] = pairs.teacher.int()
         rest = pairs.uncommon_student.int()
         pair[pairs.uncommon_student] = -1 - torch.arange(rest.numel(), dtype=torch.int32, device=rest.device)
@@ -60,7 +61,7 @@ def vocabulary_split(projection: Projection, mode: str, student_vocab: int, teac
 
 @triton.jit
 def _common_kernel(
-    s_logits, s_stride, s_first, s_lse, s_rows, s_start, t_logits, t_stride, t_first, t_lse, t_rows, t_start, num_rows, pair, vocab,
+    s_logits, s_stride, s_first, s_lse, s_rows, s_start, t_logits, t_stride, t_first, t_lse, t_rows, t_start, num_rows, pair, readable,
     inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a chunk's KL and Σ g over every so-many-th block of the student's columns."""
@@ -71,11 +72,11 @@ def _common_kernel(
         t_begin, t_end = tl.load(t_start + chunk), tl.load(t_start + chunk + 1)
         terms = tl.zeros([BLOCK], tl.float32)
         slope = tl.zeros([BLOCK], tl.float32)
-        for v0 in range(part * BLOCK, vocab, parts * BLOCK):
+        for v0 in range(part * BLOCK, readable, parts * BLOCK):
             v = v0 + tl.arange(0, BLOCK)
-            column = tl.load(pair + v, mask=v < vocab, other=-1)
+            column = tl.load(pair + v, mask=v < readable, other=-1)
             common = column >= 0
-            s = mean_log_prob(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, v, v < vocab, inv_tau)
+            s = mean_log_prob(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, v, v < readable, inv_tau)
             t = mean_log_prob(t_logits, t_stride, t_first, t_lse, t_rows, t_begin, t_end, column, common, inv_tau)
             if REVERSE:
                 weight = tl.exp(s)
@@ -100,7 +101,7 @@ def common_kl(
         s_first: number of the tile's first row; t_first: the teacher's.
         s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
         student: all chunks' student rows; teacher: their teacher rows.
-        pair: [V_s] int32, see `Split`.
+        pair: int32, see `Split`.
         temperature: τ.
         reverse: KL(student || teacher).
         kl: parts of Σ over common columns of the KL.
@@ -110,7 +111,7 @@ def common_kl(
         return
     _common_kernel[kl.shape](
         s_logits, s_logits.stride(0), s_first, s_lse, student.rows, student.start, t_logits, t_logits.stride(0), t_first, t_lse,
-        teacher.rows, teacher.start, s_logits.shape[0], pair, s_logits.shape[1], 1.0 / temperature, kl, slopes, REVERSE=reverse,
+        teacher.rows, teacher.start, s_logits.shape[0], pair, readable(s_logits), 1.0 / temperature, kl, slopes, REVERSE=reverse,
         BLOCK=2048, num_warps=8,
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ class CommonGradient:
     """What `gradient.py` needs of a tile to write this teacher's part."""
 
     pair: Tensor
-    """[V_s] int32, see `Split`."""
+    """int32, see `Split`."""
     sign: Tensor
     """[N, u] int8: derivative of the L1 by each uncommon probability."""
     slope: Tensor

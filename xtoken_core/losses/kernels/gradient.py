@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xtoken_core.losses.kernels.common import CommonGradient
 from xtoken_core.losses.kernels.projected import SparseGradient
-from xtoken_core.losses.kernels.rows import RowStats
+from xtoken_core.losses.kernels.rows import RowStats, readable
 from xtoken_core.losses.kernels.segments import mean_log_prob
 from xtoken_core.losses.kernels.touched import Placed, Touched
 from xtoken_core.losses.kernels.whole import WholeGradient, mixture
@@ -26,10 +26,10 @@ PROGRAMS = 528
 
 
 class _Sparse(NamedTuple):
-    """A p_kl or same-vocabulary teacher, as the kernel takes it: its factor, then SparseGradient and Placed."""
+    """A p_kl or same-vocabulary teacher, as the kernel takes it: its factor, then SparseGradient and Placed. (Triton's tuples have a `values` of their own.)"""
 
     factor: Tensor
-    values: Tensor
+    derivative: Tensor
     owner: Tensor
     share: Tensor
     slope: Tensor
@@ -108,19 +108,19 @@ def _dense_part(
 
 @triton.jit
 def _gradient_kernel(
-    logits, stride, gradient, gradient_stride, first, num_rows, vocab, active, counted, targets, lse, lse_tau, ce_factor, sparse, whole,
-    common, token, count, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr, REVERSE: tl.constexpr,
+    logits, stride, gradient, gradient_stride, first, num_rows, vocab, readable, writable, active, counted, targets, lse, lse_tau, ce_factor,
+    sparse, whole, common, token, count, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr, REVERSE: tl.constexpr,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes every so-many-th row and keeps its stash. SLOTS, PROJECTED: of each sparse teacher."""
-    mine = stash + tl.program_id(0).to(tl.int64) * vocab
+    mine = stash + tl.program_id(0).to(tl.int64) * room
     for local in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         base = logits + tl.cast(local, tl.int64) * stride
         out = gradient + tl.cast(local, tl.int64) * gradient_stride
         if tl.load(active + local) == 0:
             for v0 in range(0, vocab, BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
-                tl.store(out + v, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=v < vocab)
+                tl.store(out + v, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=v < writable)
         else:
             ce = tl.load(ce_factor) * tl.load(counted + local).to(tl.float32)
             target = tl.load(targets + local)
@@ -136,7 +136,7 @@ def _gradient_kernel(
             for a0 in range(0, length, FEW):
                 a = a0 + tl.arange(0, FEW)
                 inside = a < length
-                v = tl.load(token + set_ * vocab + a, mask=inside, other=0)
+                v = tl.load(token + set_ * room + a, mask=inside, other=0)
                 z = tl.load(base + v, mask=inside, other=float("-inf")).to(tl.float32)
                 p = tl.exp(z - norm)
                 p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
@@ -145,14 +145,14 @@ def _gradient_kernel(
                 for i in tl.static_range(len(sparse)):
                     owner = tl.load(sparse[i].owner + local)
                     if owner >= 0:
-                        values = sparse[i].values + owner.to(tl.int64) * sparse[i].width
+                        values = sparse[i].derivative + owner.to(tl.int64) * sparse[i].width
                         h = tl.zeros([FEW], tl.float32)
-                        here = set_.to(tl.int64) * SLOTS[i] * vocab + a
+                        here = set_.to(tl.int64) * SLOTS[i] * room + a
                         live = inside
                         for s in range(SLOTS[i]):
-                            j = tl.load(sparse[i].position + here + s * vocab, mask=live, other=-1)
+                            j = tl.load(sparse[i].position + here + s * room, mask=live, other=-1)
                             live = j >= 0
-                            w = tl.load(sparse[i].weight + here + s * vocab, mask=live, other=0.0)
+                            w = tl.load(sparse[i].weight + here + s * room, mask=live, other=0.0)
                             h += w * tl.load(values + j, mask=live, other=0.0)
                         h *= tl.load(sparse[i].factor) * tl.load(sparse[i].share + local)
                         if PROJECTED[i]:
@@ -164,19 +164,20 @@ def _gradient_kernel(
             tl.debug_barrier()
             for v0 in range(0, vocab, BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
-                inside = v < vocab
+                inside = v < readable
                 z = tl.load(base + v, mask=inside, other=float("-inf")).to(tl.float32)
+                z = tl.where(v < vocab, z, float("-inf"))
                 p = tl.exp(z - norm)
                 p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
                 g = _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE)
                 g += ce * (p - tl.where(v == target, 1.0, 0.0))
                 if CAPPED:
                     g *= 1.0 - (z * inv_cap) * (z * inv_cap)
-                tl.store(out + v, (g * scale).to(gradient.dtype.element_ty), mask=inside)
+                tl.store(out + v, (g * scale).to(gradient.dtype.element_ty), mask=v < writable)
             tl.debug_barrier()
             for a0 in range(0, length, FEW):
                 a = a0 + tl.arange(0, FEW)
-                v = tl.load(token + set_ * vocab + a, mask=a < length, other=0)
+                v = tl.load(token + set_ * room + a, mask=a < length, other=0)
                 tl.store(out + v, tl.load(mine + a, mask=a < length, other=0.0), mask=a < length)
 
 
@@ -198,7 +199,7 @@ def write_gradient(
 
     Args:
         logits: [n, V] the tile, as capped.
-        out: [n, V]; may be `logits` itself where there are no `parts.common`.
+        out: [n, V], whose padding may be overwritten; may be `logits` itself where there are no `parts.common`.
         first: number of the tile's first row.
         active: [R] bool: rows with any term; others get zeros.
         counted: [R] bool: rows with cross-entropy.
@@ -230,18 +231,21 @@ def write_gradient(
     whole = tuple(
         _Whole(factor[i], w.parts, tuple(p.stride(0) for p in w.parts), w.weights, w.lse, w.kl, w.active) for i, w in parts.whole
     )
+    limit = readable(logits)
+    if any(readable(p) != limit for w in whole for p in w.parts):
+        limit = vocab
     if touched is None:
         assert not sparse
         token = count = targets
-        sets, programs = 1, min(n, 8 * PROGRAMS)
+        sets, width, programs = 1, 0, min(n, 8 * PROGRAMS)
         stash = torch.empty(0, dtype=out.dtype, device=out.device)
     else:
-        token, count, sets = touched.token, touched.count, touched.token.shape[0]
+        token, count, (sets, width) = touched.token, touched.count, touched.token.shape
         programs = min(n, PROGRAMS)
-        stash = torch.empty(programs * vocab, dtype=out.dtype, device=out.device)
+        stash = torch.empty(programs * width, dtype=out.dtype, device=out.device)
     _gradient_kernel[(programs,)](
-        logits, logits.stride(0), out, out.stride(0), first, n, vocab, active[rows], counted[rows], targets[rows], stats.lse[rows],
-        stats.lse_tau[rows], ce, sparse, whole, common, token, count, rows_per_set, sets, stash, 1.0 / temperature, scale,
+        logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows], counted[rows],
+        targets[rows], stats.lse[rows], stats.lse_tau[rows], ce, sparse, whole, common, token, count, width, rows_per_set, sets, stash, 1.0 / temperature, scale,
         0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse, CAPPED=cap is not None,
         SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse), BLOCK=4096,
         FEW=1024, num_warps=8,

@@ -58,7 +58,7 @@ def _project_kernel(
             start = tl.load(starts + j, mask=mine, other=0)
             count = tl.load(counts + j, mask=mine, other=0)
             sums = tl.zeros([LIGHT], tl.float32)
-            for e1 in range(0, tl.max(count, 0)):
+            for e1 in range(tl.max(count, 0)):
                 alive = e1 < count
                 x = tl.load(base + tl.load(student + start + e1, mask=alive, other=0), mask=alive, other=float("-inf")).to(tl.float32)
                 sums += tl.load(weight + start + e1, mask=alive, other=0.0) * tl.exp(x * inv_tau - norm)
@@ -229,8 +229,8 @@ def chunk_kl(
 
 @triton.jit
 def _weight_gradient_kernel(
-    logits, stride, first, num_rows, lse, values, owner, share, width, token, count, position, slot, partial, vocab, rows_per_set, num_sets,
-    inv_tau, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, first, num_rows, lse, values, owner, share, width, token, count, position, slot, partial, vocab, room, rows_per_set,
+    num_sets, inv_tau, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of a block of touched tokens: Σ over this program's rows of p_tu G_j / n for each of W's entries, in a fixed order."""
     set_, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -238,9 +238,9 @@ def _weight_gradient_kernel(
     length = tl.load(count + set_)
     if tl.program_id(0) * BLOCK < length:
         inside = at < length
-        u = tl.load(token + set_ * vocab + at, mask=inside, other=0)
+        u = tl.load(token + set_ * room + at, mask=inside, other=0)
         for s in range(SLOTS):
-            here = set_.to(tl.int64) * SLOTS * vocab + s * vocab + at
+            here = set_.to(tl.int64) * SLOTS * room + s * room + at
             j = tl.load(position + here, mask=inside, other=-1)
             live = j >= 0
             total = tl.zeros([BLOCK], tl.float32)
@@ -266,8 +266,8 @@ def weight_gradient(
     partial = torch.zeros(parts, sets, vocab, slots, device=logits.device)
     _weight_gradient_kernel[(triton.cdiv(vocab, block), sets, parts)](
         logits, logits.stride(0), first, n, lse, sparse.values, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
-        touched.count, placed.position, placed.slot, partial, vocab, rows_per_set, sets, 1.0 / temperature, SLOTS=slots, BLOCK=block,
-        num_warps=4,
+        touched.count, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
+        SLOTS=slots, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return partial.sum((0, 1))
 

@@ -131,7 +131,7 @@ def _resolve(
             b0 = tl.load(base + b, mask=open_, other=0)
             b1 = tl.load(base + b + 1, mask=open_, other=0)
             rank = b0
-            for e in range(0, tl.max(b1 - b0, 0)):
+            for e in range(tl.max(b1 - b0, 0)):
                 live = open_ & (b0 + e < b1)
                 y = tl.load(bin_values + b0 + e, mask=live, other=LEAST)
                 before = tl.load(bin_index + b0 + e, mask=live, other=0) < i
@@ -140,7 +140,7 @@ def _resolve(
             o1 = tl.load(other_base + b + 1, mask=open_, other=0)
             above = o0
             level = o0
-            for e in range(0, tl.max(o1 - o0, 0)):
+            for e in range(tl.max(o1 - o0, 0)):
                 live = open_ & (o0 + e < o1)
                 y = tl.load(other_values + o0 + e, mask=live, other=LEAST)
                 above += (live & (y > x)).to(tl.int32)

@@ -12,6 +12,28 @@ from torch import Tensor
 BLOCK = 8192
 """Columns a program reads at a time."""
 
+ALIGN = 16
+"""Rows of a multiple of this many columns are read and written in whole vectors."""
+
+
+def room(columns: int) -> int:
+    """`columns` rounded up to a multiple of ALIGN."""
+    return -(-columns // ALIGN) * ALIGN
+
+
+def empty_rows(n: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n, columns] of rows that have room for whole vectors."""
+    return torch.empty(n, room(columns), dtype=dtype, device=device)[:, :columns]
+
+
+def readable(x: Tensor) -> int:
+    """How many columns of each row of x [n, V] may be read, so that a vocabulary of odd size (a slice of padded rows) is read in vectors."""
+    n, columns = x.shape
+    padded = room(columns)
+    end = x.storage_offset() + (n - 1) * x.stride(0) + padded
+    fits = padded <= x.stride(0) and end * x.element_size() <= x.untyped_storage().nbytes()
+    return padded if fits else columns
+
 
 @dataclass(frozen=True)
 class RowStats:
@@ -36,7 +58,7 @@ class RowStats:
 
 @triton.jit
 def _row_stats_kernel(
-    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, inv_tau, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
+    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, readable, inv_tau, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program a row: softmax with one running maximum, and per lane the best column so far."""
     row = tl.program_id(0).to(tl.int64)
@@ -50,7 +72,8 @@ def _row_stats_kernel(
         total_tau = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
             column = start + lane
-            z = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+            z = tl.load(base + column, mask=column < readable, other=float("-inf")).to(tl.float32)
+            z = tl.where(column < vocab, z, float("-inf"))
             best_at = tl.where(z > best, column, best_at)
             best = tl.maximum(best, z)
             new_top = tl.maximum(top, tl.max(z, 0))
@@ -80,5 +103,5 @@ def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, 
     rows = slice(first, first + n)
     _row_stats_kernel[(n,)](
         logits, logits.stride(0), active[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], stats.target[rows],
-        stats.argmax[rows], vocab, 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=16,
+        stats.argmax[rows], vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=16,
     )  # fmt: skip

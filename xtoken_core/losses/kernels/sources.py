@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.rows import empty_rows
 from xtoken_core.losses.types import HiddenLogits
 
 
@@ -61,7 +62,7 @@ class Source:
         return given.shape[1 if self.dense is not None else 0]
 
     def tile(self, first: int, last: int) -> Tensor:
-        """[last - first, V]: a view, or newly formed."""
+        """[last - first, V]: a view, or newly formed in rows with room for whole vectors."""
         if self.dense is not None:
             return self.dense[first:last]
         assert self.hidden is not None and self.weight is not None
@@ -73,11 +74,16 @@ class Source:
         return self._formed(self.hidden[first:last], self.weight[index], None if self.bias is None else self.bias[index])
 
     def _formed(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+        logits = empty_rows(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device)
+        if bias is None:
+            torch.mm(hidden, weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.T, out=logits)
         if self.scale != 1.0 or self.cap is not None:
             block = 4096
-            _cap_kernel[(triton.cdiv(logits.numel(), block),)](
-                logits, logits.numel(), self.scale, self.cap or 1.0, CAPPED=self.cap is not None, BLOCK=block
+            size = logits.shape[0] * logits.stride(0)
+            _cap_kernel[(triton.cdiv(size, block),)](
+                logits, size, self.scale, self.cap or 1.0, CAPPED=self.cap is not None, BLOCK=block
             )
         return logits
 

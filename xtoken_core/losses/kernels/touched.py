@@ -86,13 +86,13 @@ class Touched:
     """The student's touched columns of each sequence, ascending, over all teachers."""
 
     token: Tensor
-    """[sets, V_s] int32; only the first `count` are set."""
+    """[sets, room for V_s] int32; only the first `count` are set."""
     count: Tensor
     """[sets] int32."""
     rank: Tensor
-    """[sets, V_s] int32: inclusive count of touched tokens up to each; a touched token stands at rank - 1."""
+    """[sets, room] int32: inclusive count of touched tokens up to each; a touched token stands at rank - 1."""
     flag: Tensor
-    """[sets, V_s] int32: 1 where touched."""
+    """[sets, room] int32: 1 where touched."""
 
 
 @dataclass(frozen=True)
@@ -100,89 +100,91 @@ class Placed:
     """Of one teacher, by touched token: its entries within K."""
 
     position: Tensor
-    """[sets, slots, V_s] int32: column of K; a token's entries come first, then -1."""
+    """[sets, slots, room] int32: column of K; a token's entries come first, then -1."""
     weight: Tensor
-    """[sets, slots, V_s] float32."""
+    """[sets, slots, room] float32."""
     slot: Tensor
-    """[sets, slots, V_s] int32: which of the token's `slots` entries in W it is."""
+    """[sets, slots, room] int32: which of the token's `slots` entries in W it is."""
 
 
 @triton.jit
-def _mark_kernel(indices, place, flag, vocab, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Flags the tokens of a block that W maps into K, beside those flagged already."""
     set_ = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
-    hit = tl.load(flag + set_ * vocab + token, mask=inside, other=0)
+    hit = tl.load(flag + set_ * room + token, mask=inside, other=0)
     for s in range(SLOTS):
         column = tl.load(indices + token.to(tl.int64) * SLOTS + s, mask=inside, other=-1)
         position = tl.load(place + set_ * teacher_vocab + column, mask=column >= 0, other=-1)
         hit = tl.where(position >= 0, 1, hit)
-    tl.store(flag + set_ * vocab + token, hit, mask=inside)
+    tl.store(flag + set_ * room + token, hit, mask=inside)
 
 
 @triton.jit
 def _place_kernel(
-    indices, weights, place, rank, flag, position, weight, slot, vocab, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr
-):
+    indices, weights, place, rank, flag, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes the entries within K of a block's touched tokens to the tokens' places in the list."""
     set_ = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
-    touched = inside & (tl.load(flag + set_ * vocab + token, mask=inside, other=0) != 0)
-    at = tl.load(rank + set_ * vocab + token, mask=touched, other=1) - 1
-    out = set_.to(tl.int64) * SLOTS * vocab + at
+    touched = inside & (tl.load(flag + set_ * room + token, mask=inside, other=0) != 0)
+    at = tl.load(rank + set_ * room + token, mask=touched, other=1) - 1
+    out = set_.to(tl.int64) * SLOTS * room + at
     found = tl.zeros([BLOCK], tl.int32)
     for s in range(SLOTS):
         entry = token.to(tl.int64) * SLOTS + s
         column = tl.load(indices + entry, mask=touched, other=-1)
         p = tl.load(place + set_ * teacher_vocab + column, mask=column >= 0, other=-1)
         here = p >= 0
-        tl.store(position + out + found * vocab, p, mask=here)
-        tl.store(weight + out + found * vocab, tl.load(weights + entry, mask=here, other=0.0).to(tl.float32), mask=here)
-        tl.store(slot + out + found * vocab, tl.full([BLOCK], s, tl.int32), mask=here)
+        tl.store(position + out + found * room, p, mask=here)
+        tl.store(weight + out + found * room, tl.load(weights + entry, mask=here, other=0.0).to(tl.float32), mask=here)
+        tl.store(slot + out + found * room, tl.full([BLOCK], s, tl.int32), mask=here)
         found += here.to(tl.int32)
     for s in range(SLOTS):
-        tl.store(position + out + s * vocab, tl.full([BLOCK], -1, tl.int32), mask=touched & (s >= found))
+        tl.store(position + out + s * room, tl.full([BLOCK], -1, tl.int32), mask=touched & (s >= found))
 
 
 @triton.jit
-def _list_kernel(rank, flag, token, vocab, BLOCK: tl.constexpr):
+def _list_kernel(rank, flag, token, room, BLOCK: tl.constexpr):
     """Writes each touched token to its place in the list."""
     set_ = tl.program_id(1)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    hit = tl.load(flag + set_ * vocab + t, mask=t < vocab, other=0) != 0
-    at = tl.load(rank + set_ * vocab + t, mask=hit, other=1) - 1
-    tl.store(token + set_ * vocab + at, t, mask=hit)
+    hit = tl.load(flag + set_ * room + t, mask=t < room, other=0) != 0
+    at = tl.load(rank + set_ * room + t, mask=hit, other=1) - 1
+    tl.store(token + set_ * room + at, t, mask=hit)
 
 
 _TOKENS = 1024
 
 
 def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
-    """Sets flag [sets, V_s] where W's `indices` [>= V_s, slots] reach into K."""
-    sets, vocab = flag.shape
-    _mark_kernel[(triton.cdiv(vocab, _TOKENS), sets)](
-        indices, place, flag, vocab, place.shape[1], SLOTS=indices.shape[1], BLOCK=_TOKENS
+    """Sets flag [sets, room] where W's `indices` [V_s, slots] reach into K."""
+    sets, width = flag.shape
+    _mark_kernel[(triton.cdiv(width, _TOKENS), sets)](
+        indices, place, flag, indices.shape[0], width, place.shape[1], SLOTS=indices.shape[1], BLOCK=_TOKENS
     )
 
 
 def touched_tokens(flag: Tensor) -> Touched:
-    """The list of what is flagged in [sets, V_s] int32."""
-    sets, vocab = flag.shape
+    """The list of what is flagged in [sets, room] int32."""
+    sets, width = flag.shape
     rank = flag.cumsum(1, dtype=torch.int32)
     token = torch.empty_like(flag)
-    _list_kernel[(triton.cdiv(vocab, _TOKENS), sets)](rank, flag, token, vocab, BLOCK=_TOKENS)
+    _list_kernel[(triton.cdiv(width, _TOKENS), sets)](rank, flag, token, width, BLOCK=_TOKENS)
     return Touched(token, rank[:, -1].contiguous(), rank, flag)
 
 
 def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Tensor) -> Placed:
-    """W's entries within K by touched token; `indices`, `weights`: [>= V_s, slots], contiguous."""
-    (sets, vocab), slots = touched.token.shape, indices.shape[1]
-    position = torch.empty(sets, slots, vocab, dtype=torch.int32, device=indices.device)
-    weight = torch.empty(sets, slots, vocab, device=indices.device)
+    """W's entries within K by touched token; `indices`, `weights`: [V_s, slots], contiguous."""
+    (sets, width), (vocab, slots) = touched.token.shape, indices.shape
+    position = torch.empty(sets, slots, width, dtype=torch.int32, device=indices.device)
+    weight = torch.empty(sets, slots, width, device=indices.device)
     slot = torch.empty_like(position)
-    _place_kernel[(triton.cdiv(vocab, _TOKENS), sets)](
-        indices, weights, place, touched.rank, touched.flag, position, weight, slot, vocab, place.shape[1], SLOTS=slots, BLOCK=_TOKENS
-    )
+    _place_kernel[(triton.cdiv(width, _TOKENS), sets)](
+        indices, weights, place, touched.rank, touched.flag, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
+        BLOCK=_TOKENS,
+    )  # fmt: skip
     return Placed(position, weight, slot)

@@ -1,0 +1,39 @@
+"""Which implementation of `term_sums` computes a batch: the Triton kernels on a CUDA device, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from xtoken_core.losses import plain
+from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
+from xtoken_core.spec import LossSpec
+
+
+@functools.cache
+def _kernels() -> Callable[..., TermSums] | None:
+    """The kernels, where Triton is installed (it comes with PyTorch for CUDA on Linux)."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from xtoken_core.losses import kernels
+
+    return kernels.term_sums
+
+
+def term_sums(
+    student: Tensor | HiddenLogits,
+    input_ids: Tensor,
+    token_mask: Tensor,
+    sample_mask: Tensor,
+    teachers: Sequence[TeacherBatch],
+    spec: LossSpec,
+    coefficients: Coefficients | None = None,
+) -> TermSums:
+    """See `plain.term_sums`. float64 logits always take the plain path: the kernels compute in float32."""
+    dtype = student.dtype if isinstance(student, Tensor) else student.hidden.dtype
+    fast = _kernels() if student.device.type == "cuda" and dtype != torch.float64 else None
+    return (fast or plain.term_sums)(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients)

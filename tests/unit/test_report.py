@@ -76,6 +76,19 @@ def test_bootstrap_covers_what_it_says():
     assert 85 <= held <= 99
 
 
+def test_one_document_proves_nothing(run):
+    alone = []
+    for who, total in (("student_before", 3.0), ("student_after_best", 2.0)):
+        documents = {"corpus": ["c"], "bits": [total * 1000], "bytes": [1000]}
+        alone.append({"who": who, "bits_per_byte": {"total": total, "low": None, "high": None, "documents": documents}})
+    difference = bits_difference(alone[1], alone[0])
+    assert difference.value == -1 and not difference.exceeds_noise
+    single = dataclasses.replace(run, results=alone)
+    assert verdict(single).headline.startswith("One text says little: from 3.000 to 2.000")
+    for text in (answer_table(single), render_report(single), markdown(single)):
+        assert "noise unknown" in text and not re.search(r"[+-]?inf\b|nan", text)
+
+
 def test_benchmark_difference_knows_which_way_is_better():
     def scored(value: float, **about: object) -> dict:
         return {"who": "x", "tasks": {"t": {"value": value, "stderr": 0.01, **about}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,10 @@ def _bits(measured: dict[str, Any] | None) -> Cell:
 def _difference(difference: Difference | None) -> Cell:
     if difference is None:
         return MISSING
-    note = f"{difference.low:+.3f} to {difference.high:+.3f}" + ("" if difference.exceeds_noise else ", within the noise")
+    if math.isfinite(difference.low):
+        note = f"{difference.low:+.3f} to {difference.high:+.3f}" + ("" if difference.exceeds_noise else ", within the noise")
+    else:
+        note = "noise unknown"
     return Cell(f"{difference.value:+.3f}", difference.value, difference.tone, note=note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def everybody(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one evaluation is from another, `value` = of - against, with a 95 % interval."""
+    """How far one evaluation is from another, `value` = of - against, with a 95 % interval (infinite where the noise is unknown)."""
 
     of: str
     against: str
@@ -99,10 +100,10 @@ def task_difference(task: str, of: dict[str, Any], against: dict[str, Any]) -> D
 
 
 def _half_width(measured: dict[str, Any]) -> float:
-    """Half of a 95 % interval."""
+    """Half of a 95 % interval; infinite where none was measured, as for a single document."""
     if measured.get("low") is not None and measured.get("high") is not None:
         return (measured["high"] - measured["low"]) / 2
-    return Z95 * (measured.get("stderr") or 0.0)
+    return Z95 * measured["stderr"] if measured.get("stderr") is not None else math.inf
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ def verdict(run: Run) -> Verdict:
     answer = {
         "good": f"Distillation helped: {change}.",
         "bad": f"Distillation made the student worse: {change}.",
-        "even": f"No difference beyond the noise: {change}.",
+        "even": f"No difference beyond the noise: {change}."
+        if math.isfinite(gain.low)
+        else f"One text says little: {change}, noise unknown.",
     }[gain.tone]
     against_twin = [d for d in _twin_differences(run) if d is not None]
     sentences = [
@@ -145,8 +148,9 @@ def verdict(run: Run) -> Verdict:
 
 
 def interval(difference: Difference) -> str:
-    """`-0.123 [-0.150, -0.090]`."""
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    """`-0.123 [-0.150, -0.090]`, or `-0.123 (noise unknown)`."""
+    limits = f"[{difference.low:+.3f}, {difference.high:+.3f}]" if math.isfinite(difference.low) else "(noise unknown)"
+    return f"{difference.value:+.3f} {limits}"
 
 
 def _twin_differences(run: Run) -> list[Difference | None]:

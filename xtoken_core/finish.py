@@ -35,7 +35,6 @@ def finish(
     """
     run = Run.collect(
         spec,
-        tasks=None,
         overlap=artifacts["overlap"].path,
         prepare=_prepared(artifacts),
         projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},

@@ -68,7 +68,8 @@ def write_files(folder: Path, *, seed: int = 0, shift: float = 0.0, steps: int =
         "overlap": put("overlap.json", _overlap()),
         "projections": {"gemma": put("projection.json", _projection(rng))},
         "prepare": {split: put(f"prepare-{split}.json", _prepare(split)) for split in ("train", "validation")},
-        "tasks": put("tasks.json", _tasks()),
+        "inputs": _inputs(),
+        "tasks": _tasks(),
     }
 
 
@@ -248,7 +249,7 @@ def _projection(rng: np.random.Generator) -> dict:
 
 def _prepare(split: str) -> dict:
     size = 61_000 if split == "train" else 24_000
-    corpora = {f"texts/{split}": {"documents": 41, "bytes": size, "fingerprint": "c0ffee12deadbeef"}}
+    corpora = {f"texts/{split}": {"documents": 41, "bytes": size}}
     teachers = {"gemma": {"tokens": size // 4, "chunks": size // 5, "exact_chunks": int(size / 5 * 0.999)}}
     numbers = {
         "documents": 41,
@@ -259,6 +260,12 @@ def _prepare(split: str) -> dict:
         "seconds": 2.1,
     }
     return {"pads": {"student": 2}, "stats": {**numbers, "corpora": corpora, "teachers": teachers}}
+
+
+def _inputs() -> list[dict]:
+    models = {"student.model": "models/SmolLM2-135M-Instruct", "teachers.0 (gemma).model": "models/gemma-3-270m"}
+    read = models | {"data.train": "texts/train", "data.validation": "texts/validation"}
+    return [{"field": name, "uri": uri, "version": "c0ffee12deadbeef"} for name, uri in read.items()]
 
 
 def _tasks() -> list[dict]:

@@ -53,7 +53,7 @@ def render_report(run: Run) -> str:
         samples=_samples(run),
         settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100),
         facts=list(run_facts(run)),
-        corpora=tables.data_table(run),
+        sources=[table for table in (tables.inputs_table(run), tables.corpora_table(run)) if table],
     )
 
 

@@ -30,7 +30,9 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
     over tokens that people know), `examples` [{`student`, `pieces` [[text, weight]]}]}}.
 
 `prepare` {`train`|`validation`: {`documents`, `rows`, `bytes`, `student_tokens`, `dropped_documents` {reason: documents}, `seconds`, `corpora`
-    {uri: {`documents`, `bytes`, `fingerprint`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}: `stats` in the rows.json of each.
+    {name: {`documents`, `bytes`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}: `stats` in the rows.json of each.
+
+`inputs` (every model and corpus that was read): [{`field` (of the spec), `uri`, `version` (commit of a hub id, else fingerprint)}].
 
 `tasks` (the DAG): [{`name`, `after` [names], `seconds`, `start` (unix time), `status` (`done`, `cached`, `failed`, `running`)}].
 """
@@ -38,7 +40,7 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +76,7 @@ class Run:
     overlap: dict[str, Any] = field(default_factory=dict)
     projections: dict[str, dict[str, Any]] = field(default_factory=dict)
     prepare: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: list[dict[str, str]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -89,9 +92,10 @@ class Run:
         overlap: PathLike | None = None,
         projections: Mapping[str, PathLike] | None = None,
         prepare: Mapping[str, PathLike] | None = None,
-        tasks: PathLike | None = None,
+        inputs: Sequence[Mapping[str, str]] = (),
+        tasks: Sequence[Mapping[str, Any]] = (),
     ) -> Self:
-        """Reads the files a run has left so far; `spec` is its JSON. Raises InputError where a file is no JSON."""
+        """Reads the files a run has left so far; `spec` is it or its JSON. Raises InputError where a file is no JSON."""
         if isinstance(spec, str):
             spec = DistillationSpec.from_text(spec)
         return cls(
@@ -107,7 +111,8 @@ class Run:
             overlap=read_json(overlap, {}),
             projections={teacher: read_json(path, {}) for teacher, path in (projections or {}).items()},
             prepare={split: read_json(path, {}).get("stats", {}) for split, path in (prepare or {}).items()},
-            tasks=read_json(tasks, []),
+            inputs=[dict(entry) for entry in inputs],
+            tasks=[dict(task) for task in tasks],
         )
 
     @classmethod

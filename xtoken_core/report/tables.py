@@ -136,14 +136,21 @@ def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
     )
 
 
-def data_table(run: Run) -> Table | None:
-    """Every corpus read, with its size and fingerprint."""
+def corpora_table(run: Run) -> Table | None:
+    """Every corpus that rows were made of."""
     rows = [
-        [Cell(split), Cell(uri), *_counts(corpus, "documents", "bytes"), Cell(str(corpus.get("fingerprint") or "-")[:16])]
+        [Cell(f"{name}, {split}"), *_counts(corpus, "documents", "bytes")]
         for split, stats in run.prepare.items()
-        for uri, corpus in stats.get("corpora", {}).items()
+        for name, corpus in stats.get("corpora", {}).items()
     ]
-    return Table(["split", "corpus", "documents", "bytes", "fingerprint"], rows, code=True) if rows else None
+    return Table(["corpus", "documents", "bytes"], rows, "Corpora.") if rows else None
+
+
+def inputs_table(run: Run) -> Table | None:
+    """Every model and data set that was read, with its version."""
+    rows = [[Cell(entry["field"]), Cell(entry["uri"]), Cell(entry["version"])] for entry in run.inputs]
+    caption = "Models and data as they were: commit of a hub id, else fingerprint."
+    return Table(["field", "read from", "version"], rows, caption, code=True) if rows else None
 
 
 def _counts(corpus: dict[str, Any], *keys: str) -> list[Cell]:

@@ -1,0 +1,123 @@
+"""How far a student and a teacher predict the same, on rows that both can read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xtoken_core.bits_per_byte import LOGIT_ROWS
+from xtoken_core.collate import Collator
+from xtoken_core.dataset import load_rows
+from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
+from xtoken_core.losses.types import HiddenLogits
+from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.projection import Projection
+from xtoken_core.spec import DistillationSpec, TeacherSpec
+from xtoken_core.tokenization import TokenTable, load_tokenizer
+
+
+@torch.no_grad()
+def agreement(
+    spec: DistillationSpec,
+    student: PreTrainedModel,
+    rows_folder: str | Path,
+    projections: dict[str, Path | str],
+    modes: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    """What each teacher and the student have in common, by teacher id.
+
+    `kl`: the loss's own divergence, nats per chunk, or per token with the student's vocabulary. `top1`: at how many of the
+    places where both begin a chunk (or token) their first choices are the same; of two vocabularies, where the teacher's is
+    the first piece of the student's in W. `chunks`: how many were compared. `mode`: the loss mode.
+
+    Args:
+        spec: student, teachers and loss are read; each teacher counts by itself, whatever the aggregation.
+        student: on its device.
+        rows_folder: what `prepare_rows` wrote for validation.
+        projections: file of W by id of each teacher of another vocabulary.
+        modes: p_kl, h_kl or gold by teacher id.
+    """
+    alone = {"aggregation": "sum", "weight_metric": None, "normalize_by_vocab": False, "dynamic_scaling": False}
+    loss = spec.loss.model_copy(update=alone)
+    rows, collate = load_rows(rows_folder), Collator.for_rows(spec, rows_folder)
+    table = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
+    student_ids = vocabulary_rows(student, len(table), table.min_rows, "student")
+    results = {}
+    for index, teacher in enumerate(spec.teachers):
+        model, teacher_ids, projection = _load(teacher, student, table, projections)
+        mode = modes[teacher.id] if teacher.cross_tokenizer else None
+        counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        same = places = 0
+        for row in rows:
+            batch = _moved(collate([row]), student.device)
+            theirs = batch["teachers"][index] or batch
+            own = head_logits(student, final_hidden(student, batch["input_ids"]), student_ids)
+            other = head_logits(model, final_hidden(model, theirs["input_ids"]), teacher_ids)
+            fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
+            seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
+            inputs = batch["input_ids"], batch["token_mask"], batch["sample_mask"], [seen], loss
+            part = batch_counts(*inputs)
+            counts += part.cpu()
+            sums += loss_sums(own, *inputs, StepTotals.from_sums(part, [seen], loss)).cpu()
+            agrees = _same_choice(own, other, seen, batch["token_mask"])
+            same, places = same + int(agrees.sum()), places + len(agrees)
+        totals = StepTotals.from_sums(counts, [seen], loss)
+        results[teacher.id] = {
+            "kl": float(loss_metrics(sums, totals, loss)["kl_loss_t0"]),
+            "top1": same / max(places, 1),
+            "chunks": int(totals.kd_counts[0]),
+            "mode": mode or "same_vocabulary",
+        }
+    return results
+
+
+def _load(
+    teacher: TeacherSpec, student: PreTrainedModel, student_table: TokenTable, projections: dict[str, Path | str]
+) -> tuple[PreTrainedModel, int, Projection | None]:
+    """The teacher's model beside the student's, how many rows of its lm_head count, and W."""
+    table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
+    model = load_model(teacher.model, student.dtype)
+    model.to(student.device)  # type: ignore[arg-type]  # transformers wraps it untyped
+    ids = vocabulary_rows(model, len(table), table.min_rows, f"teacher {teacher.id}")
+    if not teacher.cross_tokenizer:
+        return model, ids, None
+    projection = Projection.load(projections[teacher.id], student_table.fingerprint, table.fingerprint)
+    return model, ids, projection.to(student.device)
+
+
+def _same_choice(student: HiddenLogits, teacher: HiddenLogits, seen: TeacherBatch, token_mask: Tensor) -> Tensor:
+    """bool [n]: whether both put the same token first, at each place of one row that both predict."""
+    if seen.projection is None:
+        rows = (token_mask[0, 1:] != 0).nonzero()[:, 0]
+        return _choices(student, rows) == _choices(teacher, rows)
+    assert seen.student_chunk_id is not None and seen.teacher_chunk_id is not None and seen.chunk_valid is not None
+    chunks = seen.chunk_valid[0].nonzero()[:, 0]
+    # ids ascend over a row's tokens (-1 outside): the token at p opens chunk c where c first occurs; row p - 1 predicts it
+    student_rows, teacher_rows = (_first(ids[0], chunks) - 1 for ids in (seen.student_chunk_id, seen.teacher_chunk_id))
+    return seen.projection.indices[_choices(student, student_rows), 0] == _choices(teacher, teacher_rows)
+
+
+def _first(ids: Tensor, chunks: Tensor) -> Tensor:
+    """[n]: position of the first token of each chunk in ids [T]."""
+    inside = (ids >= 0).nonzero()[:, 0]
+    return inside[torch.searchsorted(ids[inside].contiguous(), chunks)]
+
+
+def _choices(logits: HiddenLogits, rows: Tensor) -> Tensor:
+    """[n] ids of the largest logit at each of the rows [n] of a batch of one."""
+    hidden = logits.hidden[0, rows]
+    return torch.cat([replace(logits, hidden=part[None]).dense()[0].argmax(-1) for part in hidden.split(LOGIT_ROWS)])
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on another device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return [_moved(value, device) for value in batch] if isinstance(batch, list) else batch

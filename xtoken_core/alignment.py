@@ -81,12 +81,14 @@ class _Side:
         return cls(table, ids, np.cumsum([0, *map(len, arrays)]))
 
     def without_dummy_prefix(self) -> _Side:
-        """Without the first space of each row, and of each stretch of text after special tokens."""
+        """Without the space that the tokenizer puts in front of each row (and maybe of text after special tokens)."""
         if not self.table.dummy_prefix:
             return self
-        starts = np.union1d(self.rows[:-1], self.special + 1)
-        starts = starts[starts < len(self.ids)]
-        return _Side(self.table, self.ids, self.rows, starts[self.table.starts_with_space[self.ids[starts]]])
+        text = np.flatnonzero(~self.table.special[self.ids])
+        starts = text[np.searchsorted(text, self.rows[:-1]).clip(max=len(text) - 1)] if len(text) else text
+        if self.table.dummy_after_special:
+            starts = np.concatenate((starts, np.intersect1d(self.special + 1, text)))
+        return _Side(self.table, self.ids, self.rows, np.unique(starts[self.table.starts_with_space[self.ids[starts]]]))
 
     @cached_property
     def special(self) -> np.ndarray:

@@ -75,6 +75,8 @@ class TokenTable:
     """Id of each role in `ROLES` that the tokenizer fills."""
     dummy_prefix: bool
     """Whether the tokenizer puts a space in front of text (Llama-2, Mistral v1 and v3); `tokens` shows it."""
+    dummy_after_special: bool
+    """Whether it puts one after each special token inside the text, too."""
     byte_level: bool
     """Byte-level BPE; otherwise SentencePiece conventions."""
     normalizer: normalizers.Normalizer | None = None
@@ -102,11 +104,17 @@ class TokenTable:
                 tokens[i], ordinary[i] = b"", False
             elif not (byte_fallback and _BYTE_TOKEN.fullmatch(token.content)):
                 tokens[i] = (token.content if byte_level else token.content.replace(_SPACE, " ")).encode()
-        table = cls(tokens, special, ordinary, roles, False, byte_level, _text_normalizer(config["normalizer"]))
-        first = backend.encode("x", add_special_tokens=False).ids
-        if first and table.decode(first)[:1] == b" ":
-            object.__setattr__(table, "dummy_prefix", True)
-        return table
+        dummy_prefix, dummy_after_special = _dummy_prefixes(backend, [t.content for t in added.values() if t.special])
+        return cls(
+            tokens,
+            special,
+            ordinary,
+            roles,
+            dummy_prefix,
+            dummy_after_special,
+            byte_level,
+            _text_normalizer(config["normalizer"]),
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -305,6 +313,16 @@ def _vocab_bytes(text: str, byte_level: bool) -> bytes:
     if all(c in _CHAR_TO_BYTE for c in text):
         return text.translate(_TO_LATIN1).encode("latin-1")
     return text.encode()  # the byte-level decoder does the same
+
+
+def _dummy_prefixes(backend: Tokenizer, specials: list[str]) -> tuple[bool, bool]:
+    """Whether a space appears in front of text, and of text after a special token."""
+
+    def prefixed(special: str) -> bool:
+        pieces = "".join(backend.encode(special + "x", add_special_tokens=False).tokens)
+        return pieces.removeprefix(special).startswith((_SPACE, _TO_BYTE_LEVEL[ord(" ")]))
+
+    return prefixed(""), any(prefixed(special) for special in specials[:1])
 
 
 def _text_normalizer(config: dict | None) -> normalizers.Normalizer | None:

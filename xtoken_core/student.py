@@ -42,7 +42,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.rows = rows
-        self.learnable = nn.ModuleDict({str(index): projection for index, projection in learnable.items()})
+        self.learnable: dict[str, LearnableProjection] = nn.ModuleDict({str(i): w for i, w in learnable.items()})  # type: ignore[assignment]
         self.loss = loss
         self._no_split_modules = model._no_split_modules  # where FSDP wraps
 
@@ -56,9 +56,8 @@ class Student(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         logits = head_logits(self.model, hidden, self.rows)
         teachers = list(micro_batch.teachers)
-        for index, projection in self.learnable.items():
-            if teachers:
-                teachers[int(index)] = replace(teachers[int(index)], projection=projection())
+        for index, projection in self.learnable.items() if teachers else ():
+            teachers[int(index)] = replace(teachers[int(index)], projection=projection())
         arguments = logits, batch["input_ids"], batch["token_mask"], batch["sample_mask"], teachers, self.loss
         with torch.autocast(hidden.device.type, enabled=False):
             if not with_loss:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -117,12 +117,13 @@ class DistillationTrainer(Trainer):
         self.pool, self.templates, self.teacher_ids = pool, list(templates), list(teacher_ids)
         self.out_dir, self.progress, self.run_log = out_dir, progress, log
         self.save_projections, self.publish_checkpoint = save_projections, publish_checkpoint
-        self.tokenizer, self.projection_rates = tokenizer, projection_rates
+        self.collate, self.tokenizer, self.projection_rates = collate, tokenizer, projection_rates
+        self.train_rows, self.validation_rows = Shuffled(train_rows, rows, args.seed), validation_rows
         super().__init__(
             model,
             args,
             data_collator=collate,
-            train_dataset=Shuffled(train_rows, rows, args.seed),
+            train_dataset=self.train_rows,
             eval_dataset=validation_rows,
             callbacks=[_StepEnd(self), *callbacks],
         )
@@ -132,7 +133,7 @@ class DistillationTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- one optimizer step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # shuffled already
+        return SequentialSampler(self.train_rows)  # shuffled already
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of a step with their teachers' outputs and the step's totals."""
@@ -146,8 +147,8 @@ class DistillationTrainer(Trainer):
         taught = time.monotonic()
         if self.loss_spec.dynamic_scaling and totals.scale is None:  # the first step: its own sums, before its gradients
             with torch.no_grad():
-                sums = sum(self.model(m, totals, with_loss=False)["sums"] for m in micro_batches)
-            totals = totals.with_scale(dynamic_scale(self._reduce(sums), totals, self.loss_spec))
+                sums = [self.student(m, totals, with_loss=False)["sums"] for m in micro_batches]
+            totals = totals.with_scale(dynamic_scale(self._reduce(torch.stack(sums).sum(0)), totals, self.loss_spec))
         self._totals, self._sums = totals, torch.zeros(0)
         self._tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
         self._seconds = {"data": fetched - self._started, "teachers": taught - fetched}
@@ -217,23 +218,29 @@ class DistillationTrainer(Trainer):
         return sums
 
     def _memory(self) -> int:
-        """Bytes in use: of the GPU, by all processes; on a CPU, the peak of this process and its teachers together."""
+        """Bytes in use: of the GPU, by all processes; on a CPU, the peaks of this process and its teachers, what they share counted once."""
         if self.args.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             return total - free
+        teachers = self.pool.teachers if self.pool else []
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return own + sum(t.info["host_bytes"] for t in (self.pool.teachers if self.pool else []))
+        return own + sum(teacher.info["host_bytes"] - teacher.shared_bytes for teacher in teachers)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' optimizer; learnable projections are a group of their own, without decay."""
         if self.optimizer is None:
-            super().create_optimizer(model)
-            for index, projection in self.model.learnable.items():
+            optimizer = super().create_optimizer(model)
+            for index, projection in self.student.learnable.items():
                 weights, rate = projection.log_weights, self.projection_rates[int(index)]
-                for group in self.optimizer.param_groups:
+                for group in optimizer.param_groups:
                     group["params"] = [p for p in group["params"] if p is not weights]
-                self.optimizer.add_param_group({"params": [weights], "lr": rate, "weight_decay": 0.0})
-        return self.optimizer
+                optimizer.add_param_group({"params": [weights], "lr": rate, "weight_decay": 0.0})
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    @property
+    def student(self) -> Student:
+        """The module itself, not DDP's wrapper of it."""
+        return cast(Student, self.model)
 
     # -------------------------------------------------------------------------------------------------- validation
 
@@ -241,12 +248,12 @@ class DistillationTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Bits per byte of the validation rows: CE of their targets over the targets' bytes. Saves a new best student to `best`."""
         started = time.monotonic()
-        self.model.eval()
+        self.student.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in self._validation_batches():
             counts = batch_counts(batch["input_ids"], batch["token_mask"], batch["sample_mask"], [], self.loss_spec)
             totals = StepTotals.from_sums(counts, [], self.loss_spec)
-            out = self.model(MicroBatch(batch, []), totals, with_loss=False)
+            out = self.student(MicroBatch(batch, []), totals, with_loss=False)
             targets = batch["token_mask"].bool() & batch["sample_mask"].bool()[:, None]
             num_bytes = (batch["token_bytes"] * targets)[:, 1:].sum().double()
             sums += torch.cat([out["sums"], counts[:1], num_bytes[None]])
@@ -263,15 +270,16 @@ class DistillationTrainer(Trainer):
         if self.state.global_step > 0 and (best is None or value < best):
             self.progress.best_step, self.progress.best_bits_per_byte = self.state.global_step, value
             self.save_student(self.out_dir / "best")
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _validation_batches(self) -> Iterator[Batch]:
         """This rank's share; every rank gets as many, since FSDP's forward is collective: some may be masked out."""
-        rows, size, ranks = self.eval_dataset, self.args.per_device_train_batch_size, self.args.world_size
+        rows, size, ranks = self.validation_rows, self.args.per_device_train_batch_size, self.args.world_size
         count = math.ceil(len(rows) / size)
         for n in range(self.args.process_index, math.ceil(count / ranks) * ranks, ranks):
             first = min(n, count - 1) * size
-            batch = self.data_collator([rows[i] for i in range(first, min(first + size, len(rows)))])
+            batch = self.collate([rows[i] for i in range(first, min(first + size, len(rows)))])
             if n >= count:
                 batch["sample_mask"].zero_()
             yield self._prepare_inputs({**batch, "teachers": []})

@@ -126,6 +126,11 @@ class Teacher:
         self._leased = True
         return self._outputs(result["shapes"]), result
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the buffers that both processes map."""
+        return self._inbox.nbytes
+
     def release(self) -> None:
         """Gives the outputs of the last run back, once."""
         if self._leased:
@@ -156,7 +161,8 @@ class Teacher:
 
     def _reply(self) -> dict[str, Any]:
         wait([self._pipe, self._process.sentinel])
-        kind, result = "dead", ""
+        kind: str = "dead"
+        result: Any = ""
         try:
             if self._pipe.poll():
                 kind, result = self._pipe.recv()

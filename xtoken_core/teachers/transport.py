@@ -105,6 +105,11 @@ class Inbox:
         """Views of what the teacher wrote with the same arguments; valid until the teacher's next run."""
         return _views(self._memory[name], shapes, dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers together."""
+        return sum(len(memory) for memory in self._memory.values())
+
     def close(self) -> None:
         """Unmaps all buffers."""
         self._memory.clear()

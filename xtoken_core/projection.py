@@ -289,9 +289,9 @@ class _Speller:
         readable = {i: text for i, raw in enumerate(texts) if (text := _decode(raw)) is not None}
         for i, found in zip(readable, self._encode(readable.values())):
             pieces[i] = found
-        for i, text in enumerate(texts):
-            if self.table.decode(pieces[i]) != text:
-                pieces[i] = self._spell_bytes(text)
+        for i, raw in enumerate(texts):
+            if self.table.decode(pieces[i]) != raw:
+                pieces[i] = self._spell_bytes(raw)
         return pieces
 
     def _encode(self, texts: Iterable[str]) -> list[list[int]]:

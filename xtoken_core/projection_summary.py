@@ -39,7 +39,7 @@ def projection_summary(projection: Projection, student: TokenTable, teacher: Tok
         "empty": int((per_row == 0).sum()),
         "entries_per_row": {str(n): int((per_row == n).sum()) for n in range(indices.shape[1] + 1)},
         "picture": _density(indices, weights, len(teacher)),
-        "block": projection_block(projection, student, teacher, ids),
+        "block": projection_block(projection, student, teacher, [*ids, *spread]),
         "examples": [
             {
                 "student": show_token(student[i]),

@@ -73,7 +73,8 @@ def evaluate(
     if spec.evaluation.tasks:
         from xtoken_core.benchmarks import run_tasks
 
-        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, model)
+        as_it_lies = Path(reference).is_dir() and not (who == "student_before" and spec.student.keep_layers)
+        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, reference if as_it_lies else None)
     result["seconds"] = time.perf_counter() - started
     Path(out_path).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     return result

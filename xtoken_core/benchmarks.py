@@ -1,0 +1,158 @@
+"""Benchmarks through EleutherAI's lm-evaluation-harness (`lm-eval`, extra `eval`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from xtoken_core.bits_per_byte import opener_of
+from xtoken_core.errors import InputError
+from xtoken_core.spec import EvaluationSpec
+from xtoken_core.tokenization import row_bos
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+OFFLINE_TASKS = Path(__file__).parent / "tasks"
+
+PREFERRED_METRICS = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
+"""Which metric stands for a task that has several."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tasks of one place, run together."""
+
+    names: tuple[str, ...]
+    folder: Path | None = None
+    """Holds the tasks' .yaml files, and data they name by relative paths; None: the harness's own tasks."""
+    shots: int | None = None
+    """None: each task's own."""
+
+
+SUITES = {
+    # the paper's benchmarks, in its setting
+    "xtoken-paper": Job(("gsm8k", "mmlu", "hendrycks_math", "winogrande", "hellaswag"), shots=3),
+    # what needs no hub
+    "xtoken-offline": Job(("xtoken_gsm_symbolic", "xtoken_humaneval_choice"), OFFLINE_TASKS),
+}
+
+
+def run_tasks(
+    evaluation: EvaluationSpec, model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: str | Path | None
+) -> dict[str, dict[str, Any]]:
+    """Runs `evaluation.tasks`: names of the harness, suites of `SUITES`, folders (also fsspec URIs) of tasks and their data.
+
+    Per task or group of tasks: metric, value, stderr, low, high (95 %), samples, shots, higher_is_better, and metrics, all
+    the harness has.
+
+    Args:
+        evaluation: tasks, num_fewshot and limit are read.
+        model: on its device.
+        tok: its tokenizer.
+        folder: where the model lies as a Hugging Face folder, for vLLM; None: only `model` will do.
+
+    Raises InputError, also where lm-eval is not installed or data cannot be had.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("evaluation.tasks: need lm-evaluation-harness: pip install 'xtoken-pipelines[eval]'")
+    jobs = list(plan_tasks(evaluation.tasks))
+    lm = _language_model(model, tok, folder)
+    results: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        shots = job.shots if evaluation.num_fewshot is None else evaluation.num_fewshot
+        results |= _run(job, lm, shots, evaluation.limit)
+    return results
+
+
+def plan_tasks(tasks: Sequence[str]) -> Iterator[Job]:
+    """The jobs that `evaluation.tasks` stand for. Raises InputError for a task that nobody knows."""
+    from lm_eval.tasks import TaskManager
+
+    from xtoken_core.storage import local_copy
+
+    known: set[str] | None = None
+    for task in tasks:
+        if task in SUITES:
+            yield SUITES[task]
+        elif "/" in task:
+            folder = local_copy(task)
+            names = TaskManager(include_path=str(folder), include_defaults=False).all_subtasks
+            if not names:
+                raise InputError(f"evaluation.tasks: {task}: no task (.yaml) in it")
+            yield Job(tuple(names), folder)
+        else:
+            known = known or set(TaskManager().all_tasks)
+            if task not in known:
+                raise InputError(
+                    f"evaluation.tasks: {task}: no task of lm-evaluation-harness, and no suite ({', '.join(SUITES)})"
+                )
+            yield Job((task,))
+
+
+def _language_model(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: str | Path | None) -> LM:
+    """The harness's view of the model: in vLLM where that is installed and there are a GPU and a folder to load."""
+    begins_with_bos = row_bos(tok) is not None
+    if folder is not None and torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        model.cpu()  # vLLM loads its own copy
+        torch.cuda.empty_cache()
+        return VLLM(str(folder), dtype="bfloat16", gpu_memory_utilization=0.8, add_bos_token=begins_with_bos)
+    from lm_eval.models.huggingface import HFLM
+
+    batch = 16 if torch.cuda.is_available() else 4
+    return HFLM(model, tokenizer=tok, batch_size=batch, add_bos_token=begins_with_bos, prefix_token_id=opener_of(tok))
+
+
+def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=job.folder and str(job.folder), include_defaults=job.folder is None)
+    try:
+        with contextlib.chdir(job.folder) if job.folder else contextlib.nullcontext():
+            found = simple_evaluate(
+                lm,
+                tasks=list(job.names),
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+    except (OSError, ConnectionError, ValueError) as e:  # what datasets raises for data that is not there
+        raise InputError(f"evaluation.tasks: {', '.join(job.names)}: {str(e).strip().splitlines()[0]}") from e
+    assert found is not None  # only ranks other than 0 get nothing
+    return {name: _summary(name, found) for name in found["results"] if _metrics(found["results"][name])}
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result.items() if "," in key and "_stderr" not in key and isinstance(value, float)}
+
+
+def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    result = found["results"][name]
+    metrics = _metrics(result)
+    metric = next((m for m in PREFERRED_METRICS if m in metrics), next(iter(metrics)))
+    value, (measure, _, kind) = metrics[metric], metric.partition(",")
+    stderr = result.get(f"{measure}_stderr,{kind}")
+    stderr = stderr if isinstance(stderr, float) else None
+    return {
+        "metric": metric,
+        "value": value,
+        "stderr": stderr,
+        "low": None if stderr is None else value - 1.96 * stderr,
+        "high": None if stderr is None else value + 1.96 * stderr,
+        "samples": found.get("n-samples", {}).get(name, {}).get("effective"),
+        "shots": found["n-shot"].get(name),
+        "higher_is_better": found["higher_is_better"].get(name, {}).get(measure, True),
+        "metrics": metrics,
+    }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -169,13 +170,9 @@ def _without_dummy_prefixes(student: _Side, teacher: _Side) -> tuple[_Side, _Sid
 
     Llama-2's tokenizer always adds one and Metaspace only if there is none, so what was added shows in the other side.
     """
-    bare_student, bare_teacher = student.without_dummy_prefix(), teacher.without_dummy_prefix()
-    candidates = [(bare_student, bare_teacher), (bare_student, teacher), (student, bare_teacher)]
-    if student.table.dummy_prefix == teacher.table.dummy_prefix:
-        candidates.insert(0, (student, teacher))
-    else:
-        candidates.append((student, teacher))
-    return next((pair for pair in candidates if _same_text(*pair)), (bare_student, bare_teacher))
+    bare = student.without_dummy_prefix(), teacher.without_dummy_prefix()
+    candidates = product((bare[0], student), (bare[1], teacher))
+    return next((pair for pair in candidates if _same_text(*pair)), bare)
 
 
 def _align_equal(student: _Side, teacher: _Side) -> list[Alignment]:

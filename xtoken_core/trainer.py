@@ -275,6 +275,7 @@ class DistillationTrainer(Trainer):
 
     def _validation_batches(self) -> Iterator[Batch]:
         """This rank's share; every rank gets as many, since FSDP's forward is collective: some may be masked out."""
+        assert self.validation_rows is not None
         rows, size, ranks = self.validation_rows, self.args.per_device_train_batch_size, self.args.world_size
         count = math.ceil(len(rows) / size)
         for n in range(self.args.process_index, math.ceil(count / ranks) * ranks, ranks):
@@ -326,7 +327,7 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             best, log = self.out_dir / "best", self.out_dir / "log.jsonl"
             if best.exists():  # with the checkpoint, in case the run goes on elsewhere
                 shutil.copytree(best, folder / "best", copy_function=os.link)

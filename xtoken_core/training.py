@@ -273,7 +273,7 @@ def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArgumen
         use_cpu=not cuda,
         ddp_backend=None if cuda or ranks == 1 else "gloo",
         ddp_find_unused_parameters=False,
-        fsdp=True if sharded else None,
+        fsdp=True if sharded else None,  # type: ignore[arg-type]
         fsdp_config={"version": 2} if sharded else None,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,

@@ -58,7 +58,8 @@ class TeacherPool:
                 teacher.wait_ready()
                 if teacher.setup.residency == "offload":
                     teacher.call("settle", False)
-                teacher.resident = teacher.setup.residency == "resident" or teacher.setup.device.type == "cpu"
+                on_cpu = teacher.setup.device.type == "cpu"  # where there is nowhere to offload to
+                teacher.resident = teacher.setup.residency == "resident" or (teacher.setup.residency == "auto" and on_cpu)
         except BaseException:
             self.close()
             raise

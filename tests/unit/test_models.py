@@ -1,0 +1,195 @@
+"""Models: loading, depth pruning, the lm_head taken apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGUFWriter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    NemotronConfig,
+    PhiConfig,
+)
+
+from tests.tiny import tiny_model
+from xtoken_core.errors import InputError
+from xtoken_core.models import (
+    check_head,
+    decoder_layers,
+    final_hidden,
+    head_logits,
+    load_model,
+    prune_layers,
+    save_model,
+    vocabulary_rows,
+)
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES),
+        Gemma2Config(**SIZES, final_logit_softcapping=2.0),
+        GraniteConfig(**SIZES, logits_scaling=8.0),
+        CohereConfig(**SIZES, logit_scale=0.1, pad_token_id=0),
+        PhiConfig(**SIZES),  # has a bias
+        NemotronConfig(**SIZES),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_head_gives_the_models_own_logits(config):
+    model = random_model(config)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    ids = torch.randint(0, 60, (2, 7))
+    check_head(model, "teacher")
+    with torch.no_grad():
+        ours = head_logits(model, final_hidden(model, ids), 50).dense()
+        torch.testing.assert_close(ours, model(ids).logits[..., :50])
+
+
+def test_a_head_of_another_form_is_refused():
+    model = random_model(LlamaConfig(**SIZES))
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output**3)
+    with pytest.raises(InputError, match=r"teachers\.0 \(odd\): LlamaForCausalLM"):
+        check_head(model, "teachers.0 (odd)")
+
+
+def test_padding_behind_a_row_changes_nothing_in_it():
+    model = random_model(LlamaConfig(**SIZES))
+    row = torch.randint(0, 60, (1, 5))
+    padded = torch.cat([row, torch.zeros(1, 3, dtype=torch.long)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(final_hidden(model, padded)[:, :5], final_hidden(model, row))
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = random_model(LlamaConfig(**SIZES))
+    a, b = torch.randint(0, 60, (1, 5)), torch.randint(0, 60, (1, 4))
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    with torch.no_grad():
+        packed = final_hidden(model, torch.cat([a, b], 1), positions)
+        torch.testing.assert_close(packed[:, :5], final_hidden(model, a))
+        torch.testing.assert_close(packed[:, 5:], final_hidden(model, b))
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), ([0, 1, 4], [0, 1, 4]), (6, range(6))])
+def test_prune_keeps_the_layers_asked_for(keep, expected):
+    model = random_model(Gemma2Config(**SIZES))
+    layers, types = list(decoder_layers(model)), model.config.layer_types
+    prune_layers(model, keep)
+    assert list(decoder_layers(model)) == [layers[i] for i in expected]
+    assert model.config.layer_types == [types[i] for i in expected]
+    assert model.config.num_hidden_layers == len(expected)
+
+
+@pytest.mark.parametrize(("keep", "message"), [(7, "7 layers asked for, the model has 6"), ([0, 6], "no layer 6")])
+def test_prune_names_layers_that_are_not_there(keep, message):
+    with pytest.raises(InputError, match=f"student.keep_layers: {message}"):
+        prune_layers(random_model(LlamaConfig(**SIZES)), keep)
+
+
+def test_a_pruned_model_survives_saving_and_generates(tmp_path):
+    folder = tiny_model(tmp_path / "whole", 300)
+    model = prune_layers(load_model(str(folder)), [1])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    save_model(model, tokenizer, tmp_path / "pruned")
+    again = load_model(str(tmp_path / "pruned"))
+    ids = torch.tensor([tokenizer("In the beginning").input_ids])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3  # the cache has one layer
+
+
+def test_rows_of_padding_are_dropped_and_missing_ones_named():
+    model = random_model(LlamaConfig(**SIZES))
+    assert vocabulary_rows(model, num_ids=55, min_rows=55, who="t") == 55
+    assert vocabulary_rows(model, num_ids=61, min_rows=60, who="t") == 60  # the last id is special and has no row
+    with pytest.raises(InputError, match=r"teachers\.1 \(x\): its lm_head has 60 rows, fewer than the 61 ids"):
+        vocabulary_rows(model, num_ids=61, min_rows=61, who="teachers.1 (x)")
+
+
+@pytest.mark.parametrize("ref", ["/no/such/folder", "no/such/deep/folder", "missing.gguf/x/y"])
+def test_what_is_missing_is_named(ref):
+    with pytest.raises(InputError, match=f"^{ref}: cannot load the model: no such file or folder$"):
+        load_model(ref)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_model(str(tmp_path))
+
+
+def test_gguf_loads_as_a_plain_model_that_can_be_saved(tmp_path):
+    source = random_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}, tie_word_embeddings=False))
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, source)
+    model = load_model(str(path))
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(model(ids).logits, source(ids).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_model(str(tmp_path / "saved"))(ids).logits, model(ids).logits)
+    assert load_model(f"file://{path}").dtype == torch.float32
+
+
+def _write_gguf(path, model):
+    """The parts of a llama GGUF that transformers reads, weights in float32."""
+    config, heads = model.config, SIZES["num_attention_heads"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(SIZES["head_dim"])
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, tensor in model.state_dict().items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            _, _, layer, part = stem.split(".", 3)
+            name = f"blk.{layer}.{names[part]}.weight"
+            if part in ("self_attn.q_proj", "self_attn.k_proj"):  # GGUF interleaves the halves of a rotary pair
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        else:
+            name = f"{names[stem]}.weight"
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

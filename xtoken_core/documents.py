@@ -112,11 +112,18 @@ def _field(record: dict[str, Any], source: str, data: DataSpec) -> Any:
 def _checked(value: Any, source: str, data: DataSpec) -> Any:
     """The value, if it is what `data.format` says."""
     if data.format == "text":
-        if not isinstance(value, str):
+        if not _is_text(value):
             raise InputError(f"{source}: {data.text_key!r} is no text")
-        return value
-    if not isinstance(value, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    elif not isinstance(value, list) or not all(
+        isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in value
     ):
         raise InputError(f"{source}: {data.messages_key!r} is no list of messages with a role and a content, both text")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a str that UTF-8 can write: JSON can hold half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

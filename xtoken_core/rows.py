@@ -95,11 +95,11 @@ def tokenize_texts(texts: Sequence[str], sides: Sequence[Side]) -> list[Tokenize
     """
     normal = [normalize_for(text, [side.table for side in sides]) for text in texts]
     encoded = [side.encode(normal) for side in sides]
-    return [tokenized([ids[i] for ids in encoded], sides) for i in range(len(texts))]
+    return [tokenized([ids[i] for ids in encoded], len(text.encode()), sides) for i, text in enumerate(normal)]
 
 
-def tokenized(ids: list[np.ndarray], sides: Sequence[Side]) -> Tokenized | str:
-    """Aligns one text's ids, of each side; or says why they cannot be aligned."""
+def tokenized(ids: list[np.ndarray], size: int, sides: Sequence[Side]) -> Tokenized | str:
+    """Aligns the ids, of each side, of one text of `size` bytes; or says why they cannot be aligned."""
     chunks = []
     for side, tokens in zip(sides[1:], ids[1:]):
         try:
@@ -107,7 +107,7 @@ def tokenized(ids: list[np.ndarray], sides: Sequence[Side]) -> Tokenized | str:
         except ValueError as e:
             return f"{side.name}: {e}"
         chunks.append((found.student_chunk_id, found.teacher_chunk_id, found.exact))
-    widths = [text_widths(side.table, tokens) for side, tokens in zip(sides, ids)]
+    widths = [text_widths(side.table, tokens, size) for side, tokens in zip(sides, ids)]
     targets = [(~side.table.special[tokens]).astype(np.uint8) for side, tokens in zip(sides, ids)]
     return Tokenized(ids, widths, targets, chunks, common_cuts(chunks, [len(tokens) for tokens in ids]))
 
@@ -136,10 +136,13 @@ def joined(pieces: Sequence[Tokenized]) -> Tokenized:
     )
 
 
-def text_widths(table: TokenTable, ids: np.ndarray) -> np.ndarray:
-    """Bytes of text under each token of a text (uint16); the space that SentencePiece puts in front is no text."""
+def text_widths(table: TokenTable, ids: np.ndarray, size: int) -> np.ndarray:
+    """Bytes of text under each token of a text of `size` bytes (uint16).
+
+    The space that SentencePiece puts in front is no text; where the text has one of its own it may put none.
+    """
     widths = table.lengths[ids].astype(np.uint16)
-    if table.dummy_prefix and len(ids) and table[ids[0]][:1] == b" ":
+    if table.dummy_prefix and len(ids) and table[ids[0]][:1] == b" " and widths.sum(dtype=np.int64) > size:
         widths[0] -= 1
     return widths
 

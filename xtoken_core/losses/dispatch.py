@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from xtoken_core.losses import plain
+from xtoken_core.losses.selection import chunk_rows
 from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
 
 @functools.cache
-def _kernels() -> Callable[..., TermSums] | None:
+def _kernels() -> ModuleType | None:
     """The kernels, where Triton is installed (it comes with PyTorch for CUDA on Linux)."""
     if importlib.util.find_spec("triton") is None:
         return None
     from xtoken_core.losses import kernels
 
-    return kernels.term_sums
+    return kernels
 
 
 def term_sums(
@@ -36,4 +38,10 @@ def term_sums(
     """See `plain.term_sums`. float64 logits always take the plain path: the kernels compute in float32."""
     dtype = student.dtype if isinstance(student, Tensor) else student.hidden.dtype
     fast = _kernels() if student.device.type == "cuda" and dtype != torch.float64 else None
-    return (fast or plain.term_sums)(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients)
+    return (fast or plain).term_sums(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients)
+
+
+def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor:
+    """0-dim int64: how many chunks of a cross-tokenizer teacher are valid; see `selection.chunk_rows`."""
+    fast = _kernels() if sample_mask.device.type == "cuda" else None
+    return fast.valid_chunks(teacher, sample_mask, spec) if fast else chunk_rows(teacher, sample_mask, spec).valid.sum()

@@ -1,8 +1,9 @@
 """The losses as Triton kernels: logits are read once or twice, the gradient is written once, and nothing of size [T, V] stands beside them.
 
     rows.py        log-sum-exp, argmax and target logit of each row
-    columns.py     the teacher's columns K: maxima, gather
-    segments.py    the rows of each chunk
+    columns.py     the teacher's columns: maxima, gather
+    choose.py      which of them are K, and in which order
+    rowsets.py     which rows count, and the rows of each chunk
     touched.py     the student's columns that W maps into K
     projected.py   p_kl: projection, chunk KL
     within.py      same vocabulary, within K
@@ -11,6 +12,7 @@
     ranks.py       gold, h_kl: sorted uncommon columns
     gradient.py    the one pass that writes the gradient of all terms
     sources.py     logits from hidden states, and gradients back
+    totals.py      sums over rows and chunks
     tiles.py       where a batch may be cut
     terms.py       one teacher's term, put together
     autograd.py    `term_sums`: all of it, differentiable
@@ -20,5 +22,6 @@ one tile the places of the cuts are fetched once.
 """
 
 from xtoken_core.losses.kernels.autograd import term_sums
+from xtoken_core.losses.kernels.rowsets import valid_chunks
 
-__all__ = ["term_sums"]
+__all__ = ["term_sums", "valid_chunks"]

@@ -13,12 +13,13 @@ from torch import Tensor
 from xtoken_core.losses.kernels.gradient import TileGradient, write_gradient
 from xtoken_core.losses.kernels.projected import SparseGradient, weight_gradient
 from xtoken_core.losses.kernels.rows import RowStats, empty_rows, room, row_stats
+from xtoken_core.losses.kernels.rowsets import counted_rows
 from xtoken_core.losses.kernels.sources import HiddenGradients, Source
 from xtoken_core.losses.kernels.terms import ChunkTerm, CommonTerm, ProjectedTerm, Term, Tile, WithinTerm, make_term
 from xtoken_core.losses.kernels.tiles import cut
+from xtoken_core.losses.kernels.totals import batch_totals
 from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens
 from xtoken_core.losses.kernels.whole import WholeGradient
-from xtoken_core.losses.selection import next_token_ids, next_token_mask
 from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
@@ -32,12 +33,9 @@ class Batch:
     ):  # fmt: skip
         self.student, self.spec = student, spec
         self.source = Source.of(student)
-        self.counted = next_token_mask(token_mask, sample_mask).flatten()
-        self.targets = next_token_ids(input_ids).flatten()
+        self.counted, self.targets, scope = counted_rows(input_ids, token_mask, sample_mask)
         self.length = student.shape[1]
-        self.terms: list[Term] = [
-            make_term(t, self.length, self.source.vocab, self.counted, sample_mask, spec) for t in teachers
-        ]
+        self.terms: list[Term] = [make_term(t, self.length, self.source.vocab, self.counted, scope, sample_mask, spec) for t in teachers]
         self.active = self.counted
         for term in self.terms:
             if isinstance(term, ChunkTerm):
@@ -45,6 +43,7 @@ class Batch:
         self.touched, self.placed = self._tables()
         self.stats = RowStats.empty(self.source.rows, spec.temperature, self.counted.device)
         self.saved: tuple[Tile, TileGradient] | None = None
+        self.found = torch.empty(0)
         chunked = [term for term in self.terms if isinstance(term, ChunkTerm)]
         formed = [term.source for term in chunked if isinstance(term, CommonTerm)]
         if all(source.dense is not None for source in [self.source, *formed]):
@@ -107,11 +106,9 @@ class Batch:
                 found *= kd[i] * self.spec.temperature**2
                 into[i] = into[i] + found if i in into else found
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """The CE sum and the [n] KD sums."""
-        ce = torch.where(self.counted, self.stats.lse - self.stats.target, 0).sum()
-        kd = [term.kl.sum() * self.spec.temperature**2 for term in self.terms]
-        return ce, torch.stack(kd) if kd else ce.new_zeros(0)
+    def totals(self) -> Tensor:
+        """See `batch_totals`."""
+        return batch_totals(self.counted, self.targets, self.stats, [term.sums() for term in self.terms], self.spec.temperature)
 
 
 @triton.jit
@@ -134,7 +131,9 @@ class _Terms(torch.autograd.Function):
     """The CE sum, the KD sums and, with coefficients, their total, by logits (or hidden states, weight, bias) and learnable weights of W."""
 
     @staticmethod
-    def forward(ctx: Any, batch: Batch, coefficients: Coefficients | None, wanted: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, batch: Batch, coefficients: Coefficients | None, wanted: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.batch, ctx.coefficients, ctx.ready = batch, coefficients, None
         if isinstance(batch.student, HiddenLogits):
             if wanted and coefficients is not None:
@@ -149,23 +148,26 @@ class _Terms(torch.autograd.Function):
             batch.run(keep)
         else:
             batch.run()
-        ce, kd = batch.sums()
+        ctx.set_materialize_grads(False)
+        batch.found = batch.totals()
+        ce, kd = batch.found[0], batch.found[2::3]
         if coefficients is None:
             return ce, kd
-        total = coefficients.ce * ce + (coefficients.kd * kd).sum()
-        ctx.mark_non_differentiable(ce, kd)
-        return ce, kd, total.to(ce.dtype)
+        total = coefficients.ce * ce
+        if kd.numel():
+            total = total + torch.dot(coefficients.kd.double(), kd.double())
+        return (total.to(ce.dtype),)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         batch: Batch = ctx.batch
         if ctx.ready is not None:
             gradients, ctx.ready = ctx.ready, None
-            return None, None, None, *(scale_(x, upstream[2]) for x in gradients)
-        if ctx.coefficients is None:
-            ce, kd = upstream[0].float(), upstream[1].float()
+            return None, None, None, *(scale_(x, upstream[0]) for x in gradients)
+        if ctx.coefficients is not None:
+            ce, kd = ((upstream[0] * x).float() for x in (ctx.coefficients.ce, ctx.coefficients.kd))
         else:
-            ce, kd = (upstream[2] * x for x in (ctx.coefficients.ce.float(), ctx.coefficients.kd.float()))
+            ce, kd = (torch.zeros_like(like) if x is None else x.float() for x, like in zip(upstream, (batch.found[0], batch.found[2::3])))
         if isinstance(batch.student, HiddenLogits):
             return None, None, None, *_hidden_gradients(batch, ce, kd)
         return None, None, None, *_dense_gradients(batch, ce, kd)
@@ -197,7 +199,9 @@ def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | Non
 
     def use(tile: Tile, parts: TileGradient) -> None:
         batch.weight_gradients(tile, parts, kd, weights)
-        out = empty_rows(*tile.logits.shape, tile.logits.dtype, tile.logits.device) if parts.common else tile.logits  # in place where no other row is read
+        out = (
+            empty_rows(*tile.logits.shape, tile.logits.dtype, tile.logits.device) if parts.common else tile.logits
+        )  # in place where no other row is read
         batch.gradient(tile, parts, out, ce, kd)
         gradients.add(out, tile.first)
 
@@ -233,8 +237,6 @@ def term_sums(
     inputs += [weights for _, weights in _learnable(batch)]
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     sums = _Terms.apply(batch, coefficients, wanted, *inputs)
-    parts = [term.sums() for term in batch.terms]
-    zero = sums[0].new_zeros(())
-    common, uncommon = (torch.stack([zero if p is None else p[i] for p in parts]) if parts else sums[1].new_zeros(0) for i in (0, 1))
-    correct = ((batch.stats.argmax == batch.targets) & batch.counted).sum()
-    return TermSums(sums[0], sums[1], correct, common, uncommon, sums[2] if coefficients is not None else None)
+    found = batch.found
+    ce, kd = sums if coefficients is None else (found[0], found[2::3])
+    return TermSums(ce, kd, found[1], found[3::3], found[4::3], None if coefficients is None else sums[0])

@@ -39,7 +39,17 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
     maxima = torch.empty(PARTS, vocab, device=logits.device)
     block = 1024
     _column_maxima_kernel[(triton.cdiv(vocab, block), PARTS)](
-        logits, logits.stride(0), rows, maxima, n, vocab, readable(logits), MASKED=rows is not None, ROWS=8, BLOCK=block, num_warps=4
+        logits,
+        logits.stride(0),
+        rows,
+        maxima,
+        n,
+        vocab,
+        readable(logits),
+        MASKED=rows is not None,
+        ROWS=8,
+        BLOCK=block,
+        num_warps=4,
     )
     return maxima.amax(0)
 
@@ -102,6 +112,19 @@ def within_lse(within: Tensor, first: int, active: Tensor, temperature: float) -
     """[n, k] logits that are already within K, rows first .. first + n -> [n] float32 log-sum-exp of them / τ."""
     lse = torch.empty(within.shape[0], device=within.device)
     _within_kernel[(within.shape[0],)](
-        within, 0, first, active, within, within, lse, within.shape[1], 1, 1, 1.0 / temperature, GATHER=False, BLOCK=2048, num_warps=8
+        within,
+        0,
+        first,
+        active,
+        within,
+        within,
+        lse,
+        within.shape[1],
+        1,
+        1,
+        1.0 / temperature,
+        GATHER=False,
+        BLOCK=2048,
+        num_warps=8,
     )
     return lse

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken_core.losses.kernels.rows import readable, room
-from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
+from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 from xtoken_core.losses.selection import common_pairs
 
 if TYPE_CHECKING:
@@ -61,23 +61,22 @@ def vocabulary_split(projection: Projection, mode: str, student_vocab: int, teac
 
 @triton.jit
 def _common_kernel(
-    s_logits, s_stride, s_first, s_lse, s_rows, s_start, t_logits, t_stride, t_first, t_lse, t_rows, t_start, num_rows, pair, readable,
-    inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    s_logits, s_stride, s_tile, s_lse, s_chunk, s_firsts, s_lasts, t_logits, t_stride, t_tile, t_lse, t_chunk, t_firsts, t_lasts, num_rows,
+    pair, readable, inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a chunk's KL and Σ g over every so-many-th block of the student's columns."""
     chunk, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    begin, end = tl.load(s_start + chunk), tl.load(s_start + chunk + 1)
-    head = tl.load(s_rows + begin, mask=begin < end, other=-1).to(tl.int64) - s_first
-    if (head >= 0) & (head < num_rows):
-        t_begin, t_end = tl.load(t_start + chunk), tl.load(t_start + chunk + 1)
+    first, last = tl.load(s_firsts + chunk), tl.load(s_lasts + chunk)
+    if (first <= last) & (first >= s_tile) & (first < s_tile + num_rows):
+        t_first, t_last = tl.load(t_firsts + chunk), tl.load(t_lasts + chunk)
         terms = tl.zeros([BLOCK], tl.float32)
         slope = tl.zeros([BLOCK], tl.float32)
         for v0 in range(part * BLOCK, readable, parts * BLOCK):
             v = v0 + tl.arange(0, BLOCK)
             column = tl.load(pair + v, mask=v < readable, other=-1)
             common = column >= 0
-            s = mean_log_prob(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, v, v < readable, inv_tau)
-            t = mean_log_prob(t_logits, t_stride, t_first, t_lse, t_rows, t_begin, t_end, column, common, inv_tau)
+            s = mean_log_prob(s_logits, s_stride, s_tile, s_lse, s_chunk, chunk, first, last, v, v < readable, inv_tau)
+            t = mean_log_prob(t_logits, t_stride, t_tile, t_lse, t_chunk, chunk, t_first, t_last, column, common, inv_tau)
             if REVERSE:
                 weight = tl.exp(s)
                 terms += tl.where(common, weight * (s - t), 0.0)
@@ -91,7 +90,7 @@ def _common_kernel(
 
 
 def common_kl(
-    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Segments, t_logits: Tensor, t_first: int, t_lse: Tensor, teacher: Segments,
+    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Rows, t_logits: Tensor, t_first: int, t_lse: Tensor, teacher: Rows,
     pair: Tensor, temperature: float, reverse: bool, kl: Tensor, slopes: Tensor,
 ) -> None:  # fmt: skip
     """Fills kl and slopes [N, SPLIT] float32, to be summed, of the chunks whose student rows are in the tile.
@@ -100,7 +99,7 @@ def common_kl(
         s_logits: [n, V_s] the student's tile; t_logits: [m, V_t] the teacher's.
         s_first: number of the tile's first row; t_first: the teacher's.
         s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
-        student: all chunks' student rows; teacher: their teacher rows.
+        student: student rows of all chunks; teacher: their teacher rows.
         pair: int32, see `Split`.
         temperature: τ.
         reverse: KL(student || teacher).
@@ -110,8 +109,8 @@ def common_kl(
     if kl.shape[0] == 0:
         return
     _common_kernel[kl.shape](
-        s_logits, s_logits.stride(0), s_first, s_lse, student.rows, student.start, t_logits, t_logits.stride(0), t_first, t_lse,
-        teacher.rows, teacher.start, s_logits.shape[0], pair, readable(s_logits), 1.0 / temperature, kl, slopes, REVERSE=reverse,
+        s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, t_logits, t_logits.stride(0), t_first,
+        t_lse, teacher.chunk, teacher.first, teacher.last, s_logits.shape[0], pair, readable(s_logits), 1.0 / temperature, kl, slopes, REVERSE=reverse,
         BLOCK=2048, num_warps=8,
     )  # fmt: skip
 
@@ -126,8 +125,8 @@ class CommonGradient:
     """[N, u] int8: derivative of the L1 by each uncommon probability."""
     slope: Tensor
     """[N] float32: Σ_v g_v of each chunk."""
-    student: Segments
-    teacher: Segments
+    student: Rows
+    teacher: Rows
     logits: Tensor
     """[m, V_t]: the teacher's tile."""
     first: int

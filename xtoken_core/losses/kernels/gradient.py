@@ -17,7 +17,7 @@ from torch import Tensor
 from xtoken_core.losses.kernels.common import CommonGradient
 from xtoken_core.losses.kernels.projected import SparseGradient
 from xtoken_core.losses.kernels.rows import RowStats, readable
-from xtoken_core.losses.kernels.segments import mean_log_prob
+from xtoken_core.losses.kernels.rowsets import mean_log_prob
 from xtoken_core.losses.kernels.touched import Placed, Touched
 from xtoken_core.losses.kernels.whole import WholeGradient, mixture
 
@@ -33,6 +33,7 @@ class _Sparse(NamedTuple):
     owner: Tensor
     share: Tensor
     slope: Tensor
+    active: Tensor
     width: int
     position: Tensor
     weight: Tensor
@@ -47,14 +48,16 @@ class _Common(NamedTuple):
     uncommon: int
     slope: Tensor
     chunk: Tensor
-    rows: Tensor
-    start: Tensor
+    first: Tensor
+    last: Tensor
+    count: Tensor
     logits: Tensor
     stride: int
-    first: int
+    tile: int
     lse: Tensor
-    teacher_rows: Tensor
-    teacher_start: Tensor
+    t_chunk: Tensor
+    t_first: Tensor
+    t_last: Tensor
 
 
 class _Whole(NamedTuple):
@@ -70,9 +73,7 @@ class _Whole(NamedTuple):
 
 
 @triton.jit
-def _dense_part(
-    logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE: tl.constexpr
-):
+def _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE: tl.constexpr):
     """Of one row at columns v with logits z: everything but cross-entropy and the sparse parts."""
     g = dense * p_tau
     for i in tl.static_range(len(whole)):
@@ -88,21 +89,22 @@ def _dense_part(
         c = common[i]
         chunk = tl.load(c.chunk + first + local)
         if chunk >= 0:
-            begin, end = tl.load(c.start + chunk), tl.load(c.start + chunk + 1)
-            t_begin, t_end = tl.load(c.teacher_start + chunk), tl.load(c.teacher_start + chunk + 1)
+            count = tl.load(c.count + chunk)
+            t_first, t_last = tl.load(c.t_first + chunk), tl.load(c.t_last + chunk)
             column = tl.load(c.pair + v, mask=inside, other=0)
             paired = inside & (column >= 0)
             alone = inside & (column < 0)
-            t = mean_log_prob(c.logits, c.stride, c.first, c.lse, c.teacher_rows, t_begin, t_end, column, paired, inv_tau)
+            t = mean_log_prob(c.logits, c.stride, c.tile, c.lse, c.t_chunk, chunk, t_first, t_last, column, paired, inv_tau)
             s = z * inv_tau - tl.load(lse_tau + local)
-            if end - begin > 1:
-                s = mean_log_prob(logits, stride, first, lse_tau, c.rows, begin, end, v, inside, inv_tau)
+            if count > 1:
+                first_row, last_row = tl.load(c.first + chunk), tl.load(c.last + chunk)
+                s = mean_log_prob(logits, stride, first, lse_tau, c.chunk, chunk, first_row, last_row, v, inside, inv_tau)
             sign = tl.load(c.sign + chunk.to(tl.int64) * c.uncommon - 1 - column, mask=alone, other=0).to(tl.float32)
             if REVERSE:
                 by_log = tl.exp(s) * tl.where(paired, s - t + 1.0, sign)
             else:
                 by_log = tl.where(paired, -tl.exp(t), sign * tl.exp(s))
-            g += tl.load(c.factor) / (end - begin) * (by_log - p_tau * tl.load(c.slope + chunk))
+            g += tl.load(c.factor) / count * (by_log - p_tau * tl.load(c.slope + chunk))
     return g
 
 
@@ -130,7 +132,8 @@ def _gradient_kernel(
             dense = tl.zeros([], tl.float32)
             length = tl.zeros([], tl.int32)
             for i in tl.static_range(len(sparse)):
-                dense += tl.load(sparse[i].factor) * tl.load(sparse[i].slope + local)
+                has = tl.load(sparse[i].active + local) != 0
+                dense += tl.load(sparse[i].factor) * tl.load(sparse[i].slope + local, mask=has, other=0.0)
             if len(sparse) > 0:
                 length = tl.load(count + set_)
             for a0 in range(0, length, FEW):
@@ -140,12 +143,13 @@ def _gradient_kernel(
                 z = tl.load(base + v, mask=inside, other=float("-inf")).to(tl.float32)
                 p = tl.exp(z - norm)
                 p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
-                g = _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE)
+                g = _dense_part(
+                    logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE
+                )
                 g += ce * (p - tl.where(v == target, 1.0, 0.0))
                 for i in tl.static_range(len(sparse)):
-                    owner = tl.load(sparse[i].owner + local)
-                    if owner >= 0:
-                        values = sparse[i].derivative + owner.to(tl.int64) * sparse[i].width
+                    if tl.load(sparse[i].active + local) != 0:
+                        values = sparse[i].derivative + tl.load(sparse[i].owner + local).to(tl.int64) * sparse[i].width
                         h = tl.zeros([FEW], tl.float32)
                         here = set_.to(tl.int64) * SLOTS[i] * room + a
                         live = inside
@@ -169,7 +173,9 @@ def _gradient_kernel(
                 z = tl.where(v < vocab, z, float("-inf"))
                 p = tl.exp(z - norm)
                 p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
-                g = _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE)
+                g = _dense_part(
+                    logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE
+                )
                 g += ce * (p - tl.where(v == target, 1.0, 0.0))
                 if CAPPED:
                     g *= 1.0 - (z * inv_cap) * (z * inv_cap)
@@ -219,12 +225,27 @@ def write_gradient(
     rows = slice(first, first + n)
     factor = kd * temperature  # τ² from the loss, 1 / τ from the derivative
     sparse = tuple(
-        _Sparse(factor[i], s.values, s.owner, s.share, s.slope, s.values.shape[1], p.position, p.weight) for i, s, p, _ in parts.sparse
+        _Sparse(factor[i], s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.position, p.weight)
+        for i, s, p, _ in parts.sparse
     )
     common = tuple(
         _Common(
-            factor[i], c.pair, c.sign, c.sign.shape[1], c.slope, c.student.chunk, c.student.rows, c.student.start, c.logits,
-            c.logits.stride(0), c.first, c.lse, c.teacher.rows, c.teacher.start,
+            factor[i],
+            c.pair,
+            c.sign,
+            c.sign.shape[1],
+            c.slope,
+            c.student.chunk,
+            c.student.first,
+            c.student.last,
+            c.student.count,
+            c.logits,
+            c.logits.stride(0),
+            c.first,
+            c.lse,
+            c.teacher.chunk,
+            c.teacher.first,
+            c.teacher.last,
         )  # fmt: skip
         for i, c in parts.common
     )

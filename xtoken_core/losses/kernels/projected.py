@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
-from xtoken_core.losses.kernels.touched import HEAVY, ByTeacher, Columns, Placed, Touched
+from xtoken_core.losses.kernels.choose import Columns
+from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
+from xtoken_core.losses.kernels.touched import ByTeacher, Placed, Touched
 from xtoken_core.losses.selection import EPSILON, FLOOR
 
 
@@ -60,7 +61,9 @@ def _project_kernel(
             sums = tl.zeros([LIGHT], tl.float32)
             for e1 in range(tl.max(count, 0)):
                 alive = e1 < count
-                x = tl.load(base + tl.load(student + start + e1, mask=alive, other=0), mask=alive, other=float("-inf")).to(tl.float32)
+                x = tl.load(base + tl.load(student + start + e1, mask=alive, other=0), mask=alive, other=float("-inf")).to(
+                    tl.float32
+                )
                 sums += tl.load(weight + start + e1, mask=alive, other=0.0) * tl.exp(x * inv_tau - norm)
             tl.store(out + j, sums, mask=mine)
 
@@ -86,19 +89,19 @@ def project(
     mass = torch.empty(n, width, device=logits.device)
     _project_kernel[(n, 4)](
         logits, logits.stride(0), first, active, lse, mass, width, columns.start, columns.count, columns.heavy, table.student, weight,
-        rows_per_set, sets, 1.0 / temperature, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=4,
+        rows_per_set, sets, 1.0 / temperature, LIGHT=1024, COLUMNS=32, ENTRIES=32, num_warps=4,
     )  # fmt: skip
     return mass
 
 
 @triton.jit
-def _mean_mass(mass, width, rows, begin, end, first, j, inside):
+def _mean_mass(mass, width, tile, row_chunk, chunk, first, last, count, j, inside):
     """Q of a chunk at positions j: the mean of q over its rows."""
     total = tl.zeros(j.shape, tl.float32)
-    for i in range(begin, end):
-        local = tl.load(rows + i).to(tl.int64) - first
-        total += tl.load(mass + local * width + j, mask=inside, other=0.0)
-    return total / (end - begin)
+    for row in range(first, last + 1):
+        if tl.load(row_chunk + row) == chunk:
+            total += tl.load(mass + (tl.cast(row, tl.int64) - tile) * width + j, mask=inside, other=0.0)
+    return total / count
 
 
 @triton.jit
@@ -124,19 +127,19 @@ def _renormalised(mass, scale, r, REVERSE: tl.constexpr, FIRST: tl.constexpr, EP
 
 @triton.jit
 def _chunk_kl_kernel(
-    mass, width, rows, start, first, num_rows, within, within_lse, teacher_rows, teacher_start, teacher_first, inv_tau, kl, owner, share,
-    slope, REVERSE: tl.constexpr, FIRST: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+    mass, width, tile, num_rows, row_chunk, firsts, lasts, counts, within, within_lse, teacher_tile, t_row_chunk, t_firsts, t_lasts, inv_tau,
+    kl, owner, share, slope, REVERSE: tl.constexpr, FIRST: tl.constexpr, EPSILON: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk of the tile: its KL, then G in place of q of its first row (the owner), and every row's share and slope."""
     chunk = tl.program_id(0)
-    begin, end = tl.load(start + chunk), tl.load(start + chunk + 1)
-    head = tl.load(rows + begin, mask=begin < end, other=-1).to(tl.int64) - first
-    if (head >= 0) & (head < num_rows):
-        t_begin, t_end = tl.load(teacher_start + chunk), tl.load(teacher_start + chunk + 1)
+    first, last, count = tl.load(firsts + chunk), tl.load(lasts + chunk), tl.load(counts + chunk)
+    head = first.to(tl.int64) - tile
+    if (count > 0) & (head >= 0) & (head < num_rows):
+        t_first, t_last = tl.load(t_firsts + chunk), tl.load(t_lasts + chunk)
         total = tl.zeros([BLOCK], tl.float32)
         for j0 in range(0, width, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            total += _mean_mass(mass, width, rows, begin, end, first, j, j < width)
+            total += _mean_mass(mass, width, tile, row_chunk, chunk, first, last, count, j, j < width)
         captured = tl.sum(total, 0)
         if FIRST:
             scale = 1.0 / tl.maximum(captured, FLOOR)
@@ -148,8 +151,8 @@ def _chunk_kl_kernel(
         for j0 in range(0, width, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             inside = j < width
-            chunk_mass = _mean_mass(mass, width, rows, begin, end, first, j, inside)
-            r = mean_log_prob(within, width, teacher_first, within_lse, teacher_rows, t_begin, t_end, j, inside, inv_tau)
+            chunk_mass = _mean_mass(mass, width, tile, row_chunk, chunk, first, last, count, j, inside)
+            r = mean_log_prob(within, width, teacher_tile, within_lse, t_row_chunk, chunk, t_first, t_last, j, inside, inv_tau)
             q, term, by_q = _renormalised(chunk_mass, scale, r, REVERSE, FIRST, EPSILON, FLOOR)
             terms += tl.where(inside, term, 0.0)
             inner += tl.where(inside, by_q * q, 0.0)
@@ -158,22 +161,27 @@ def _chunk_kl_kernel(
         if FIRST:
             pull = tl.where(captured >= FLOOR, pull, 0.0)
 
-        part = 1.0 / (end - begin)
-        for i in range(begin + 1, end + 1):  # the first row comes last: G takes the place of its q
-            local = tl.load(rows + tl.where(i == end, begin, i)).to(tl.int64) - first
+        part = 1.0 / count
+        for step in range(first + 1, last + 2):  # the first row comes last: G takes the place of its q
+            row = tl.where(step == last + 1, first, step)
+            local = row.to(tl.int64) - tile
+            mine = tl.load(row_chunk + row) == chunk
             dot = tl.zeros([BLOCK], tl.float32)
-            for j0 in range(0, width, BLOCK):
+            for j0 in range(0, tl.where(mine, width, 0), BLOCK):
                 j = j0 + tl.arange(0, BLOCK)
                 inside = j < width
-                chunk_mass = _mean_mass(mass, width, rows, begin, end, first, j, inside)
-                r = mean_log_prob(within, width, teacher_first, within_lse, teacher_rows, t_begin, t_end, j, inside, inv_tau)
+                chunk_mass = _mean_mass(mass, width, tile, row_chunk, chunk, first, last, count, j, inside)
+                r = mean_log_prob(
+                    within, width, teacher_tile, within_lse, t_row_chunk, chunk, t_first, t_last, j, inside, inv_tau
+                )
                 q, term, by_q = _renormalised(chunk_mass, scale, r, REVERSE, FIRST, EPSILON, FLOOR)
                 g = (by_q - pull) * scale
                 dot += tl.where(inside, g * tl.load(mass + local * width + j, mask=inside, other=0.0), 0.0)
-                tl.store(mass + local * width + j, g, mask=inside & (i == end))
-            tl.store(owner + local, head.to(tl.int32))
-            tl.store(share + local, part)
-            tl.store(slope + local, -part * tl.sum(dot, 0))
+                tl.store(mass + local * width + j, g, mask=inside & (step == last + 1))
+            if mine:
+                tl.store(owner + local, head.to(tl.int32))
+                tl.store(share + local, part)
+                tl.store(slope + local, -part * tl.sum(dot, 0))
 
 
 @dataclass(frozen=True)
@@ -183,53 +191,55 @@ class SparseGradient:
     values: Tensor
     """[n, k] float32: G (p_kl) or the derivative by the logits within K (same vocabulary), by owner row."""
     owner: Tensor
-    """[n] int32: the row whose values are this row's; -1: it has none."""
+    """[n] int32: the row whose values are this row's."""
     share: Tensor
     """[n] float32: their factor."""
     slope: Tensor
     """[n] float32: factor of the dense part, p itself."""
+    active: Tensor
+    """[n] bool: rows that have all this; the others hold garbage."""
 
     @classmethod
-    def over(cls, values: Tensor) -> SparseGradient:
-        """With no row owning anything yet."""
+    def over(cls, values: Tensor, active: Tensor) -> SparseGradient:
+        """Room for it."""
         n, device = values.shape[0], values.device
-        owner = torch.full((n,), -1, dtype=torch.int32, device=device)
-        return cls(values, owner, torch.zeros(n, device=device), torch.zeros(n, device=device))
+        share, slope = torch.empty(2, n, device=device).unbind()
+        return cls(values, torch.empty(n, dtype=torch.int32, device=device), share, slope, active)
 
 
 def chunk_kl(
-    mass: Tensor, student: Segments, first: int, within: Tensor, within_lse: Tensor, teacher: Segments, teacher_first: int, kl: Tensor,
+    mass: Tensor, student: Rows, first: int, within: Tensor, within_lse: Tensor, teacher: Rows, teacher_first: int, kl: Tensor,
     temperature: float, reverse: bool, first_only: bool,
 ) -> SparseGradient:  # fmt: skip
     """KL of the chunks whose rows are in the tile, and their gradient. Uses up `mass`.
 
     Args:
         mass: [n, k] q of the tile's rows.
-        student: all chunks' student rows.
+        student: student rows of all chunks.
         first: number of the tile's first row.
         within: [m, k] teacher logits within K.
         within_lse: [m] their log-sum-exp / τ.
-        teacher: all chunks' teacher rows.
+        teacher: their teacher rows.
         teacher_first: number of the first row of `within`.
         kl: [N] float32; written for the tile's chunks.
         temperature: τ.
         reverse: KL(student || teacher).
         first_only: chunk_distribution: first.
     """
-    sparse = SparseGradient.over(mass)
+    sparse = SparseGradient.over(mass, student.active[first : first + mass.shape[0]])
     chunks = kl.shape[0]
     if chunks:
         _chunk_kl_kernel[(chunks,)](
-            mass, mass.shape[1], student.rows, student.start, first, mass.shape[0], within, within_lse, teacher.rows, teacher.start,
-            teacher_first, 1.0 / temperature, kl, sparse.owner, sparse.share, sparse.slope, REVERSE=reverse, FIRST=first_only,
-            EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
+            mass, mass.shape[1], first, mass.shape[0], student.chunk, student.first, student.last, student.count, within, within_lse,
+            teacher_first, teacher.chunk, teacher.first, teacher.last, 1.0 / temperature, kl, sparse.owner, sparse.share, sparse.slope,
+            REVERSE=reverse, FIRST=first_only, EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
         )  # fmt: skip
     return sparse
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    logits, stride, first, num_rows, lse, values, owner, share, width, token, count, position, slot, partial, vocab, room, rows_per_set,
+    logits, stride, first, num_rows, lse, values, active, owner, share, width, token, count, position, slot, partial, vocab, room, rows_per_set,
     num_sets, inv_tau, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of a block of touched tokens: Σ over this program's rows of p_tu G_j / n for each of W's entries, in a fixed order."""
@@ -246,8 +256,8 @@ def _weight_gradient_kernel(
             total = tl.zeros([BLOCK], tl.float32)
             for local in range(part, num_rows, parts):
                 row = first + local
-                mine = tl.load(owner + local)
-                if (mine >= 0) & (row // rows_per_set % num_sets == set_):
+                if (tl.load(active + local) != 0) & (row // rows_per_set % num_sets == set_):
+                    mine = tl.load(owner + local)
                     z = tl.load(logits + tl.cast(local, tl.int64) * stride + u, mask=live, other=float("-inf")).to(tl.float32)
                     g = tl.load(values + mine.to(tl.int64) * width + j, mask=live, other=0.0)
                     total += tl.exp(z * inv_tau - tl.load(lse + local)) * g * tl.load(share + local)
@@ -265,11 +275,8 @@ def weight_gradient(
     parts, block = min(16, max(1, n // 64)), 128
     partial = torch.zeros(parts, sets, vocab, slots, device=logits.device)
     _weight_gradient_kernel[(triton.cdiv(vocab, block), sets, parts)](
-        logits, logits.stride(0), first, n, lse, sparse.values, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
+        logits, logits.stride(0), first, n, lse, sparse.values, sparse.active, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
         touched.count, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
         SLOTS=slots, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return partial.sum((0, 1))
-
-
-__all__ = ["HEAVY", "SparseGradient", "chunk_kl", "project", "weight_gradient"]

@@ -22,14 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.segments import Segments, mean_log_prob
+from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 
 LEAST = -104.0
 """exp of this is 0 in float32."""
-
-_AMBIGUOUS = tl.constexpr(2)
-"""Code of an element whose sign depends on its order within its bin."""
-
 
 @triton.jit
 def _coarse_bin(x):
@@ -44,7 +40,20 @@ def _fine_bin(x, high, scale, BINS: tl.constexpr):
 
 @triton.jit
 def _values(
-    logits, stride, first, lse, rows, begin, end, index, size, values, inv_tau, LEAST: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    stride,
+    tile,
+    lse,
+    row_chunk,
+    chunk,
+    first,
+    last,
+    index,
+    size,
+    values,
+    inv_tau,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Writes the chunk's mean log-probabilities at the uncommon columns; returns how many fall into each coarse bin."""
     counts = tl.zeros([256], tl.int32)
@@ -52,7 +61,7 @@ def _values(
         i = i0 + tl.arange(0, BLOCK)
         inside = i < size
         column = tl.load(index + i, mask=inside, other=0)
-        x = mean_log_prob(logits, stride, first, lse, rows, begin, end, column, inside, inv_tau)
+        x = mean_log_prob(logits, stride, tile, lse, row_chunk, chunk, first, last, column, inside, inv_tau)
         tl.store(values + i, x, mask=inside)
         counts += tl.histogram(_coarse_bin(x), 256, mask=inside & (x > LEAST))
     return counts
@@ -89,11 +98,15 @@ def _bases(histogram, base, BINS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _classify(
-    values, size, base, other_base, cursor, bin_values, bin_index, code, k, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    values, size, base, other_base, cursor, bin_values, bin_index, code, open_index, k, last, high, scale, LEAST: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Signs of one side wherever the bin decides them; elements of other bins are listed by bin. Returns the sum of sign * probability."""
+    """Signs of one side wherever the bin decides them; other elements are listed, by bin and as a list.
+
+    Returns the sum of sign * probability, and the length of the list.
+    """
     total = tl.zeros([BLOCK], tl.float32)
+    listed = tl.zeros([], tl.int32)
     for i0 in range(0, size, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         x = tl.load(values + i, mask=i < size, other=LEAST)
@@ -105,57 +118,61 @@ def _classify(
         o1 = tl.load(other_base + b + 1, mask=keep, other=0)
         overlap = (b0 < o1) & (o0 < b1)
         divided = ((b0 < k) & (k < b1)) | ((o0 < k) & (k < o1))
-        open_ = keep & (overlap | divided) & ((b0 < k) | (o0 < k))
-        sign = tl.where(keep & (b0 < k), tl.where(o1 <= b0, 1, -1), 0)
-        total += tl.where(open_, 0.0, sign.to(tl.float32) * tl.exp(x))
-        tl.store(code + i, tl.where(open_, _AMBIGUOUS, sign).to(tl.int8), mask=i < size)
-        place = b0 + tl.atomic_add(cursor + b, 1, mask=open_, sem="relaxed", scope="cta")
-        tl.store(bin_values + place, x, mask=open_)
-        tl.store(bin_index + place, i, mask=open_)
-    return tl.sum(total, 0)
+        is_open = keep & (overlap | divided) & ((b0 < k) | (o0 < k))
+        sign = tl.where(keep & (b0 < k) & (is_open == 0), tl.where(o1 <= b0, 1, -1), 0)
+        total += sign.to(tl.float32) * tl.exp(x)
+        tl.store(code + i, sign.to(tl.int8), mask=i < size)
+        found = tl.sum(is_open.to(tl.int32), 0)
+        if found > 0:
+            place = b0 + tl.atomic_add(cursor + b, 1, mask=is_open, sem="relaxed", scope="cta")
+            tl.store(bin_values + place, x, mask=is_open)
+            tl.store(bin_index + place, i, mask=is_open)
+            tl.store(open_index + listed + tl.cumsum(is_open.to(tl.int32), 0) - 1, i, mask=is_open)
+            listed += found
+    return tl.sum(total, 0), listed
 
 
 @triton.jit
 def _resolve(
-    values, size, base, other_base, bin_values, bin_index, other_values, code, k, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    values, listed, base, other_base, bin_values, bin_index, other_values, code, open_index, k, high, scale, LEAST: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Signs of the remaining elements of one side, from comparisons within their bins. Returns the sum of sign * probability."""
+    """Signs of the listed elements of one side, from comparisons within their bins. Returns the sum of sign * probability."""
     total = tl.zeros([BLOCK], tl.float32)
-    for i0 in range(0, size, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        open_ = tl.load(code + i, mask=i < size, other=0) == _AMBIGUOUS
-        if tl.max(open_.to(tl.int32), 0) != 0:
-            x = tl.load(values + i, mask=open_, other=LEAST)
-            b = _fine_bin(x, high, scale, BINS)
-            b0 = tl.load(base + b, mask=open_, other=0)
-            b1 = tl.load(base + b + 1, mask=open_, other=0)
-            rank = b0
-            for e in range(tl.max(b1 - b0, 0)):
-                live = open_ & (b0 + e < b1)
-                y = tl.load(bin_values + b0 + e, mask=live, other=LEAST)
-                before = tl.load(bin_index + b0 + e, mask=live, other=0) < i
-                rank += (live & ((y > x) | ((y == x) & before))).to(tl.int32)
-            o0 = tl.load(other_base + b, mask=open_, other=0)
-            o1 = tl.load(other_base + b + 1, mask=open_, other=0)
-            above = o0
-            level = o0
-            for e in range(tl.max(o1 - o0, 0)):
-                live = open_ & (o0 + e < o1)
-                y = tl.load(other_values + o0 + e, mask=live, other=LEAST)
-                above += (live & (y > x)).to(tl.int32)
-                level += (live & (y >= x)).to(tl.int32)
-            sign = tl.where(rank >= k, 0, tl.where(level <= rank, 1, tl.where(above > rank, -1, 0)))
-            total += tl.where(open_, sign.to(tl.float32) * tl.exp(x), 0.0)
-            tl.store(code + i, sign.to(tl.int8), mask=open_)
+    for a0 in range(0, listed, BLOCK):
+        a = a0 + tl.arange(0, BLOCK)
+        inside = a < listed
+        i = tl.load(open_index + a, mask=inside, other=0)
+        x = tl.load(values + i, mask=inside, other=LEAST)
+        b = _fine_bin(x, high, scale, BINS)
+        b0 = tl.load(base + b, mask=inside, other=0)
+        b1 = tl.load(base + b + 1, mask=inside, other=0)
+        rank = b0
+        for e in range(tl.max(b1 - b0, 0)):
+            live = b0 + e < b1
+            y = tl.load(bin_values + b0 + e, mask=live, other=LEAST)
+            before = tl.load(bin_index + b0 + e, mask=live, other=0) < i
+            rank += (live & ((y > x) | ((y == x) & before))).to(tl.int32)
+        o0 = tl.load(other_base + b, mask=inside, other=0)
+        o1 = tl.load(other_base + b + 1, mask=inside, other=0)
+        above = o0
+        level = o0
+        for e in range(tl.max(o1 - o0, 0)):
+            live = o0 + e < o1
+            y = tl.load(other_values + o0 + e, mask=live, other=LEAST)
+            above += (live & (y > x)).to(tl.int32)
+            level += (live & (y >= x)).to(tl.int32)
+        sign = tl.where(rank >= k, 0, tl.where(level <= rank, 1, tl.where(above > rank, -1, 0)))
+        total += tl.where(inside, sign.to(tl.float32) * tl.exp(x), 0.0)
+        tl.store(code + i, sign.to(tl.int8), mask=inside)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def _ranks_kernel(
-    s_logits, s_stride, s_first, s_lse, s_rows, s_start, s_index, s_size, t_logits, t_stride, t_first, t_lse, t_rows, t_start, t_index,
-    t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, bytes_, LEAST: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    s_logits, s_stride, s_tile, s_lse, s_chunk, s_firsts, s_lasts, s_index, s_size, t_logits, t_stride, t_tile, t_lse, t_chunk, t_firsts,
+    t_lasts, t_index, t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, bytes_, LEAST: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes every so-many-th chunk and keeps its scratch. Phases that read what others wrote are set apart by barriers."""
     program = tl.program_id(0).to(tl.int64)
@@ -164,24 +181,55 @@ def _ranks_kernel(
     t_values = s_values + s_size
     s_bin = s_values + both
     t_bin = s_bin + s_size
-    s_at = ints + program * (both + 4 * BINS + 2)
+    s_at = ints + program * (2 * both + 4 * BINS + 2)
     t_at = s_at + s_size
-    s_hist = s_at + both
+    s_list = s_at + both
+    t_list = s_list + s_size
+    s_hist = s_list + both
     t_hist = s_hist + BINS
     s_base = t_hist + BINS
     t_base = s_base + BINS + 1
     t_code = bytes_ + program * t_size
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        begin, end = tl.load(s_start + chunk), tl.load(s_start + chunk + 1)
-        head = tl.load(s_rows + begin, mask=begin < end, other=-1).to(tl.int64) - s_first
-        if (head >= 0) & (head < num_rows):
-            t_begin, t_end = tl.load(t_start + chunk), tl.load(t_start + chunk + 1)
+        first, last_row = tl.load(s_firsts + chunk), tl.load(s_lasts + chunk)
+        if (first <= last_row) & (first >= s_tile) & (first < s_tile + num_rows):
+            t_first, t_last = tl.load(t_firsts + chunk), tl.load(t_lasts + chunk)
             code = s_code + tl.cast(chunk, tl.int64) * s_size
             for b0 in range(0, BINS, BLOCK):
                 tl.store(s_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
                 tl.store(t_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
-            s_counts = _values(s_logits, s_stride, s_first, s_lse, s_rows, begin, end, s_index, s_size, s_values, inv_tau, LEAST, BLOCK)
-            t_counts = _values(t_logits, t_stride, t_first, t_lse, t_rows, t_begin, t_end, t_index, t_size, t_values, inv_tau, LEAST, BLOCK)
+            s_counts = _values(
+                s_logits,
+                s_stride,
+                s_tile,
+                s_lse,
+                s_chunk,
+                chunk,
+                first,
+                last_row,
+                s_index,
+                s_size,
+                s_values,
+                inv_tau,
+                LEAST,
+                BLOCK,
+            )
+            t_counts = _values(
+                t_logits,
+                t_stride,
+                t_tile,
+                t_lse,
+                t_chunk,
+                chunk,
+                t_first,
+                t_last,
+                t_index,
+                t_size,
+                t_values,
+                inv_tau,
+                LEAST,
+                BLOCK,
+            )
             last = tl.maximum(_last_bin(s_counts, k), _last_bin(t_counts, k))
             high_bin = tl.min(tl.where(s_counts + t_counts > 0, tl.arange(0, 256), 255), 0)
             high = high_bin.to(tl.float32) * -0.125
@@ -194,21 +242,23 @@ def _ranks_kernel(
             _bases(s_hist, s_base, BINS, BLOCK)
             _bases(t_hist, t_base, BINS, BLOCK)
             tl.debug_barrier()
-            total = _classify(s_values, s_size, s_base, t_base, s_hist, s_bin, s_at, code, k, last, high, scale, LEAST, BINS, BLOCK)
-            s_sum = total
-            total += _classify(t_values, t_size, t_base, s_base, t_hist, t_bin, t_at, t_code, k, last, high, scale, LEAST, BINS, BLOCK)
+            s_sum, s_open = _classify(
+                s_values, s_size, s_base, t_base, s_hist, s_bin, s_at, code, s_list, k, last, high, scale, LEAST, BINS, BLOCK
+            )
+            t_sum, t_open = _classify(
+                t_values, t_size, t_base, s_base, t_hist, t_bin, t_at, t_code, t_list, k, last, high, scale, LEAST, BINS, BLOCK
+            )
             tl.debug_barrier()
-            more = _resolve(s_values, s_size, s_base, t_base, s_bin, s_at, t_bin, code, k, high, scale, LEAST, BINS, BLOCK)
-            s_sum += more
-            total += more + _resolve(t_values, t_size, t_base, s_base, t_bin, t_at, s_bin, t_code, k, high, scale, LEAST, BINS, BLOCK)
-            tl.store(l1 + chunk, total)
+            s_sum += _resolve(s_values, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, FEW)
+            t_sum += _resolve(t_values, t_open, t_base, s_base, t_bin, t_at, s_bin, t_code, t_list, k, high, scale, LEAST, BINS, FEW)
+            tl.store(l1 + chunk, s_sum + t_sum)
             tl.store(signed + chunk, s_sum)
             tl.debug_barrier()
 
 
 def sorted_distance(
-    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Segments, s_index: Tensor, t_logits: Tensor, t_first: int, t_lse: Tensor,
-    teacher: Segments, t_index: Tensor, k: int, temperature: float, sign: Tensor, l1: Tensor, signed: Tensor,
+    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Rows, s_index: Tensor, t_logits: Tensor, t_first: int, t_lse: Tensor,
+    teacher: Rows, t_index: Tensor, k: int, temperature: float, sign: Tensor, l1: Tensor, signed: Tensor,
 ) -> None:  # fmt: skip
     """Fills the L1 of the chunks whose student rows are in the tile.
 
@@ -216,7 +266,7 @@ def sorted_distance(
         s_logits: [n, V_s] the student's tile; t_logits: [m, V_t] the teacher's.
         s_first: number of the tile's first row; t_first: the teacher's.
         s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
-        student: all chunks' student rows; teacher: their teacher rows.
+        student: student rows of all chunks; teacher: their teacher rows.
         s_index: [u] int32 uncommon columns of the student, ascending; t_index: [w] of the teacher.
         k: how many are compared, at most min(u, w).
         temperature: τ.
@@ -231,13 +281,13 @@ def sorted_distance(
     device = s_logits.device
     programs = min(chunks, PROGRAMS)
     floats = torch.empty(programs * 2 * (s_size + t_size), device=device)
-    ints = torch.empty(programs * (s_size + t_size + 4 * BINS + 2), dtype=torch.int32, device=device)
+    ints = torch.empty(programs * (2 * (s_size + t_size) + 4 * BINS + 2), dtype=torch.int32, device=device)
     codes = torch.empty(programs * t_size, dtype=torch.int8, device=device)
     _ranks_kernel[(programs,)](
-        s_logits, s_logits.stride(0), s_first, s_lse, student.rows, student.start, s_index, s_size,
-        t_logits, t_logits.stride(0), t_first, t_lse, teacher.rows, teacher.start, t_index, t_size,
+        s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, s_index, s_size,
+        t_logits, t_logits.stride(0), t_first, t_lse, teacher.chunk, teacher.first, teacher.last, t_index, t_size,
         s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints, codes,
-        LEAST=LEAST, BINS=BINS, BLOCK=2048, num_warps=16,
+        LEAST=LEAST, BINS=BINS, BLOCK=2048, FEW=512, num_warps=16,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192
+BLOCK = 4096
 """Columns a program reads at a time."""
 
 ALIGN = 16
@@ -51,32 +51,42 @@ class RowStats:
     @classmethod
     def empty(cls, rows: int, temperature: float, device: torch.device) -> RowStats:
         """Room for the statistics of `rows` rows."""
-        lse = torch.zeros(rows, device=device)
-        lse_tau = lse if temperature == 1.0 else torch.zeros_like(lse)
-        return cls(lse, lse_tau, torch.zeros_like(lse), torch.zeros(rows, dtype=torch.int32, device=device))
+        lse = torch.empty(rows, device=device)
+        lse_tau = lse if temperature == 1.0 else torch.empty_like(lse)
+        return cls(lse, lse_tau, torch.empty_like(lse), torch.empty(rows, dtype=torch.int32, device=device))
 
 
 @triton.jit
 def _row_stats_kernel(
-    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, readable, inv_tau, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    stride,
+    active,
+    targets,
+    lse,
+    lse_tau,
+    target,
+    argmax,
+    vocab,
+    readable,
+    inv_tau,
+    TEMPERED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program a row: softmax with one running maximum, and per lane the best column so far."""
+    """One program a row: softmax with one running maximum; the block that holds it is read again for its column."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:
         base = logits + row * stride
         lane = tl.arange(0, BLOCK)
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        best_at = tl.zeros([BLOCK], tl.int32)
         top = tl.full([], float("-inf"), tl.float32)
+        best = tl.zeros([], tl.int32)
         total = tl.zeros([BLOCK], tl.float32)
         total_tau = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
             column = start + lane
             z = tl.load(base + column, mask=column < readable, other=float("-inf")).to(tl.float32)
             z = tl.where(column < vocab, z, float("-inf"))
-            best_at = tl.where(z > best, column, best_at)
-            best = tl.maximum(best, z)
             new_top = tl.maximum(top, tl.max(z, 0))
+            best = tl.where(new_top > top, start, best)
             total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
             if TEMPERED:
                 total_tau = total_tau * tl.exp((top - new_top) * inv_tau) + tl.exp((z - new_top) * inv_tau)
@@ -84,7 +94,9 @@ def _row_stats_kernel(
         tl.store(lse + row, top + tl.log(tl.sum(total, 0)))
         if TEMPERED:
             tl.store(lse_tau + row, top * inv_tau + tl.log(tl.sum(total_tau, 0)))
-        tl.store(argmax + row, tl.min(tl.where(best == top, best_at, 2147483647), 0))
+        column = best + lane
+        z = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        tl.store(argmax + row, tl.min(tl.where(z == top, column, 2147483647), 0))
         tl.store(target + row, tl.load(base + tl.load(targets + row)).to(tl.float32))
 
 
@@ -103,5 +115,5 @@ def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, 
     rows = slice(first, first + n)
     _row_stats_kernel[(n,)](
         logits, logits.stride(0), active[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], stats.target[rows],
-        stats.argmax[rows], vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=16,
+        stats.argmax[rows], vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """One teacher's KD as the kernels compute it: what is prepared once for a batch, and what is done with each tile of rows.
 
-Every term has `active` (student rows that carry gradient), `kl` (float32, to be summed: the KD without τ²), `tile(...)`, which fills
-`kl` for a tile and returns what the gradient pass needs, and `sums()`, the common and uncommon parts.
+Every term has `active` (student rows that carry gradient), `tile(...)`, which computes a tile's KD and returns what the gradient pass
+needs, and `sums()`: what adds up to the KD.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xtoken_core.losses.kernels.choose import largest_columns, ordered_columns
 from xtoken_core.losses.kernels.columns import column_maxima, gather_columns, within_lse
 from xtoken_core.losses.kernels.common import SPLIT, CommonGradient, common_kl, vocabulary_split
 from xtoken_core.losses.kernels.projected import SparseGradient, chunk_kl, project
 from xtoken_core.losses.kernels.ranks import sorted_distance
 from xtoken_core.losses.kernels.rows import RowStats, row_stats
-from xtoken_core.losses.kernels.segments import Segments, segments
+from xtoken_core.losses.kernels.rowsets import chunk_rows
 from xtoken_core.losses.kernels.sources import Source
-from xtoken_core.losses.kernels.touched import by_teacher, place_of, projected_columns
+from xtoken_core.losses.kernels.touched import by_teacher
 from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
 from xtoken_core.losses.kernels.within import within_kl
-from xtoken_core.losses.selection import chunk_rows, largest_columns, scope_mask, top_columns
+from xtoken_core.losses.selection import scope_mask, top_columns
 from xtoken_core.losses.types import AveragedLogits, TeacherBatch, TopKLogits
 from xtoken_core.spec import LossSpec
 
@@ -46,14 +47,15 @@ class Tile:
         return self.stats.lse_tau[self.first : self.last]
 
 
-def choose_columns(teacher: TeacherBatch, source: Source, spec: LossSpec) -> Tensor:
-    """K [sets, k] int64, ascending; one set a sequence, or one in all (`topk_scope: batch`)."""
-    batch, length, vocab = teacher.logits.shape
+def choose_columns(teacher: TeacherBatch, source: Source, mask: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """K [sets, k] int32, ascending, and where each column stands in it [sets, V]; one set a sequence, or one in all (`topk_scope: batch`).
+
+    `mask`: [R_t] bool rows that have a say; None: all.
+    """
+    batch, _, vocab = teacher.logits.shape
     sets = 1 if spec.topk_scope == "batch" else batch
     if spec.vocab_topk >= vocab:
-        return torch.arange(vocab, device=teacher.logits.device).expand(sets, vocab)
-    assert teacher.token_mask is not None
-    mask = scope_mask(teacher.token_mask, spec)
+        return largest_columns(torch.empty(sets, vocab, device=teacher.logits.device), vocab)
     maxima = []
     for begin in range(0, source.rows, source.rows // sets):
         best = None
@@ -61,16 +63,25 @@ def choose_columns(teacher: TeacherBatch, source: Source, spec: LossSpec) -> Ten
         step = COLUMN_ROWS if source.dense is None else last - begin
         for first in range(begin, last, step):
             end = min(first + step, last)
-            found = column_maxima(source.tile(first, end), None if mask is None else mask.view(-1)[first:end])
+            found = column_maxima(source.tile(first, end), None if mask is None else mask[first:end])
             best = found if best is None else torch.maximum(best, found)
         maxima.append(best)
     return largest_columns(torch.stack(maxima) if sets > 1 else maxima[0][None], spec.vocab_topk)
+
+
+def _scope(teacher: TeacherBatch, spec: LossSpec) -> Tensor | None:
+    assert teacher.token_mask is not None
+    mask = scope_mask(teacher.token_mask, spec)
+    return None if mask is None else mask.flatten()
 
 
 def teacher_within(
     source: Source, first: int, last: int, active: Tensor, index: Tensor, length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """A teacher's logits [last - first, k] within K, and their log-sum-exp / τ [last - first]; see `gather_columns`."""
+    if first == last:
+        nothing = torch.empty(0, device=active.device)
+        return nothing, nothing
     if source.dense is not None:
         return gather_columns(source.tile(first, last), first, active, index, length, temperature)
     if index.shape[0] == 1:
@@ -90,10 +101,8 @@ class ChunkTerm:
 
     def __init__(self, teacher: TeacherBatch, source: Source, sample_mask: Tensor, spec: LossSpec):
         self.spec, self.source = spec, source
-        rows = chunk_rows(teacher, sample_mask, spec)
-        self.chunks = rows.valid.shape[0]
-        self.student: Segments = segments(rows.student, self.chunks)
-        self.teacher: Segments = segments(rows.teacher, self.chunks)
+        self.student, self.teacher = chunk_rows(teacher, sample_mask, spec)
+        self.chunks = self.student.first.shape[0]
         self.active = self.student.active
         self.teacher_range = (0, source.rows)
         """Teacher rows of the tile's chunks; `tiles.py` narrows it."""
@@ -102,8 +111,10 @@ class ChunkTerm:
 class ProjectedTerm(ChunkTerm):
     """p_kl."""
 
-    def __init__(self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec):
-        columns = choose_columns(teacher, source, spec)  # first: the GPU is busy with it while what follows is queued
+    def __init__(
+        self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec
+    ):
+        columns, place = choose_columns(teacher, source, _scope(teacher, spec), spec)  # first: it keeps the GPU busy while the rest is queued
         super().__init__(teacher, source, sample_mask, spec)
         projection = teacher.projection
         assert projection is not None
@@ -113,7 +124,7 @@ class ProjectedTerm(ChunkTerm):
         self.learnable = projection.weights
         self.table = by_teacher(projection, student_vocab, source.vocab)
         self.by_column = projection.weights.detach().flatten()[self.table.slot].float()
-        self.columns = projected_columns(columns, self.table, source.vocab)
+        self.columns = ordered_columns(columns, place, self.table)
         self.place = self.columns.place
         self.kl = torch.zeros(self.chunks, device=columns.device)
 
@@ -124,34 +135,42 @@ class ProjectedTerm(ChunkTerm):
             self.source, first, last, self.teacher.active, self.columns.index, self.teacher_length, spec.temperature
         )
         mass = project(
-            tile.logits, tile.first, self.active, tile.lse_tau, self.columns, self.table, self.by_column, self.length, spec.temperature
+            tile.logits,
+            tile.first,
+            self.active,
+            tile.lse_tau,
+            self.columns,
+            self.table,
+            self.by_column,
+            self.length,
+            spec.temperature,
         )
         return chunk_kl(
             mass, self.student, tile.first, within, lse, self.teacher, first, self.kl, spec.temperature, spec.reverse_kl,
             spec.chunk_distribution == "first",
         )  # fmt: skip
 
-    def sums(self) -> tuple[Tensor, Tensor] | None:
-        """No parts."""
-        return None
+    def sums(self) -> tuple[Tensor, Tensor | None]:
+        """What adds up to the KD, without τ²."""
+        return self.kl, None
 
 
 class WithinTerm:
     """The same vocabulary, compared within K."""
 
-    def __init__(self, teacher: TeacherBatch, source: Source | None, counted: Tensor, spec: LossSpec):
+    def __init__(self, teacher: TeacherBatch, source: Source | None, counted: Tensor, scope: Tensor, spec: LossSpec):
         self.spec, self.source, self.active = spec, source, counted
         logits = teacher.logits
         self.top_k = logits if isinstance(logits, TopKLogits) else None
         _, self.length, vocab = logits.shape
+        device = counted.device
         if source is None:
-            columns = top_columns(teacher, spec)
-            columns = columns.expand(1 if spec.topk_scope == "batch" else logits.shape[0], -1)
+            sets = 1 if spec.topk_scope == "batch" else logits.shape[0]
+            self.index = top_columns(teacher, spec).int().expand(sets, -1).contiguous()
+            position = torch.arange(self.index.shape[1], dtype=torch.int32, device=device).expand(sets, -1)
+            self.place = torch.full((sets, vocab), -1, dtype=torch.int32, device=device).scatter_(1, self.index.long(), position)
         else:
-            columns = choose_columns(teacher, source, spec)
-        self.index = columns.int()
-        self.place = place_of(columns, vocab)
-        device = columns.device
+            self.index, self.place = choose_columns(teacher, source, scope if spec.topk_scope == "sequence" else None, spec)
         self.indices = torch.arange(vocab, device=device)[:, None]
         self.weights = torch.ones(vocab, 1, device=device)
         self.kl = torch.zeros(counted.shape[0], device=device)
@@ -163,7 +182,9 @@ class WithinTerm:
             target = self._known(tile.first, tile.last)
             lse = within_lse(target, tile.first, self.active, spec.temperature)
         else:
-            target, lse = teacher_within(self.source, tile.first, tile.last, self.active, self.index, self.length, spec.temperature)
+            target, lse = teacher_within(
+                self.source, tile.first, tile.last, self.active, self.index, self.length, spec.temperature
+            )
         return within_kl(
             tile.logits, tile.first, self.active, self.index, target, lse, self.kl, self.length, spec.temperature, spec.reverse_kl,
             self.top_k is not None,
@@ -180,9 +201,9 @@ class WithinTerm:
         laid = values.new_full((last - first, width + 1), -torch.inf)
         return laid.scatter_(1, torch.where(at < 0, width, at), values)[:, :width].contiguous()
 
-    def sums(self) -> tuple[Tensor, Tensor] | None:
-        """No parts."""
-        return None
+    def sums(self) -> tuple[Tensor, Tensor | None]:
+        """What adds up to the KD, without τ²."""
+        return self.kl, None
 
 
 class WholeTerm:
@@ -196,12 +217,20 @@ class WholeTerm:
         """Rows of the tile: their KL."""
         parts = tuple(source.tile(tile.first, tile.last) for source in self.sources)
         return whole_kl(
-            tile.logits, tile.first, self.active, tile.lse_tau, parts, self.weights, self.kl, self.spec.temperature, self.spec.reverse_kl
+            tile.logits,
+            tile.first,
+            self.active,
+            tile.lse_tau,
+            parts,
+            self.weights,
+            self.kl,
+            self.spec.temperature,
+            self.spec.reverse_kl,
         )
 
-    def sums(self) -> tuple[Tensor, Tensor] | None:
-        """No parts."""
-        return None
+    def sums(self) -> tuple[Tensor, Tensor | None]:
+        """What adds up to the KD, without τ²."""
+        return self.kl, None
 
 
 class CommonTerm(ChunkTerm):
@@ -220,11 +249,6 @@ class CommonTerm(ChunkTerm):
         self.l1, self.signed = torch.zeros(2, self.chunks, device=device)
         self.sign = torch.zeros(self.chunks, sizes[0], dtype=torch.int8, device=device)
 
-    @property
-    def kl(self) -> Tensor:
-        """[N, SPLIT + 1]: parts of the KL over common columns, and the L1 over uncommon ones."""
-        return torch.cat([self.kl_parts, self.l1[:, None]], 1)
-
     def tile(self, tile: Tile) -> CommonGradient:
         """Chunks of the tile: KL and L1."""
         tau, (first, last) = self.spec.temperature, self.teacher_range
@@ -242,28 +266,28 @@ class CommonTerm(ChunkTerm):
         slope = self.slope_parts.sum(1) + self.signed
         return CommonGradient(self.split.pair, self.sign, slope, self.student, self.teacher, logits, first, lse)
 
-    def sums(self) -> tuple[Tensor, Tensor] | None:
-        """KL over common columns, L1 over uncommon ones."""
-        return self.kl_parts.sum(), self.l1.sum()
+    def sums(self) -> tuple[Tensor, Tensor | None]:
+        """What adds up to the KL over common columns, and to the L1 over uncommon ones."""
+        return self.kl_parts, self.l1
 
 
 Term = ProjectedTerm | WithinTerm | WholeTerm | CommonTerm
 
 
 def make_term(
-    teacher: TeacherBatch, length: int, student_vocab: int, counted: Tensor, sample_mask: Tensor, spec: LossSpec
+    teacher: TeacherBatch, length: int, student_vocab: int, counted: Tensor, scope: Tensor, sample_mask: Tensor, spec: LossSpec
 ) -> Term:  # fmt: skip
-    """The term of a teacher that `selection.resolve_teachers` returned. `length`: T_s; `counted`: [R] bool."""
+    """The term of a teacher that `selection.resolve_teachers` returned. `length`: T_s; `counted`, `scope`: [R] bool, see `counted_rows`."""
     logits = teacher.logits
     if isinstance(logits, AveragedLogits):
         return WholeTerm(tuple(Source.of(part) for part in logits.parts), logits.weights, counted, spec)
     if isinstance(logits, TopKLogits):
-        return WithinTerm(teacher, None, counted, spec)
+        return WithinTerm(teacher, None, counted, scope, spec)
     source = Source.of(logits)
     if teacher.projection is None:
         if spec.vocab_topk >= source.vocab:
             return WholeTerm((source,), (1.0,), counted, spec)
-        return WithinTerm(teacher, source, counted, spec)
+        return WithinTerm(teacher, source, counted, scope, spec)
     if teacher.mode == "p_kl":
         return ProjectedTerm(teacher, source, length, student_vocab, sample_mask, spec)
     return CommonTerm(teacher, source, student_vocab, sample_mask, spec)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.kernels.segments import Segments
+from xtoken_core.losses.kernels.rowsets import Rows
 
 TILE_ROWS = 2048
 """Rows of a tile, unless a chunk is in the way."""
@@ -15,48 +15,43 @@ TILE_ROWS = 2048
 Range = tuple[int, int]
 
 
-def cut(rows: int, segments: Sequence[tuple[Segments, Segments]]) -> list[tuple[Range, list[Range]]]:
+def cut(rows: int, sides: Sequence[tuple[Rows, Rows]]) -> list[tuple[Range, list[Range]]]:
     """Stretches of at most TILE_ROWS student rows where chunks allow it, and each teacher's rows of the chunks inside.
 
     Chunks may lie in any order; only where they interlace do tiles grow. Waits for the device once, if there is more than one tile.
 
     Args:
         rows: R student rows.
-        segments: per cross-tokenizer teacher, its student rows and its teacher rows.
+        sides: per cross-tokenizer teacher, its student rows and its teacher rows.
     """
-    if rows <= TILE_ROWS or not segments:
+    if rows <= TILE_ROWS or not sides:
         bounds = [*range(0, rows, TILE_ROWS), rows]
-        whole = [(0, teacher.rows.shape[0]) for _, teacher in segments]
+        whole = [(0, teacher.chunk.shape[0]) for _, teacher in sides]
         return [((a, b), whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    table = torch.cat([_boundaries(rows, *pair) for pair in segments]).cpu()
+    table = torch.cat([_boundaries(rows, *pair) for pair in sides]).cpu()
     blocked = table[::3].amax(0) > 0
     allowed = [r for r in (~blocked).nonzero().squeeze(1).tolist() if r > 0]
     tiles, begin = [], 0
     for position, r in enumerate(allowed):
         if position + 1 == len(allowed) or allowed[position + 1] - begin > TILE_ROWS:
-            ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(segments))]
+            ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(sides))]
             tiles.append(((begin, r), [(low, high) if low < high else (0, 0) for low, high in ranges]))
             begin = r
     return tiles
 
 
-def _boundaries(rows: int, student: Segments, teacher: Segments) -> Tensor:
+def _boundaries(rows: int, student: Rows, teacher: Rows) -> Tensor:
     """[3, R + 1], at each row r: how many chunks a cut before r would cut; the first teacher row of chunks that begin at r or later;
     one past the last teacher row of chunks that end before r.
     """
-    device = student.rows.device
-    begin, end = student.start[:-1].long(), student.start[1:].long()
-    valid = end > begin
+    device = student.first.device
+    valid = student.count > 0
     spare = rows + 1  # where chunks without rows go
-    first, last = (torch.where(valid, student.rows[i.clamp(0, rows - 1)].long(), rows) for i in (begin, end - 1))
-    t_first = teacher.rows[teacher.start[:-1].long().clamp(max=teacher.rows.shape[0] - 1)].long()
-    t_last = teacher.rows[(teacher.start[1:].long() - 1).clamp(min=0)].long()
-    crossing = torch.zeros(rows + 2, dtype=torch.int64, device=device)
-    crossing.scatter_add_(0, torch.where(valid, first + 1, spare), torch.ones_like(first))
-    crossing.scatter_add_(0, torch.where(valid, last + 1, spare), -torch.ones_like(first))
-    low = torch.full((rows + 2,), teacher.rows.shape[0], dtype=torch.int64, device=device)
-    low.scatter_reduce_(0, torch.where(valid, first, spare), t_first, "amin")
-    high = torch.zeros(rows + 2, dtype=torch.int64, device=device)
-    high.scatter_reduce_(0, torch.where(valid, last + 1, spare), t_last + 1, "amax")
+    begin, end = (torch.where(valid, x.long() + 1, spare) for x in (student.first, student.last))
+    one = torch.ones_like(begin)
+    crossing = torch.zeros(rows + 2, dtype=torch.int64, device=device).scatter_add_(0, begin, one).scatter_add_(0, end, -one)
+    low = torch.full((rows + 2,), teacher.chunk.shape[0], dtype=torch.int64, device=device)
+    low.scatter_reduce_(0, torch.where(valid, begin - 1, spare), teacher.first.long(), "amin")
+    high = torch.zeros(rows + 2, dtype=torch.int64, device=device).scatter_reduce_(0, end, teacher.last.long() + 1, "amax")
     low, high, crossing = low[:-1].flip(0).cummin(0).values.flip(0), high[:-1].cummax(0).values, crossing[:-1].cumsum(0)
     return torch.stack([crossing, low, high])

@@ -20,9 +20,6 @@ from xtoken_core.losses.selection import projection_entries
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
 
-HEAVY = 4
-"""A teacher column with more student tokens than this is summed by a tile of lanes, not by one."""
-
 
 @dataclass(frozen=True)
 class ByTeacher:
@@ -49,36 +46,6 @@ def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -
         start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
         tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order])
     return tables[key]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """K of each sequence (or one K for all), with W's entries in it; columns with the most student tokens first."""
-
-    index: Tensor
-    """[sets, k] int32 teacher columns."""
-    start: Tensor
-    """[sets, k] int32: first entry of each column in `ByTeacher`."""
-    count: Tensor
-    """[sets, k] int32: its entries; descending."""
-    heavy: Tensor
-    """[sets] int32: how many columns have more than HEAVY."""
-    place: Tensor
-    """[sets, V_t] int32: where a teacher column stands in `index`, or -1."""
-
-
-def place_of(columns: Tensor, vocab: int) -> Tensor:
-    """[sets, k] columns -> [sets, V] int32: where each column stands, or -1."""
-    position = torch.arange(columns.shape[1], dtype=torch.int32, device=columns.device).expand(columns.shape)
-    return torch.full((columns.shape[0], vocab), -1, dtype=torch.int32, device=columns.device).scatter_(1, columns, position)
-
-
-def projected_columns(columns: Tensor, table: ByTeacher, teacher_vocab: int) -> Columns:
-    """From [sets, k] int64 columns, ascending; equal counts keep that order, so that neighbours stay neighbours."""
-    count, order = (table.start[columns + 1] - table.start[columns]).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
-    heavy = (count > HEAVY).sum(1, dtype=torch.int32)
-    return Columns(columns.int(), table.start[columns], count, heavy, place_of(columns, teacher_vocab))
 
 
 @dataclass(frozen=True)
@@ -123,15 +90,16 @@ def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.con
 
 @triton.jit
 def _place_kernel(
-    indices, weights, place, rank, flag, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
+    indices, weights, place, rank, flag, tokens, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the entries within K of a block's touched tokens to the tokens' places in the list."""
+    """Writes a block's touched tokens, and their entries within K, to their places in the list."""
     set_ = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
     touched = inside & (tl.load(flag + set_ * room + token, mask=inside, other=0) != 0)
     at = tl.load(rank + set_ * room + token, mask=touched, other=1) - 1
+    tl.store(tokens + set_ * room + at, token, mask=touched)
     out = set_.to(tl.int64) * SLOTS * room + at
     found = tl.zeros([BLOCK], tl.int32)
     for s in range(SLOTS):
@@ -147,16 +115,6 @@ def _place_kernel(
         tl.store(position + out + s * room, tl.full([BLOCK], -1, tl.int32), mask=touched & (s >= found))
 
 
-@triton.jit
-def _list_kernel(rank, flag, token, room, BLOCK: tl.constexpr):
-    """Writes each touched token to its place in the list."""
-    set_ = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    hit = tl.load(flag + set_ * room + t, mask=t < room, other=0) != 0
-    at = tl.load(rank + set_ * room + t, mask=hit, other=1) - 1
-    tl.store(token + set_ * room + at, t, mask=hit)
-
-
 _TOKENS = 1024
 
 
@@ -169,11 +127,9 @@ def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
 
 
 def touched_tokens(flag: Tensor) -> Touched:
-    """The list of what is flagged in [sets, room] int32."""
-    sets, width = flag.shape
+    """Room for the list of what is flagged in [sets, room] int32; `placed_entries` writes it."""
     rank = flag.cumsum(1, dtype=torch.int32)
     token = torch.empty_like(flag)
-    _list_kernel[(triton.cdiv(width, _TOKENS), sets)](rank, flag, token, width, BLOCK=_TOKENS)
     return Touched(token, rank[:, -1].contiguous(), rank, flag)
 
 
@@ -184,7 +140,7 @@ def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Te
     weight = torch.empty(sets, slots, width, device=indices.device)
     slot = torch.empty_like(position)
     _place_kernel[(triton.cdiv(width, _TOKENS), sets)](
-        indices, weights, place, touched.rank, touched.flag, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
+        indices, weights, place, touched.rank, touched.flag, touched.token, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
         BLOCK=_TOKENS,
     )  # fmt: skip
     return Placed(position, weight, slot)

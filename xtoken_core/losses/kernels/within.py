@@ -12,13 +12,16 @@ from xtoken_core.losses.kernels.projected import SparseGradient
 
 @triton.jit
 def _within_kl_kernel(
-    logits, stride, first, active, columns, target, target_lse, kl, values, width, rows_per_set, num_sets, inv_tau,
+    logits, stride, first, active, columns, target, target_lse, kl, values, owner, share, slope, width, rows_per_set, num_sets, inv_tau,
     REVERSE: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. PARTIAL: a target of -inf is one that the teacher does not know, left out on both sides."""
     local = tl.program_id(0).to(tl.int64)
     row = first + local
     if tl.load(active + row) != 0:
+        tl.store(owner + local, local.to(tl.int32))
+        tl.store(share + local, 1.0)
+        tl.store(slope + local, 0.0)
         chosen = columns + row // rows_per_set % num_sets * width
         norm_t = tl.load(target_lse + local)
         top = tl.full([], float("-inf"), tl.float32)
@@ -85,12 +88,10 @@ def within_kl(
         partial: the teacher knows only some columns of each row; the others hold -inf.
     """
     n, (sets, width) = logits.shape[0], columns.shape
-    rows = torch.arange(n, dtype=torch.int32, device=logits.device)
-    mine = active[first : first + n]
-    share = mine.float()
-    values = torch.empty(n, width, device=logits.device)
+    sparse = SparseGradient.over(torch.empty(n, width, device=logits.device), active[first : first + n])
     _within_kl_kernel[(n,)](
-        logits, logits.stride(0), first, active, columns, target, target_lse, kl, values, width, rows_per_set, sets, 1.0 / temperature,
+        logits, logits.stride(0), first, active, columns, target, target_lse, kl, sparse.values, sparse.owner, sparse.share, sparse.slope,
+        width, rows_per_set, sets, 1.0 / temperature,
         REVERSE=reverse, PARTIAL=partial, BLOCK=2048, num_warps=8,
     )  # fmt: skip
-    return SparseGradient(values, torch.where(mine, rows, -1), share, torch.zeros_like(share))
+    return sparse

@@ -17,12 +17,12 @@ from xtoken_core.losses.kernels.common import SPLIT, CommonGradient, common_kl, 
 from xtoken_core.losses.kernels.projected import SparseGradient, chunk_kl, project
 from xtoken_core.losses.kernels.ranks import sorted_distance
 from xtoken_core.losses.kernels.rows import RowStats, row_stats
-from xtoken_core.losses.kernels.rowsets import chunk_rows
+from xtoken_core.losses.kernels.rowsets import chunk_rows, counted_rows
 from xtoken_core.losses.kernels.sources import Source
 from xtoken_core.losses.kernels.touched import by_teacher
 from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
 from xtoken_core.losses.kernels.within import within_kl
-from xtoken_core.losses.selection import scope_mask, top_columns
+from xtoken_core.losses.selection import top_columns
 from xtoken_core.losses.types import AveragedLogits, TeacherBatch, TopKLogits
 from xtoken_core.spec import LossSpec
 
@@ -69,10 +69,9 @@ def choose_columns(teacher: TeacherBatch, source: Source, mask: Tensor | None, s
     return largest_columns(torch.stack(maxima) if sets > 1 else maxima[0][None], spec.vocab_topk)
 
 
-def _scope(teacher: TeacherBatch, spec: LossSpec) -> Tensor | None:
-    assert teacher.token_mask is not None
-    mask = scope_mask(teacher.token_mask, spec)
-    return None if mask is None else mask.flatten()
+def _scope(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor | None:
+    assert teacher.input_ids is not None and teacher.token_mask is not None
+    return counted_rows(teacher.input_ids, teacher.token_mask, sample_mask)[2] if spec.topk_scope == "sequence" else None
 
 
 def teacher_within(
@@ -114,7 +113,7 @@ class ProjectedTerm(ChunkTerm):
     def __init__(
         self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec
     ):
-        columns, place = choose_columns(teacher, source, _scope(teacher, spec), spec)  # first: it keeps the GPU busy while the rest is queued
+        columns, place = choose_columns(teacher, source, _scope(teacher, sample_mask, spec), spec)  # first: it keeps the GPU busy while the rest is queued
         super().__init__(teacher, source, sample_mask, spec)
         projection = teacher.projection
         assert projection is not None

@@ -1,7 +1,9 @@
 """Rows: what is cut fits, covers the same text on every side and loses nothing; files, shards, packing and batches."""
 
 import json
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import assets
+from tests.tiny import tiny_tokenizer
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import PackedRows, load_rows, pack, prepare_rows, row_lengths, training_rows
 from xtoken_core.errors import InputError
@@ -69,7 +72,7 @@ def test_rows_cover_the_text_on_every_side(text, limit):
     assert b"".join(row_text(row, sides()[0]) for row in rows) == whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80), st.integers(8, 60))
 def test_chunks_of_rows_are_byte_identical(text, limit):
     [document] = tokenize_texts([text], sides())
@@ -116,17 +119,22 @@ def test_a_stretch_too_long_for_a_side_is_left_out():
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def make_spec(train, tmp_path=None, **data) -> DistillationSpec:
-    qwen, mistral = (str(assets.tokenizer_folder(name)) for name in ("qwen3", "mistral"))
-    teachers = [
-        {"id": "same", "model": qwen},
-        {"id": "other", "model": mistral, "projection": {}},
-    ]
+@cache
+def tokenizer_folders() -> tuple[str, str]:
+    """Two small tokenizers, since every `prepare_rows` loads them anew."""
+    folder = Path(tempfile.mkdtemp())
+    for size in (300, 400):
+        tiny_tokenizer(size).save_pretrained(folder / str(size))
+    return str(folder / "300"), str(folder / "400")
+
+
+def make_spec(train, **data) -> DistillationSpec:
+    student, other = tokenizer_folders()
     spec = {
         "name": "rows",
-        "student": {"model": qwen},
-        "teachers": teachers,
-        "data": {"train": [str(t) for t in train], "max_length": 32, **data},
+        "student": {"model": student},
+        "teachers": [{"id": "same", "model": student}, {"id": "other", "model": other, "projection": {}}],
+        "data": {"train": [str(t) for t in train], "max_length": 80, **data},
         "output": {"uri": "unused"},
     }
     return DistillationSpec.from_text(json.dumps(spec))
@@ -168,7 +176,7 @@ def test_shards_hold_the_rows_of_one(corpus, tmp_path, packing, max_rows):
         rows = training_rows(spec.data, *(tmp_path / f"{shards}-{shard}" for shard in range(shards)))
         if packing:
             assert isinstance(rows, PackedRows)
-            assert all(sum(len(r["student_ids"]) for r in item) <= 32 for item in rows)
+            assert all(sum(len(r["student_ids"]) for r in item) <= 80 for item in rows)
         return [columns(item) if packing else columns([item])[0] for item in (rows[i] for i in range(len(rows)))]
 
     one = prepared(1)

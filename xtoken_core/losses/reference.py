@@ -13,14 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xtoken_core.losses.selection import EPSILON, FLOOR, H_KL_THRESHOLD
-from xtoken_core.losses.types import HiddenLogits, Logits, LossOutput, TeacherBatch, TopKLogits
+from xtoken_core.losses.types import HiddenLogits, Logits, TeacherBatch, TopKLogits
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
+
+
+class ReferenceOutput(NamedTuple):
+    """What `distillation_loss` answers here."""
+
+    loss: Tensor
+    """0-dim float64, differentiable."""
+    metrics: dict[str, float]
 
 
 def distillation_loss(
@@ -30,7 +39,7 @@ def distillation_loss(
     sample_mask: Tensor,
     teachers: Sequence[TeacherBatch],
     spec: LossSpec,
-) -> LossOutput:
+) -> ReferenceOutput:
     """The loss of one whole batch; arguments, loss and metrics as `xtoken_core.losses.distillation_loss` has them.
 
     loss = kd_weight · KD + ce_weight · CE; with dynamic_scaling sg(|CE| / |KD|) · KD + CE, the quotient taken as 1 where KD = 0.
@@ -97,7 +106,7 @@ def distillation_loss(
     else:
         loss = spec.kd_weight * kd + spec.ce_weight * ce
     metrics |= {"loss": loss, "kl_loss": kd, "kl_loss_scale": scale}
-    return LossOutput(loss, {name: torch.as_tensor(value, dtype=torch.float64).item() for name, value in metrics.items()})
+    return ReferenceOutput(loss, {name: torch.as_tensor(value, dtype=torch.float64).item() for name, value in metrics.items()})
 
 
 def cross_entropy(z: Tensor, input_ids: Tensor, targets: list[tuple[int, int]]) -> Tensor:

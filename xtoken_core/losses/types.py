@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -159,17 +159,3 @@ class TermSums:
     """[n], no gradient: gold and h_kl, the uncommon columns' part of `kd` without τ²; 0 for other teachers."""
     total: Tensor | None = None
     """0-dim: coefficients.ce * ce + coefficients.kd · kd. Set where coefficients were given, and then alone differentiable."""
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss of a batch and what to log about it."""
-
-    loss: Tensor
-    """0-dim, differentiable."""
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
-    """loss, kl_loss (nats, aggregated KD), ce_loss (nats per token), kl_loss_scale, accuracy (0..1), num_valid_samples (count); per
-    teacher i in the loss: kl_loss_t{i} (nats per chunk, or per token), num_valid_chunks_t{i} (count; p_kl also under NeMo-RL's name
-    num_valid_pairs_t{i}), kl_common_t{i}, l1_uncommon_t{i} (gold, h_kl); weight_t{i} (sum); selected_teacher (select_teacher)."""
-    sums: Tensor | None = None
-    """Additive float64 vector of the sums behind the metrics, for `aggregation.loss_metrics` over a whole step."""

@@ -295,3 +295,42 @@ def test_padded_teacher_columns_are_dropped():
         for options in ({"normalize_by_vocab": True}, {"weight_metric": "entropy"}):
             spec = LossSpec(mode=mode, **options)
             assert_same(loss_and_gradient(batch, teachers, spec), loss_and_gradient(batch, wide, spec))
+
+
+def test_autocast_changes_nothing():
+    """Reductions over chunks stay in float32 inside a bfloat16 region."""
+    batch = random_batch(0, B, T, V, torch.float32)
+    for mode in MODES:
+        teachers = [random_teacher(0, B, T, V, cross, torch.float32) for cross in (True, False)]
+        spec = LossSpec(mode=mode, weight_metric="entropy", vocab_topk=5)
+        outside = loss_and_gradient(batch, teachers, spec)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = distillation_loss(*batch, teachers, spec).loss
+        assert inside.item() == pytest.approx(outside[0].item(), rel=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(inside, batch[0])[0], outside[1])
+
+
+def test_scores_per_byte_compare_tokenizers():
+    """Of two teachers equally sure of each byte, the one with longer tokens loses per token; per byte the surer one wins."""
+    batch = random_batch(0, 1, T, V)
+    batch = *batch[:2], torch.ones(1, T), torch.ones(1)
+    ids = torch.zeros(1, T, dtype=torch.int64)
+
+    def teacher(nats_per_token, bytes_per_token):
+        """Assigns token 0 the probability exp(-nats), everywhere."""
+        rest = torch.full((1, T, V - 1), torch.tensor((1 - torch.e**-nats_per_token) / (V - 1)).log().item())
+        logits = torch.cat([torch.full((1, T, 1), -nats_per_token), rest], 2)
+        chunks = torch.arange(T)[None]
+        every = torch.ones(1, T, dtype=torch.bool)
+        token_bytes = torch.full((1, T), bytes_per_token)
+        return TeacherBatch(
+            logits, ids, torch.ones(1, T), chunks, chunks, every, every, identity_projection(V), token_bytes=token_bytes
+        )
+
+    short, long = teacher(1.0, 2), teacher(1.8, 4)
+    for unit, selected, ratio in (("token", 0, 0.8), ("byte", 1, 1.8 / 4 - 1.0 / 2)):
+        spec = LossSpec(mode="p_kl", aggregation="select_teacher", score_unit=unit)
+        assert distillation_loss(*batch, [short, long], spec).metrics["selected_teacher"] == selected
+        spec = LossSpec(mode="p_kl", weight_metric="ce", score_unit=unit)
+        weight = distillation_loss(*batch, [short, long], spec).metrics["weight_t0"]
+        assert float(weight) == pytest.approx(1 / (1 + torch.e**-ratio), rel=1e-5)

@@ -26,7 +26,8 @@ def compile_spec(spec: DistillationSpec) -> str:
 
 def documents(compiled: str) -> list[dict[str, Any]]:
     """The documents of a compiled pipeline (the pipeline, and its Kubernetes settings), without the version of the SDK."""
-    parsed = list(yaml.safe_load_all(compiled))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some ten times as fast
+    parsed = list(yaml.load_all(compiled, Loader=loader))
     for document in parsed:
         document.pop("sdkVersion", None)
     return parsed

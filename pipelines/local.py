@@ -19,7 +19,7 @@ from typing import IO, Any
 import yaml
 from kfp import components, local
 
-from pipelines.compiling import compile_spec
+from pipelines.compiling import compile_spec, documents
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.report import Run, answer_table
@@ -92,7 +92,7 @@ def for_this_machine(compiled: str) -> dict[str, Any]:
     Training may come from the cache: here nothing but its inputs and the code, which are part of the key, can differ. And
     there is no pre-emption, for which a step would have to be tried again.
     """
-    pipeline: dict[str, Any] = next(iter(yaml.safe_load_all(compiled)))
+    pipeline: dict[str, Any] = documents(compiled)[0]
     for name, task in pipeline["root"]["dag"]["tasks"].items():
         task.pop("retryPolicy", None)
         if name in TRAINING:

@@ -241,7 +241,7 @@ def step(name: str, *outputs: Any) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _stop(f"{e.filename or 'working directory'}: {os.strerror(e.errno)}")
+        _stop(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}")
     seconds = round(time.time() - start, 1)
     for output in outputs:
         output.metadata |= {"started": round(start, 1), "seconds": seconds}

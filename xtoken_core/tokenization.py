@@ -279,7 +279,7 @@ _EMPTY_TOKENIZER: dict[str, Any] = {
 
 
 def _config(backend: Tokenizer) -> dict:
-    """The tokenizer's settings as in tokenizer.json, without reading its vocabulary."""
+    """The tokenizer's settings as in tokenizer.json; taken part by part, since the whole would write out the vocabulary."""
     parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
     config = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
     return {**config, "byte_fallback": getattr(backend.model, "byte_fallback", False)}
@@ -326,12 +326,9 @@ def _dummy_prefixes(backend: Tokenizer, specials: list[str]) -> tuple[bool, bool
 
 
 def _text_normalizer(config: dict | None) -> normalizers.Normalizer | None:
-    """The steps of a normaliser that change text: all but the prefix and the space's U+2581."""
-    steps = [
-        step
-        for step in _parts(config)
-        if step["type"] != "Prepend" and not (step["type"] == "Replace" and step["content"] == _SPACE)
-    ]
+    """The steps of a normaliser that change text: all but the prefix and the writing of a space as U+2581."""
+    writes_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    steps = [step for step in _parts(config) if step["type"] != "Prepend" and step != writes_space]
     if not steps:
         return None
     sequence = {"type": "Sequence", "normalizers": steps}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import assets
@@ -138,6 +138,18 @@ def test_normalizers_keep_only_what_changes_text() -> None:
     table = TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
     assert table.normalize("A a") == "a a"
     assert not table.byte_level and table[1] == b" "
+
+
+def test_a_unigram_model_like_t5() -> None:
+    """Metaspace, a prefix only where there is no space, runs of spaces collapsed, unknown characters lost."""
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁a", -1.0), ("b", -3.0)], unk_id=0))
+    backend.normalizer = normalizers.Sequence([normalizers.Strip(False, True), normalizers.Replace(Regex(" {2,}"), "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    table = TokenTable.from_tokenizer(tok)
+    assert table.dummy_prefix and table.normalize("a   b  ") == "a b"
+    assert [table.decode(ids) for ids in encode(tok, ["a   b  ", " a", "aZb"])] == [b" a b", b" a", b" ab"]
 
 
 def test_row_bos() -> None:

@@ -60,10 +60,10 @@ def term_sums(
         log_probs[spec.temperature] = (logits / spec.temperature).log_softmax(-1)
 
     counted = next_token_mask(token_mask, sample_mask)
-    targets = next_token_ids(input_ids)[counted]
-    ce = -log_probs[1.0][counted].gather(1, targets[:, None]).sum()
+    targets = next_token_ids(input_ids)
+    ce = -log_probs[1.0].gather(2, targets[..., None]).squeeze(2)[counted].sum()
     with torch.no_grad():
-        correct = (logits.argmax(-1)[counted] == targets).sum()
+        correct = ((logits.argmax(-1) == targets) & counted).sum()
 
     zero = ce.new_zeros(())
     kd, common, uncommon = [], [], []

@@ -1,4 +1,7 @@
-"""What a model is worth: bits per byte of held-out text, agreement with teachers, benchmarks, samples of its text."""
+"""What a model is worth: bits per byte of held-out text, agreement with teachers, benchmarks, samples of its text.
+
+How two results differ, and whether by more than the noise: `report.verdict`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.agreement import agreement
 from xtoken_core.bits_per_byte import opener_of, token_nats
+from xtoken_core.bootstrap import ratio_interval
 from xtoken_core.chat import ChatTokenizer
 from xtoken_core.documents import Document, read_documents
 from xtoken_core.errors import InputError
@@ -21,9 +25,6 @@ from xtoken_core.models import load_model, prune_layers
 from xtoken_core.rows import Side
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
-
-RESAMPLES = 2000
-"""Of the bootstrap; intervals hold 95 % of them."""
 
 SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
 
@@ -160,62 +161,9 @@ def _tokens(
 
 
 def bits_interval(bits: np.ndarray, sizes: np.ndarray) -> dict[str, float | None]:
-    """Bits per byte over documents [N] with a bootstrap interval over them: total, low, high (None for one document)."""
-    low, high = _interval([bits], sizes) if len(bits) > 1 else (None, None)
+    """Bits per byte over documents [N] with its 95 % bootstrap interval over them: total, low, high (None for one document)."""
+    low, high = ratio_interval(bits, sizes) if len(bits) > 1 else (None, None)
     return {"total": float(bits.sum() / sizes.sum()), "low": low, "high": high}
-
-
-def _interval(bits: Sequence[np.ndarray], sizes: np.ndarray) -> tuple[float, float]:
-    """95 % of the bootstrap over documents, of bits[0] per byte, or of (bits[1] - bits[0]) per byte."""
-    random, count = np.random.default_rng(0), len(sizes)
-    value = bits[0] if len(bits) == 1 else bits[1] - bits[0]
-    draws = np.array(
-        [value[chosen].sum() / sizes[chosen].sum() for chosen in (random.integers(count, size=count) for _ in range(RESAMPLES))]
-    )
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
-
-
-# ------------------------------------------------------------------------------------------------------------ compare
-
-
-def compare_results(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """How the model of result b differs from that of result a, and whether by more than the noise.
-
-    `bits_per_byte` (total and per_corpus; below 0: b is better) and `tasks` by name: each `difference` (b - a), `low` and `high`
-    (95 %: for bits per byte by a paired bootstrap over documents, for tasks from both standard errors), and `significant`: whether
-    the interval leaves 0 out. Only what both results hold; bits per byte must be of the same documents, else InputError.
-    """
-    compared: dict[str, Any] = {}
-    if "bits_per_byte" in a and "bits_per_byte" in b:
-        first, second = (result["bits_per_byte"]["documents"] for result in (a, b))
-        if (first["corpus"], first["bytes"]) != (second["corpus"], second["bytes"]):
-            raise InputError(f"{a['who']} and {b['who']}: bits per byte were measured on different documents")
-        corpora, sizes = np.array(first["corpus"]), np.array(first["bytes"])
-        bits = np.array(first["bits"]), np.array(second["bits"])
-        everything = np.ones(len(sizes), bool)
-        compared["bits_per_byte"] = {
-            "total": _difference(bits, sizes, everything),
-            "per_corpus": {name: _difference(bits, sizes, corpora == name) for name in sorted(set(corpora.tolist()))},
-        }
-    tasks = {}
-    for name in sorted(a.get("tasks", {}).keys() & b.get("tasks", {}).keys()):
-        one, two = a["tasks"][name], b["tasks"][name]
-        difference = two["value"] - one["value"]
-        noise = None if None in (one["stderr"], two["stderr"]) else 1.96 * float(np.hypot(one["stderr"], two["stderr"]))
-        tasks[name] = _verdict(difference, noise and difference - noise, noise and difference + noise)
-    return compared | ({"tasks": tasks} if tasks else {})
-
-
-def _difference(bits: tuple[np.ndarray, np.ndarray], sizes: np.ndarray, here: np.ndarray) -> dict[str, Any]:
-    first, second, sizes = bits[0][here], bits[1][here], sizes[here]
-    low, high = _interval([first, second], sizes) if len(sizes) > 1 else (None, None)
-    return _verdict(float((second - first).sum() / sizes.sum()), low, high)
-
-
-def _verdict(difference: float, low: float | None, high: float | None) -> dict[str, Any]:
-    significant = None if low is None or high is None else bool(low > 0 or high < 0)
-    return {"difference": difference, "low": low, "high": high, "significant": significant}
 
 
 # ------------------------------------------------------------------------------------------------------------ samples

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xtoken_core.alignment import align
+from xtoken_core.alignment import align_rows
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, row_bos
 
@@ -95,18 +95,29 @@ def tokenize_texts(texts: Sequence[str], sides: Sequence[Side]) -> list[Tokenize
     """
     normal = [normalize_for(text, [side.table for side in sides]) for text in texts]
     encoded = [side.encode(normal) for side in sides]
-    return [tokenized([ids[i] for ids in encoded], len(text.encode()), sides) for i, text in enumerate(normal)]
+    aligned = [_aligned(encoded[0], ids, sides[0], side) for side, ids in zip(sides[1:], encoded[1:])]
+    found: list[Tokenized | str] = []
+    for i, text in enumerate(normal):
+        chunks = [teacher[i] for teacher in aligned]
+        usable = [chunk for chunk in chunks if not isinstance(chunk, str)]
+        reasons = [chunk for chunk in chunks if isinstance(chunk, str)]
+        ids = [side[i] for side in encoded]
+        found.append(reasons[0] if reasons else _tokenized(ids, usable, len(text.encode()), sides))
+    return found
 
 
-def tokenized(ids: list[np.ndarray], size: int, sides: Sequence[Side]) -> Tokenized | str:
-    """Aligns the ids, of each side, of one text of `size` bytes; or says why they cannot be aligned."""
-    chunks = []
-    for side, tokens in zip(sides[1:], ids[1:]):
-        try:
-            found = align(ids[0], tokens, sides[0].table, side.table)
-        except ValueError as e:
-            return f"{side.name}: {e}"
-        chunks.append((found.student_chunk_id, found.teacher_chunk_id, found.exact))
+def _aligned(student_ids: list[np.ndarray], ids: list[np.ndarray], student: Side, side: Side) -> list[Chunks | str]:
+    """The chunks of each text, or why it has none."""
+    try:
+        found = align_rows(student_ids, ids, student.table, side.table)
+    except ValueError as e:  # some text cannot be aligned: which?
+        if len(ids) == 1:
+            return [f"{side.name}: {e}"]
+        return [_aligned([own], [other], student, side)[0] for own, other in zip(student_ids, ids)]
+    return [(a.student_chunk_id, a.teacher_chunk_id, a.exact) for a in found]
+
+
+def _tokenized(ids: list[np.ndarray], chunks: list[Chunks], size: int, sides: Sequence[Side]) -> Tokenized:
     widths = [text_widths(side.table, tokens, size) for side, tokens in zip(sides, ids)]
     targets = [(~side.table.special[tokens]).astype(np.uint8) for side, tokens in zip(sides, ids)]
     return Tokenized(ids, widths, targets, chunks, common_cuts(chunks, [len(tokens) for tokens in ids]))
@@ -190,6 +201,8 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
     """
     if not len(document.ids[0]):
         return "no text"
+    if len(document.cuts) == 1:
+        return "no chunk in common"
     found = spans(document.cuts, limits)
     if whole:
         found = [span for span in found[:1] if span[0] == 0 and document.targets[0][: document.cuts[span[1], 0]].any()]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests import assets
 from tests.tiny import tiny_tokenizer
@@ -91,6 +93,24 @@ def test_chunks_of_rows_are_byte_identical(text, limit):
                 ]
                 assert texts[0] and texts[1]
                 assert (texts[0] == texts[1]) == exact
+
+
+def test_text_that_a_vocabulary_cannot_spell_is_inexact_or_dropped():
+    ascii_only = Tokenizer(models.BPE({chr(c): c - 33 for c in range(33, 127)} | {"\u0120": 94}, []))
+    ascii_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ascii_only.decoder = decoders.ByteLevel()
+    teacher = Side.of("teacher ascii", "teacher_0", PreTrainedTokenizerFast(tokenizer_object=ascii_only))
+    both = [sides()[0], teacher]
+    texts = ["a plain text with one odd caf\u00e9 in it", "日本語のテキスト ab cd" * 3, "日本語", "plain"]
+    odd, mixed, foreign, plain = tokenize_texts(texts, both)
+    [(student_chunk, _, exact)] = odd.chunks
+    assert (~exact).sum() == 1 and exact.sum() > 5
+    [place] = np.flatnonzero(~exact)
+    spelled = b"".join(both[0].table[i] for i in odd.ids[0][student_chunk == place])
+    assert "\u00e9" in spelled.decode()
+    assert mixed.startswith("teacher ascii: ")
+    assert document_rows(foreign, [9, 9], both, whole=False) == "no chunk in common"
+    assert plain.chunks[0][2].all()
 
 
 def test_rows_are_the_documents_own_tokens():

@@ -1,4 +1,4 @@
-"""Bits per byte, intervals, comparisons, agreement and benchmarks, on random models with real tokenizers."""
+"""Bits per byte, intervals, agreement and benchmarks, on random models with real tokenizers."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from tests.tiny import texts, tiny_model, tiny_run
 from xtoken_core.bits_per_byte import bits_per_byte, opener_of, token_nats, windows
 from xtoken_core.dataset import prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.evaluation import bits_interval, compare_results, evaluate, held_out
+from xtoken_core.evaluation import bits_interval, evaluate, held_out
 from xtoken_core.projection import write_projection
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
 from xtoken_core.tokenization import encode, load_tokenizer
@@ -94,7 +94,7 @@ def test_the_opener_is_bos_then_eos(run):
     assert opener_of(tok) == tok.eos_token_id != tok.bos_token_id
 
 
-# ------------------------------------------------------------------------------------------- intervals and comparisons
+# --------------------------------------------------------------------------------------------------------- intervals
 
 
 def test_intervals_hold_the_total_and_shrink_with_documents():
@@ -107,37 +107,6 @@ def test_intervals_hold_the_total_and_shrink_with_documents():
         widths.append(found["high"] - found["low"])
     assert widths[1] < widths[0] / 4
     assert bits_interval(np.array([8.0]), np.array([4])) == {"total": 2.0, "low": None, "high": None}
-
-
-def result(who, bits, sizes, corpora, **tasks):
-    documents = {"bits": list(bits), "bytes": list(sizes), "corpus": corpora}
-    return {"who": who, "bits_per_byte": {"documents": documents}, "tasks": tasks}
-
-
-def test_compare_pairs_documents():
-    random = np.random.default_rng(2)
-    sizes, corpora = random.integers(500, 3000, 40), ["a", "b"] * 20
-    rates = random.normal(1.0, 0.3, 40)  # documents differ far more than models do
-    before = result("before", sizes * rates, sizes.tolist(), corpora)
-    after = result("after", sizes * (rates - random.normal(0.03, 0.01, 40)), sizes.tolist(), corpora)
-    compared = compare_results(before, after)["bits_per_byte"]
-    assert compared["total"]["significant"] and compared["total"]["high"] < 0
-    assert compared["total"]["difference"] == pytest.approx(-0.03, abs=0.006)
-    assert compared["per_corpus"].keys() == {"a", "b"}
-    assert not compare_results(before, before)["bits_per_byte"]["total"]["significant"]
-    with pytest.raises(InputError, match="before and other: .* different documents"):
-        compare_results(before, result("other", [1.0], [1], ["a"]))
-
-
-def test_compare_tasks_by_their_errors():
-    a = result("a", [1.0], [1], ["x"], quiz={"value": 0.50, "stderr": 0.01}, odd={"value": 0.5, "stderr": None})
-    b = result("b", [1.0], [1], ["x"], quiz={"value": 0.60, "stderr": 0.01}, odd={"value": 0.9, "stderr": None})
-    tasks = compare_results(a, b)["tasks"]
-    assert tasks["quiz"]["significant"] and tasks["quiz"]["low"] == pytest.approx(0.1 - 1.96 * math.hypot(0.01, 0.01))
-    assert tasks["odd"]["significant"] is None and tasks["odd"]["difference"] == pytest.approx(0.4)
-    assert not compare_results(a, result("c", [1.0], [1], ["x"], quiz={"value": 0.51, "stderr": 0.01}))["tasks"]["quiz"][
-        "significant"
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
@@ -178,7 +147,6 @@ def test_evaluate_who(run, tmp_path):
         evaluate(pruned, "student_before", None, tmp_path / "p.json")["bits_per_byte"]["total"] != whole["bits_per_byte"]["total"]
     )
     assert teacher["bits_per_byte"]["documents"]["bytes"] == whole["bits_per_byte"]["documents"]["bytes"]
-    compare_results(teacher, whole)
     with pytest.raises(InputError, match="who: teacher-nobody"):
         evaluate(parsed(spec), "teacher-nobody", None, tmp_path / "n.json")
 

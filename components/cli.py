@@ -69,7 +69,7 @@ def run_command(cli: click.Command, name: str) -> None:
 def _option(parameter: inspect.Parameter, text: str) -> click.Option:
     kind = parameter.annotation
     required = parameter.default is inspect.Parameter.empty
-    flag, metavar, click_type = f"--{parameter.name.replace('_', '-')}", None, click.STRING
+    flag, metavar = f"--{parameter.name.replace('_', '-')}", None
     if parameter.name == "spec":
         metavar = "FILE"
     elif type_annotations.is_artifact_wrapped_in_Output(kind):
@@ -78,12 +78,12 @@ def _option(parameter: inspect.Parameter, text: str) -> click.Option:
         metavar = "PATH"
     elif kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=parameter.default, show_default=True, help=text)
-    elif kind is int:
-        click_type = click.INT  # type: ignore[assignment]
     elif _is_json(kind):
         metavar = "JSON"
     default = {} if required or parameter.default in (None, "") else {"default": parameter.default, "show_default": True}
-    return click.Option([flag, parameter.name], metavar=metavar, type=click_type, required=required, help=text, **default)
+    return click.Option(
+        [flag, parameter.name], metavar=metavar, type=int if kind is int else str, required=required, help=text, **default
+    )
 
 
 def _is_json(kind: Any) -> bool:

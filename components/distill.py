@@ -10,17 +10,17 @@ def distill(
     spec: str,
     run: Output[Model],
     rows: Input[Dataset],
-    modes: dict = {},  # type: ignore[type-arg]  # noqa: B006 - KFP reads the default
+    modes: dict = {},  # noqa: B006 - KFP reads the default
     baseline: bool = False,
     checkpoints: str = "",
-    projection_0: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_1: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_2: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_3: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_4: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_5: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_6: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_7: Input[Artifact] = None,  # type: ignore[assignment]
+    projection_0: Input[Artifact] = None,
+    projection_1: Input[Artifact] = None,
+    projection_2: Input[Artifact] = None,
+    projection_3: Input[Artifact] = None,
+    projection_4: Input[Artifact] = None,
+    projection_5: Input[Artifact] = None,
+    projection_6: Input[Artifact] = None,
+    projection_7: Input[Artifact] = None,
 ):
     """Train the student on the teachers' distributions and the text, or (baseline) on the text alone.
 
@@ -44,9 +44,8 @@ def distill(
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):
-        from xtoken_core.training import distill
-
         from xtoken_core.spec import DistillationSpec
+        from xtoken_core.training import distill
 
         parsed = DistillationSpec.from_text(spec)
         matrices = [slot and f"{slot.path}/projection.safetensors" for slot in slots[: len(parsed.teachers)]]

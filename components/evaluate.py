@@ -10,17 +10,17 @@ def evaluate(
     spec: str,
     who: str,
     result: Output[Artifact],
-    run: Input[Model] = None,  # type: ignore[assignment]
-    rows: Input[Dataset] = None,  # type: ignore[assignment]
-    modes: dict = {},  # type: ignore[type-arg]  # noqa: B006 - KFP reads the default
-    projection_0: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_1: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_2: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_3: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_4: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_5: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_6: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_7: Input[Artifact] = None,  # type: ignore[assignment]
+    run: Input[Model] = None,
+    rows: Input[Dataset] = None,
+    modes: dict = {},  # noqa: B006 - KFP reads the default
+    projection_0: Input[Artifact] = None,
+    projection_1: Input[Artifact] = None,
+    projection_2: Input[Artifact] = None,
+    projection_3: Input[Artifact] = None,
+    projection_4: Input[Artifact] = None,
+    projection_5: Input[Artifact] = None,
+    projection_6: Input[Artifact] = None,
+    projection_7: Input[Artifact] = None,
 ):
     """Measure bits per byte on held-out text, the tasks of the spec, and a student's agreement with its teachers.
 
@@ -45,11 +45,10 @@ def evaluate(
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step(f"evaluate {who}", result):
         from xtoken_core.evaluation import evaluate
-
         from xtoken_core.spec import DistillationSpec
 
         parsed = DistillationSpec.from_text(spec)
-        matrices = {t.id: f"{slot.path}/projection.safetensors" for t, slot in zip(parsed.teachers, slots) if slot}
+        matrices: dict = {t.id: f"{slot.path}/projection.safetensors" for t, slot in zip(parsed.teachers, slots) if slot}
         checkpoint = f"{run.path}/{who.rsplit('_', 1)[-1]}" if run else None
         evaluate(parsed, who, checkpoint, result.path, rows=rows and rows.path, projections=matrices, modes=modes)
 

@@ -14,29 +14,30 @@ def report(
     overlap: Input[Artifact],
     rows: Input[Dataset],
     run: Input[Model],
-    tasks: list = [],  # type: ignore[type-arg]  # noqa: B006 - KFP reads the default
-    baseline: Input[Model] = None,  # type: ignore[assignment]
-    student_before: Input[Artifact] = None,  # type: ignore[assignment]
-    student_after_best: Input[Artifact] = None,  # type: ignore[assignment]
-    student_after_last: Input[Artifact] = None,  # type: ignore[assignment]
-    baseline_best: Input[Artifact] = None,  # type: ignore[assignment]
-    baseline_last: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_0: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_1: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_2: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_3: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_4: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_5: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_6: Input[Artifact] = None,  # type: ignore[assignment]
-    projection_7: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_0: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_1: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_2: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_3: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_4: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_5: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_6: Input[Artifact] = None,  # type: ignore[assignment]
-    teacher_7: Input[Artifact] = None,  # type: ignore[assignment]
+    tasks: list = [],  # noqa: B006 - KFP reads the default
+    inputs: list = [],  # noqa: B006
+    baseline: Input[Model] = None,
+    student_before: Input[Artifact] = None,
+    student_after_best: Input[Artifact] = None,
+    student_after_last: Input[Artifact] = None,
+    baseline_best: Input[Artifact] = None,
+    baseline_last: Input[Artifact] = None,
+    projection_0: Input[Artifact] = None,
+    projection_1: Input[Artifact] = None,
+    projection_2: Input[Artifact] = None,
+    projection_3: Input[Artifact] = None,
+    projection_4: Input[Artifact] = None,
+    projection_5: Input[Artifact] = None,
+    projection_6: Input[Artifact] = None,
+    projection_7: Input[Artifact] = None,
+    teacher_0: Input[Artifact] = None,
+    teacher_1: Input[Artifact] = None,
+    teacher_2: Input[Artifact] = None,
+    teacher_3: Input[Artifact] = None,
+    teacher_4: Input[Artifact] = None,
+    teacher_5: Input[Artifact] = None,
+    teacher_6: Input[Artifact] = None,
+    teacher_7: Input[Artifact] = None,
 ):
     """Write the report, and publish student, report, logs and projections at output.uri, whole or not at all.
 
@@ -49,6 +50,7 @@ def report(
         rows: What prepare wrote (shard 0).
         run: What distill wrote.
         tasks: The tasks of the workflow: name, after.
+        inputs: What was read: field, uri, version, as resolve prints them.
         baseline: What distill wrote with --baseline.
         student_before: What evaluate wrote; so for the other results.
         student_after_best: Result.
@@ -98,7 +100,7 @@ def report(
         }
         for teacher, projection, result in zip(parsed.teachers, projections, teachers):
             artifacts |= {f"projection-{teacher.id}": projection, f"evaluate-teacher-{teacher.id}": result}
-        finished = finish(parsed, {name: artifact for name, artifact in artifacts.items() if artifact}, tasks, page.path)
+        finished = finish(parsed, {name: artifact for name, artifact in artifacts.items() if artifact}, tasks, inputs, page.path)
         Path(summary.path).write_text(markdown(finished), encoding="utf-8")
         for name, value in figures(finished).items():
             metrics.log_metric(name, value)

@@ -12,7 +12,8 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         (name, str)
         for name in ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
         + tuple(f"{step}_{i}" for step in ("projection", "evaluate_teacher") for i in range(8))
-    ],
+    ]
+    + [("inputs", list)],
 ):
     """Check a spec with its overrides, that its models and data are there and that its output can be written.
 
@@ -27,9 +28,9 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
 
     with step("resolve"):
         views = resolve(spec, overrides, compiled)
-        names = ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
-        names += tuple(f"{name}_{i}" for name in ("projection", "evaluate_teacher") for i in range(8))
-        return tuple(views[name] for name in names)
+        names = ["overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints"]
+        names += [f"{name}_{i}" for name in ("projection", "evaluate_teacher") for i in range(8)]
+        return tuple(views[name] for name in [*names, "inputs"])
 
 
 if __name__ == "__main__":

@@ -74,6 +74,51 @@ def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     click.echo(f"\n{answer(parsed, finished)}")
 
 
+@cli.command()
+@SPEC
+@SET
+@click.option(
+    "--endpoint", envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines; default: from the kubeconfig, or in-cluster."
+)
+@click.option("--namespace", help="Kubernetes namespace, where Kubeflow has several users.")
+@click.option(
+    "--existing-token", envvar="KF_PIPELINES_TOKEN", help="Token that authenticates; better given as $KF_PIPELINES_TOKEN."
+)
+@click.option("--experiment", help="Experiment that the run belongs to; made if it is not there; default: the spec's name.")
+@click.option("--wait", is_flag=True, help="Follow the run's tasks; exit 1 unless it has SUCCEEDED.")
+def submit(
+    spec: Path,
+    overrides: tuple[str, ...],
+    endpoint: str | None,
+    namespace: str | None,
+    existing_token: str | None,
+    experiment: str | None,
+    wait: bool,
+) -> None:
+    """Start a run of a spec on a cluster."""
+    from pipelines.submit import Cluster, follow
+    from pipelines.submit import submit as start
+
+    cluster = Cluster(endpoint, namespace, existing_token)
+    client, run_id = start(spec, overrides, cluster, experiment, click.echo)
+    if wait and follow(client, run_id, cluster, click.echo) != "SUCCEEDED":
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page."
+)
+def compare(runs: tuple[str, ...], output: Path) -> None:
+    """Put finished runs side by side on one page; RUN is what a spec's output.uri said."""
+    from xtoken_core.report import Run, write_comparison
+    from xtoken_core.storage import local_copy
+
+    write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/run.json")) for run in runs], output)
+    click.echo(f"{output}: {len(runs)} runs compared")
+
+
 def main() -> None:
     """Entry point."""
     run_command(cli, "python -m pipelines")

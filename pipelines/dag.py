@@ -64,7 +64,18 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
         results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpu=True, who=who, **given)["result"]
 
     kept = {"run": student} | ({"baseline": runs["baseline"]} if "baseline" in runs else {})
-    add(report, "report", spec=views["report"], tasks=edges, overlap=audit["report"], rows=rows, **kept, **matrices, **results)
+    add(
+        report,
+        "report",
+        spec=views["report"],
+        tasks=edges,
+        inputs=views["inputs"],
+        overlap=audit["report"],
+        rows=rows,
+        **kept,
+        **matrices,
+        **results,
+    )
 
 
 def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[..., Any]:

@@ -24,12 +24,17 @@ class Artifact(Protocol):
 
 
 def finish(
-    spec: DistillationSpec, artifacts: Mapping[str, Artifact], tasks: Sequence[Mapping[str, Any]], page: str | Path
+    spec: DistillationSpec,
+    artifacts: Mapping[str, Artifact],
+    tasks: Sequence[Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, str]],
+    page: str | Path,
 ) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
     `artifacts`: by the name of the task that wrote them: overlap, prepare, distill, distill-baseline, projection-<id>,
-    evaluate-<who>. `tasks`: `{"name", "after"}` of every task of the workflow. Published: student/best and student/last
+    evaluate-<who>. `tasks`: `{"name", "after"}` of every task of the workflow. `inputs`:
+    `{"field", "uri", "version"}` of what was read. Published: student/best and student/last
     (Hugging Face folders), report.html, run.json (what the report was made from), spec.yaml, logs/, projections/<id>/.
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
     """
@@ -39,10 +44,11 @@ def finish(
         prepare=_prepared(artifacts),
         projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},
         results=[a.path for name, a in artifacts.items() if name.startswith("evaluate-")],
+        inputs=inputs,
+        tasks=[_timed(task, artifacts.get(task["name"])) for task in tasks],
         **_training("", artifacts["distill"]),
         **_training("baseline_", artifacts.get("distill-baseline")),
     )
-    run.tasks.extend(_timed(task, artifacts.get(task["name"])) for task in tasks)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(write_report(run, folder), page)
@@ -65,7 +71,7 @@ def _prepared(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     return {split: str(rows / split / "rows.json") for split in ("train", "validation") if (rows / split).exists()}
 
 
-def _training(prefix: str, artifact: Artifact | None) -> dict[str, str]:
+def _training(prefix: str, artifact: Artifact | None) -> dict[str, Any]:
     return {f"{prefix}log": f"{artifact.path}/log.jsonl", f"{prefix}summary": f"{artifact.path}/summary.json"} if artifact else {}
 
 
@@ -76,7 +82,7 @@ def _timed(task: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]
 
 def _kept(artifacts: Mapping[str, Artifact]) -> dict[str, Path]:
     """What is published, by its name there."""
-    kept = {}
+    kept: dict[str, Path] = {}
     for task, name in (("distill", ""), ("distill-baseline", "baseline-")):
         if artifact := artifacts.get(task):
             run = Path(artifact.path)

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -263,11 +264,11 @@ def _commit_by_copy(fs: AbstractFileSystem, staging: str, target: str, files: li
     marker = f"{target}/{INCOMPLETE}"
     _retried(lambda: fs.pipe_file(marker, b""), target)
     with ThreadPoolExecutor(_THREADS) as pool:
-        copies = [pool.submit(_retried, lambda n=name: fs.cp_file(f"{staging}/{n}", f"{target}/{n}"), target) for name in files]
+        copies = [pool.submit(_retried, partial(fs.cp_file, f"{staging}/{name}", f"{target}/{name}"), target) for name in files]
         for copy in copies:
             copy.result()
     for name in stale - {f"{target}/{name}" for name in files} - {marker}:
-        _retried(lambda n=name: fs.rm_file(n), target)
+        _retried(partial(fs.rm_file, name), target)
     _retried(lambda: fs.rm_file(marker), target)
 
 

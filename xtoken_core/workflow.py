@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,13 @@ def evaluated(spec: DistillationSpec) -> list[str]:
     ]
 
 
-def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str, str]:
+def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str, Any]:
     """Checks a spec with its overrides, and returns the view of every step.
 
     `overrides` holds `dotted.key=value` items separated by blanks, quoted as in a shell. `compiled`, where given, is the
     `shape` of the spec that was compiled, as JSON. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
     projection_<i> and evaluate_teacher_<i> for each teacher slot i (empty where there is no such teacher), checkpoints
-    (a folder or URI for those of this run). Raises InputError for a bad spec or override, for an override that the
+    (a folder or URI for those of this run), inputs (list of every model and corpus: `field`, `uri`, `version`). Raises InputError for a bad spec or override, for an override that the
     compiled pipeline cannot follow, for models and data that are not there, and for an output that cannot be written.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
@@ -99,9 +99,10 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
                 f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
     storage.check_writable(spec.output.uri)
-    versions, student, models = _Versions(), spec.student, (spec.student, *spec.teachers)
+    versions, student = _Versions(), spec.student
+    models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
     texts = spec.evaluation.texts or spec.data.validation
-    views = {
+    views: dict[str, Any] = {
         "overlap": view(spec, "overlap", versions.of(models)),
         "prepare": view(spec, "prepare", versions.of(models, (*spec.data.train, *spec.data.validation))),
         "distill": view(spec, "distill", versions.of(models)),
@@ -114,7 +115,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
         views[f"evaluate_teacher_{i}"] = view(spec, "evaluate_teacher", versions.of([teacher], texts), i)
         if teacher.cross_tokenizer:
             views[f"projection_{i}"] = view(spec, "projection", versions.of([student, teacher]), i)
-    return views | {"checkpoints": _checkpoints(spec)}
+    return views | {"checkpoints": _checkpoints(spec), "inputs": versions.known}
 
 
 def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:
@@ -171,7 +172,7 @@ class _Versions:
     """Digests of the models and files of a spec, each looked up once. Raises InputError for what is not there."""
 
     def __init__(self) -> None:
-        self.known: dict[str, str] = {}
+        self.known: list[dict[str, str]] = []
 
     def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[str] = ()) -> str:
         """Digest of the code, of models with their tokenizers and W, and of texts."""
@@ -186,13 +187,16 @@ class _Versions:
         parts += [self._lookup("data", uri, storage.fingerprint) for uri in texts]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _lookup(self, field: str, uri: str, version: Any) -> str:
-        if uri not in self.known:
+    def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
+        found = next((entry["version"] for entry in self.known if entry["uri"] == uri), None)
+        if found is None:
             try:
-                self.known[uri] = version(uri)
+                found = version(uri)
             except InputError as e:
                 raise InputError(f"{field}: {e}") from None
-        return self.known[uri]
+        if {"field": field, "uri": uri, "version": found} not in self.known:
+            self.known.append({"field": field, "uri": uri, "version": found})
+        return found
 
 
 def model_version(ref: str) -> str:

@@ -1,0 +1,143 @@
+"""A run on a cluster: the spec's pipeline uploaded (or found again) as a version named by its content, and started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import kfp
+import kfp_server_api
+import urllib3
+
+from pipelines.compiling import compile_spec, documents
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow import shape
+
+FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+"""States in which a run stays. (The client's own waiting does not know CANCELED.)"""
+
+PATIENCE = 10
+"""Failed looks at a run, one after the other, before waiting for it is given up."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Kubeflow Pipelines endpoint, as its client takes it; None: what the client finds in the environment or kubeconfig."""
+
+    endpoint: str | None = None
+    namespace: str | None = None
+    token: str | None = None
+
+    def client(self) -> kfp.Client:
+        """Connects. Raises InputError."""
+        with warnings.catch_warnings(), self.reported():
+            warnings.simplefilter("ignore")
+            return kfp.Client(host=self.endpoint, namespace=self.namespace or "kubeflow", existing_token=self.token)
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Turns what the client raises into one line that names the endpoint."""
+        where = self.endpoint or "KFP endpoint"
+        try:
+            yield
+        except kfp_server_api.ApiException as e:
+            raise InputError(f"{where}: {e.status} {e.reason}: {_message(e.body)}") from None
+        except urllib3.exceptions.HTTPError as e:
+            raise InputError(f"{where}: cannot be reached: {' '.join(str(e).split())[:300]}") from None
+
+
+def submit(
+    path: Path, overrides: Sequence[str], cluster: Cluster, experiment: str | None, say: Callable[[str], None] = print
+) -> tuple[kfp.Client, str]:
+    """Starts a run of the spec at `path`; returns the client and the run's id. Raises InputError.
+
+    Overrides that the compiled spec can follow go with the run, so that its pipeline version serves again; those that
+    change the workflow itself are compiled in.
+    """
+    spec, changed = DistillationSpec.from_yaml(path), DistillationSpec.from_yaml(path, overrides)
+    fits = shape(spec) == shape(changed) and spec.name == changed.name
+    parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
+    compiled = compile_spec(spec if fits else changed)
+    digest = hashlib.sha256(json.dumps(documents(compiled), sort_keys=True).encode()).hexdigest()[:12]
+    client = cluster.client()
+    with cluster.reported():
+        version = _version(client, changed.name, f"{changed.name}-{digest}", compiled, cluster.namespace, say)
+        found = client.create_experiment(experiment or changed.name, namespace=cluster.namespace)
+        run = client.run_pipeline(
+            experiment_id=found.experiment_id,
+            job_name=f"{changed.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
+            pipeline_id=version.pipeline_id,
+            version_id=version.pipeline_version_id,
+            params=parameters,
+        )  # prints a link to the run
+    return client, run.run_id
+
+
+def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str], None] = print, seconds: float = 5) -> str:
+    """Waits for a run, says how its tasks fare, and returns its last state: SUCCEEDED, FAILED, CANCELED or SKIPPED."""
+    told: dict[str, str] = {}
+    failures = 0
+    while True:
+        try:
+            with cluster.reported():
+                run = client.get_run(run_id)
+            failures = 0
+        except InputError as e:
+            failures += 1
+            if failures == PATIENCE:
+                raise
+            say(f"{e}; looking again")
+            time.sleep(seconds)
+            continue
+        for task in (run.run_details and run.run_details.task_details) or []:
+            name, state = task.display_name or task.task_id, task.state or "PENDING"
+            if told.get(name) != state and state not in ("PENDING", "RUNTIME_STATE_UNSPECIFIED"):
+                told[name] = state
+                say(f"{name}: {state.lower()}{_reason(task)}")
+        if run.state in FINISHED:
+            say(f"run {run_id}: {run.state}")
+            return str(run.state)
+        time.sleep(seconds)
+
+
+def _version(
+    client: kfp.Client, name: str, version: str, compiled: str, namespace: str | None, say: Callable[[str], None]
+) -> Any:
+    """The pipeline version of this content: found, or uploaded."""
+    pipeline_id = client.get_pipeline_id(name)
+    if pipeline_id is None:
+        body = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace)
+        pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=body).pipeline_id
+    same = json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": version}]})
+    if known := client.list_pipeline_versions(pipeline_id, filter=same).pipeline_versions:
+        say(f"{version}: reused")
+        return known[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "pipeline.yaml"
+        package.write_text(compiled, encoding="utf-8")
+        say(f"{version}: uploading")
+        return client.upload_pipeline_version(str(package), version, pipeline_id=pipeline_id)
+
+
+def _reason(task: Any) -> str:
+    message = task.error and task.error.message
+    return f": {' '.join(message.split())[:300]}" if message else ""
+
+
+def _message(body: Any) -> str:
+    """What a server's answer says, in one line."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
+    with suppress(ValueError, AttributeError):
+        text = json.loads(text).get("message") or text
+    return " ".join(text.split())[:300]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -322,16 +323,6 @@ class DistillationSpec(_Section):
     def to_json(self) -> str:
         """Canonical one-line JSON, defaults left out; `from_text` reads it back to an equal spec."""
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, ensure_ascii=False)
-
-    def only(self, *sections: str) -> Self:
-        """The same spec with every section but `student`, `teachers` and those named reset to its default.
-
-        Steps are given no more of the spec than they read, so that a change elsewhere leaves their cache keys alone.
-        Required sections that are not named (`data`, `output`) become placeholders.
-        """
-        placeholders: dict[str, Any] = {"name": "view", "data": DataSpec(train=("unused",)), "output": OutputSpec(uri="unused")}
-        kept = {"student": self.student, "teachers": self.teachers, **{s: getattr(self, s) for s in sections}}
-        return self.model_construct(**{**{f: d.default for f, d in type(self).model_fields.items()}, **placeholders, **kept})
 
 
 class _Loader(yaml.SafeLoader):

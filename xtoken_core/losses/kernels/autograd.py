@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.gradient import TileGradient, write_gradient
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.projected import SparseGradient, weight_gradient
 from xtoken_core.losses.kernels.rows import RowStats, empty_rows, room, row_stats
 from xtoken_core.losses.kernels.rowsets import counted_rows
 from xtoken_core.losses.kernels.sources import HiddenGradients, Source
 from xtoken_core.losses.kernels.terms import ChunkTerm, CommonTerm, ProjectedTerm, Term, Tile, WithinTerm, make_term
 from xtoken_core.losses.kernels.tiles import cut
-from xtoken_core.losses.kernels.totals import batch_totals
+from xtoken_core.losses.kernels.totals import batch_totals, weighted_total
 from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens
 from xtoken_core.losses.kernels.whole import WholeGradient
 from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
@@ -76,7 +77,7 @@ class Batch:
         tile = Tile(first, last, logits, self.stats)
         parts = TileGradient([], [], [])
         for i, term in enumerate(self.terms):
-            part = term.tile(tile)
+            part = term.tile(tile, self.touched)
             if isinstance(part, SparseGradient):
                 parts.sparse.append((i, part, self.placed[i], isinstance(term, ProjectedTerm)))
             elif isinstance(part, WholeGradient):
@@ -123,7 +124,7 @@ def _scale_kernel(x, factor, size, BLOCK: tl.constexpr):
 def scale_(x: Tensor | None, factor: Tensor) -> Tensor | None:
     """x *= factor (0-dim, on the device); costs nothing where the factor is 1."""
     if x is not None and x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), 8192),)](x, factor, x.numel(), BLOCK=8192, num_warps=8)
+        launch(_scale_kernel, (triton.cdiv(x.numel(), 8192),), x, factor, x.numel(), BLOCK=8192, num_warps=8)
     return x
 
 
@@ -137,7 +138,7 @@ class _Terms(torch.autograd.Function):
         ctx.batch, ctx.coefficients, ctx.ready = batch, coefficients, None
         if isinstance(batch.student, HiddenLogits):
             if wanted and coefficients is not None:
-                ctx.ready = _hidden_gradients(batch, coefficients.ce.float(), coefficients.kd.float())
+                ctx.ready = _hidden_gradients(batch, coefficients.ce, coefficients.kd)
             else:
                 batch.run()
         elif wanted and len(batch.tiles) == 1:
@@ -153,10 +154,7 @@ class _Terms(torch.autograd.Function):
         ce, kd = batch.found[0], batch.found[2::3]
         if coefficients is None:
             return ce, kd
-        total = coefficients.ce * ce
-        if kd.numel():
-            total = total + torch.dot(coefficients.kd.double(), kd.double())
-        return (total.to(ce.dtype),)
+        return (weighted_total(batch.found, coefficients.ce, coefficients.kd),)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
@@ -165,9 +163,9 @@ class _Terms(torch.autograd.Function):
             gradients, ctx.ready = ctx.ready, None
             return None, None, None, *(scale_(x, upstream[0]) for x in gradients)
         if ctx.coefficients is not None:
-            ce, kd = ((upstream[0] * x).float() for x in (ctx.coefficients.ce, ctx.coefficients.kd))
+            ce, kd = (upstream[0] * x for x in (ctx.coefficients.ce, ctx.coefficients.kd))
         else:
-            ce, kd = (torch.zeros_like(like) if x is None else x.float() for x, like in zip(upstream, (batch.found[0], batch.found[2::3])))
+            ce, kd = (torch.zeros_like(like) if x is None else x.contiguous() for x, like in zip(upstream, (batch.found[0], batch.found[2::3])))
         if isinstance(batch.student, HiddenLogits):
             return None, None, None, *_hidden_gradients(batch, ce, kd)
         return None, None, None, *_dense_gradients(batch, ce, kd)

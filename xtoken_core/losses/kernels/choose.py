@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.touched import ByTeacher
 
 _BLOCK = 1024
 
-HEAVY = 4
+HEAVY = 16
 """A teacher column with more student tokens than this is summed by a tile of lanes, not by one."""
 
-VERY_HEAVY = 32
-"""Columns with more than this come before the other heavy ones, so that neighbours take about as long."""
+_CLASSES = tl.constexpr(7)
+"""Columns are sorted by entries into classes of more than 256, 128, ... 4 and the rest, so that neighbours take about as long."""
 
 
 @triton.jit
@@ -68,8 +69,9 @@ def largest_columns(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     place = torch.empty(sets, vocab, dtype=torch.int32, device=maxima.device)
     blocks = triton.cdiv(vocab, _BLOCK)
     tally = torch.empty(sets, 2, blocks, dtype=torch.int32, device=maxima.device)
-    _tally_kernel[(blocks, sets)](maxima, edge, tally, vocab, BLOCK=_BLOCK)
-    _choose_kernel[(blocks, sets)](
+    launch(_tally_kernel, (blocks, sets), maxima, edge, tally, vocab, BLOCK=_BLOCK)
+    launch(
+        _choose_kernel, (blocks, sets),
         maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(blocks)
     )
     return columns, place
@@ -92,52 +94,35 @@ class Columns:
 
 
 @triton.jit
-def _order_kernel(
-    columns,
-    starts,
-    index,
-    start,
-    count,
-    heavy,
-    place,
-    vocab,
-    k,
-    HEAVY: tl.constexpr,
-    VERY_HEAVY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program a set: very heavy, heavy and light columns, each in the order they had."""
+def _class_of(n):
+    """0 for the fullest columns, _CLASSES for the emptiest."""
+    which = tl.full(n.shape, _CLASSES, tl.int32)
+    for c in tl.static_range(_CLASSES):
+        which -= (n > (4 << c)).to(tl.int32)
+    return which
+
+
+@triton.jit
+def _order_kernel(columns, starts, index, start, count, heavy, place, vocab, k, HEAVY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a set: the columns by class, and in each class in the order they had."""
     set_ = tl.program_id(0)
-    very = tl.zeros([], tl.int32)
+    before = tl.zeros([], tl.int32)
     many = tl.zeros([], tl.int32)
-    for j0 in range(0, k, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
-        column = tl.load(columns + set_ * k + j, mask=j < k, other=0)
-        n = tl.load(starts + column + 1, mask=j < k, other=0) - tl.load(starts + column, mask=j < k, other=0)
-        very += tl.sum((n > VERY_HEAVY).to(tl.int32), 0)
-        many += tl.sum((n > HEAVY).to(tl.int32), 0)
+    for c in range(_CLASSES + 1):
+        for j0 in range(0, k, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            column = tl.load(columns + set_ * k + j, mask=j < k, other=0)
+            first = tl.load(starts + column, mask=j < k, other=0)
+            n = tl.load(starts + column + 1, mask=j < k, other=0) - first
+            mine = (j < k) & (_class_of(n) == c)
+            at = before + tl.cumsum(mine.to(tl.int32), 0) - 1
+            tl.store(index + set_ * k + at, column, mask=mine)
+            tl.store(start + set_ * k + at, first, mask=mine)
+            tl.store(count + set_ * k + at, n, mask=mine)
+            tl.store(place + set_ * vocab + column, at, mask=mine)
+            before += tl.sum(mine.to(tl.int32), 0)
+            many += tl.sum((mine & (n > HEAVY)).to(tl.int32), 0)
     tl.store(heavy + set_, many)
-    next_very = tl.zeros([], tl.int32)
-    next_heavy = very
-    next_light = many
-    for j0 in range(0, k, BLOCK):
-        j = j0 + tl.arange(0, BLOCK)
-        column = tl.load(columns + set_ * k + j, mask=j < k, other=0)
-        first = tl.load(starts + column, mask=j < k, other=0)
-        n = tl.load(starts + column + 1, mask=j < k, other=0) - first
-        is_very = (n > VERY_HEAVY).to(tl.int32)
-        is_heavy = (n > HEAVY).to(tl.int32) - is_very
-        is_light = (j < k).to(tl.int32) - is_very - is_heavy
-        at = tl.where(is_very != 0, next_very + tl.cumsum(is_very, 0), 0)
-        at = tl.where(is_heavy != 0, next_heavy + tl.cumsum(is_heavy, 0), at)
-        at = tl.where(is_light != 0, next_light + tl.cumsum(is_light, 0), at) - 1
-        tl.store(index + set_ * k + at, column, mask=j < k)
-        tl.store(start + set_ * k + at, first, mask=j < k)
-        tl.store(count + set_ * k + at, n, mask=j < k)
-        tl.store(place + set_ * vocab + column, at, mask=j < k)
-        next_very += tl.sum(is_very, 0)
-        next_heavy += tl.sum(is_heavy, 0)
-        next_light += tl.sum(is_light, 0)
 
 
 def ordered_columns(columns: Tensor, place: Tensor, table: ByTeacher) -> Columns:
@@ -147,19 +132,7 @@ def ordered_columns(columns: Tensor, place: Tensor, table: ByTeacher) -> Columns
         place = place.clone()
     index, start, count = torch.empty(3, sets, k, dtype=torch.int32, device=columns.device).unbind()
     heavy = torch.empty(sets, dtype=torch.int32, device=columns.device)
-    _order_kernel[(sets,)](
-        columns,
-        table.start,
-        index,
-        start,
-        count,
-        heavy,
-        place,
-        vocab,
-        k,
-        HEAVY=HEAVY,
-        VERY_HEAVY=VERY_HEAVY,
-        BLOCK=2048,
-        num_warps=8,
-    )
+    launch(
+        _order_kernel, (sets,), columns, table.start, index, start, count, heavy, place, vocab, k, HEAVY=HEAVY, BLOCK=8192, num_warps=16
+    )  # fmt: skip
     return Columns(index, start, count, heavy, place)

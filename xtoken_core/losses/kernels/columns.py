@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import readable
 
 PARTS = 8
@@ -38,7 +39,8 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
     n, vocab = logits.shape
     maxima = torch.empty(PARTS, vocab, device=logits.device)
     block = 1024
-    _column_maxima_kernel[(triton.cdiv(vocab, block), PARTS)](
+    launch(
+        _column_maxima_kernel, (triton.cdiv(vocab, block), PARTS),
         logits,
         logits.stride(0),
         rows,
@@ -101,7 +103,8 @@ def gather_columns(
     n, (sets, width) = logits.shape[0], columns.shape
     within = torch.empty(n, width, dtype=logits.dtype, device=logits.device)
     lse = torch.empty(n, device=logits.device)
-    _within_kernel[(n,)](
+    launch(
+        _within_kernel, (n,),
         logits, logits.stride(0), first, active, columns, within, lse, width, rows_per_set, sets, 1.0 / temperature,
         GATHER=True, BLOCK=2048, num_warps=8,
     )  # fmt: skip
@@ -111,7 +114,8 @@ def gather_columns(
 def within_lse(within: Tensor, first: int, active: Tensor, temperature: float) -> Tensor:
     """[n, k] logits that are already within K, rows first .. first + n -> [n] float32 log-sum-exp of them / τ."""
     lse = torch.empty(within.shape[0], device=within.device)
-    _within_kernel[(within.shape[0],)](
+    launch(
+        _within_kernel, (within.shape[0],),
         within,
         0,
         first,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import readable, room
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 from xtoken_core.losses.selection import common_pairs
@@ -108,7 +109,8 @@ def common_kl(
     """
     if kl.shape[0] == 0:
         return
-    _common_kernel[kl.shape](
+    launch(
+        _common_kernel, kl.shape,
         s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, t_logits, t_logits.stride(0), t_first,
         t_lse, teacher.chunk, teacher.first, teacher.last, s_logits.shape[0], pair, readable(s_logits), 1.0 / temperature, kl, slopes, REVERSE=reverse,
         BLOCK=2048, num_warps=8,

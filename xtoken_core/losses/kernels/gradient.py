@@ -1,7 +1,7 @@
 """One pass that writes the gradient of every term by the student's logits, each number rounded once.
 
-Per row: first the touched columns, each from its own logit, into a stash; then the whole row, dense; then the stash over it. So the gradient may take
-the place of the logits it is formed from, unless a gold or h_kl teacher reads other rows of a chunk too.
+A block of a row at a time: first its touched columns, each from its own logit, into a stash; then the whole block, dense; then the stash over
+it. So logits are read once, and the gradient may take their place, unless a gold or h_kl teacher reads other rows of a chunk too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.common import CommonGradient
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.projected import SparseGradient
 from xtoken_core.losses.kernels.rows import RowStats, readable
 from xtoken_core.losses.kernels.rowsets import mean_log_prob
@@ -26,9 +27,8 @@ PROGRAMS = 528
 
 
 class _Sparse(NamedTuple):
-    """A p_kl or same-vocabulary teacher, as the kernel takes it: its factor, then SparseGradient and Placed. (Triton's tuples have a `values` of their own.)"""
+    """A p_kl or same-vocabulary teacher, as the kernel takes it: SparseGradient and Placed. (Triton's tuples have a `values` of their own.)"""
 
-    factor: Tensor
     derivative: Tensor
     owner: Tensor
     share: Tensor
@@ -40,9 +40,8 @@ class _Sparse(NamedTuple):
 
 
 class _Common(NamedTuple):
-    """A gold or h_kl teacher, as the kernel takes it: its factor, then CommonGradient."""
+    """A gold or h_kl teacher, as the kernel takes it: CommonGradient."""
 
-    factor: Tensor
     pair: Tensor
     sign: Tensor
     uncommon: int
@@ -61,9 +60,8 @@ class _Common(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """A whole-vocabulary teacher, as the kernel takes it: its factor, then WholeGradient."""
+    """A whole-vocabulary teacher, as the kernel takes it: WholeGradient."""
 
-    factor: Tensor
     parts: tuple[Tensor, ...]
     strides: tuple[int, ...]
     weights: tuple[float, ...]
@@ -73,18 +71,22 @@ class _Whole(NamedTuple):
 
 
 @triton.jit
-def _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE: tl.constexpr):
+def _dense_part(
+    logits, stride, first, lse_tau, local, v, inside, z, p_tau, slope, kd, tau, whole, common, inv_tau, REVERSE: tl.constexpr,
+    WHOLE: tl.constexpr, COMMON: tl.constexpr,
+):  # fmt: skip
     """Of one row at columns v with logits z: everything but cross-entropy and the sparse parts."""
-    g = dense * p_tau
+    g = slope * p_tau
     for i in tl.static_range(len(whole)):
         w = whole[i]
         if tl.load(w.active + local) != 0:
+            factor = tl.load(kd + WHOLE[i]).to(tl.float32) * tau
             t = mixture(w.parts, w.strides, w.weights, local, v, inside) * inv_tau - tl.load(w.lse + local)
             if REVERSE:
                 s = z * inv_tau - tl.load(lse_tau + local)
-                g += tl.load(w.factor) * p_tau * (s - t - tl.load(w.kl + local))
+                g += factor * p_tau * (s - t - tl.load(w.kl + local))
             else:
-                g += tl.load(w.factor) * (p_tau - tl.exp(t))
+                g += factor * (p_tau - tl.exp(t))
     for i in tl.static_range(len(common)):
         c = common[i]
         chunk = tl.load(c.chunk + first + local)
@@ -104,18 +106,44 @@ def _dense_part(logits, stride, first, lse_tau, local, v, inside, z, p_tau, dens
                 by_log = tl.exp(s) * tl.where(paired, s - t + 1.0, sign)
             else:
                 by_log = tl.where(paired, -tl.exp(t), sign * tl.exp(s))
-            g += tl.load(c.factor) / count * (by_log - p_tau * tl.load(c.slope + chunk))
+            g += tl.load(kd + COMMON[i]).to(tl.float32) * tau / count * (by_log - p_tau * tl.load(c.slope + chunk))
     return g
 
 
 @triton.jit
-def _gradient_kernel(
-    logits, stride, gradient, gradient_stride, first, num_rows, vocab, readable, writable, active, counted, targets, lse, lse_tau, ce_factor,
-    sparse, whole, common, token, count, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr, REVERSE: tl.constexpr,
-    CAPPED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+def _sparse_part(
+    teacher, kd, tau, local, set_, at, live, p_tau, room, INDEX: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program takes every so-many-th row and keeps its stash. SLOTS, PROJECTED: of each sparse teacher."""
-    mine = stash + tl.program_id(0).to(tl.int64) * room
+    """Of one row at touched columns, by their places in the list: what a p_kl (PROJECTED) or same-vocabulary teacher adds."""
+    total = tl.zeros([FEW], tl.float32)
+    if tl.load(teacher.active + local) != 0:
+        values = teacher.derivative + tl.load(teacher.owner + local).to(tl.int64) * teacher.width
+        here = set_.to(tl.int64) * SLOTS * room + at
+        more = live
+        for s in range(SLOTS):
+            j = tl.load(teacher.position + here + s * room, mask=more, other=-1)
+            more = j >= 0
+            w = tl.load(teacher.weight + here + s * room, mask=more, other=0.0)
+            total += w * tl.load(values + j, mask=more, other=0.0)
+        total *= tl.load(kd + INDEX).to(tl.float32) * tau * tl.load(teacher.share + local)
+        if PROJECTED:
+            total *= p_tau
+    return total
+
+
+@triton.jit
+def _gradient_kernel(
+    logits, stride, gradient, gradient_stride, first, num_rows, vocab, readable, writable, active, counted, targets, lse, lse_tau, ce, kd,
+    tau, sparse, whole, common, token, rank, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr,
+    REVERSE: tl.constexpr, CAPPED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
+    COMMON: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Persistent: a program takes every so-many-th row and keeps its stash, used by halves. SLOTS, PROJECTED: of each sparse teacher; SPARSE,
+    WHOLE, COMMON: the teachers' numbers.
+    """
+    mine = stash + tl.program_id(0) * 2 * BLOCK
+    half = 0
     for local in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         base = logits + tl.cast(local, tl.int64) * stride
         out = gradient + tl.cast(local, tl.int64) * gradient_stride
@@ -124,48 +152,15 @@ def _gradient_kernel(
                 v = v0 + tl.arange(0, BLOCK)
                 tl.store(out + v, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=v < writable)
         else:
-            ce = tl.load(ce_factor) * tl.load(counted + local).to(tl.float32)
+            by_ce = tl.load(ce).to(tl.float32) * tl.load(counted + local).to(tl.float32)
             target = tl.load(targets + local)
             norm = tl.load(lse + local)
             norm_tau = tl.load(lse_tau + local)
             set_ = (first + local) // rows_per_set % num_sets
-            dense = tl.zeros([], tl.float32)
-            length = tl.zeros([], tl.int32)
+            slope = tl.zeros([], tl.float32)
             for i in tl.static_range(len(sparse)):
                 has = tl.load(sparse[i].active + local) != 0
-                dense += tl.load(sparse[i].factor) * tl.load(sparse[i].slope + local, mask=has, other=0.0)
-            if len(sparse) > 0:
-                length = tl.load(count + set_)
-            for a0 in range(0, length, FEW):
-                a = a0 + tl.arange(0, FEW)
-                inside = a < length
-                v = tl.load(token + set_ * room + a, mask=inside, other=0)
-                z = tl.load(base + v, mask=inside, other=float("-inf")).to(tl.float32)
-                p = tl.exp(z - norm)
-                p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
-                g = _dense_part(
-                    logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE
-                )
-                g += ce * (p - tl.where(v == target, 1.0, 0.0))
-                for i in tl.static_range(len(sparse)):
-                    if tl.load(sparse[i].active + local) != 0:
-                        values = sparse[i].derivative + tl.load(sparse[i].owner + local).to(tl.int64) * sparse[i].width
-                        h = tl.zeros([FEW], tl.float32)
-                        here = set_.to(tl.int64) * SLOTS[i] * room + a
-                        live = inside
-                        for s in range(SLOTS[i]):
-                            j = tl.load(sparse[i].position + here + s * room, mask=live, other=-1)
-                            live = j >= 0
-                            w = tl.load(sparse[i].weight + here + s * room, mask=live, other=0.0)
-                            h += w * tl.load(values + j, mask=live, other=0.0)
-                        h *= tl.load(sparse[i].factor) * tl.load(sparse[i].share + local)
-                        if PROJECTED[i]:
-                            h *= p_tau
-                        g += h
-                if CAPPED:
-                    g *= 1.0 - (z * inv_cap) * (z * inv_cap)
-                tl.store(mine + a, (g * scale).to(stash.dtype.element_ty), mask=inside)
-            tl.debug_barrier()
+                slope += tl.load(kd + SPARSE[i]).to(tl.float32) * tau * tl.load(sparse[i].slope + local, mask=has, other=0.0)
             for v0 in range(0, vocab, BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
                 inside = v < readable
@@ -174,17 +169,42 @@ def _gradient_kernel(
                 p = tl.exp(z - norm)
                 p_tau = tl.exp(z * inv_tau - norm_tau) if TEMPERED else p
                 g = _dense_part(
-                    logits, stride, first, lse_tau, local, v, inside, z, p_tau, dense, whole, common, inv_tau, REVERSE
-                )
-                g += ce * (p - tl.where(v == target, 1.0, 0.0))
+                    logits, stride, first, lse_tau, local, v, inside, z, p_tau, slope, kd, tau, whole, common, inv_tau, REVERSE, WHOLE,
+                    COMMON,
+                )  # fmt: skip
+                g += by_ce * (p - tl.where(v == target, 1.0, 0.0))
                 if CAPPED:
                     g *= 1.0 - (z * inv_cap) * (z * inv_cap)
+                if len(sparse) > 0:
+                    low = tl.load(rank + set_ * room + v0 - 1, mask=v0 > 0, other=0)
+                    high = tl.load(rank + set_ * room + tl.minimum(v0 + BLOCK, room) - 1)
+                    kept = mine + half * BLOCK - low
+                    for a0 in range(low, high, FEW):
+                        a = a0 + tl.arange(0, FEW)
+                        live = a < high
+                        u = tl.load(token + set_ * room + a, mask=live, other=0)
+                        y = tl.load(base + u, mask=live, other=float("-inf")).to(tl.float32)
+                        q = tl.exp(y - norm)
+                        q_tau = tl.exp(y * inv_tau - norm_tau) if TEMPERED else q
+                        h = _dense_part(
+                            logits, stride, first, lse_tau, local, u, live, y, q_tau, slope, kd, tau, whole, common, inv_tau, REVERSE, WHOLE,
+                            COMMON,
+                        )  # fmt: skip
+                        h += by_ce * (q - tl.where(u == target, 1.0, 0.0))
+                        for i in tl.static_range(len(sparse)):
+                            h += _sparse_part(sparse[i], kd, tau, local, set_, a, live, q_tau, room, SPARSE[i], SLOTS[i], PROJECTED[i], FEW)
+                        if CAPPED:
+                            h *= 1.0 - (y * inv_cap) * (y * inv_cap)
+                        tl.store(kept + a, (h * scale).to(stash.dtype.element_ty), mask=live)
+                    tl.debug_barrier()
                 tl.store(out + v, (g * scale).to(gradient.dtype.element_ty), mask=v < writable)
-            tl.debug_barrier()
-            for a0 in range(0, length, FEW):
-                a = a0 + tl.arange(0, FEW)
-                v = tl.load(token + set_ * room + a, mask=a < length, other=0)
-                tl.store(out + v, tl.load(mine + a, mask=a < length, other=0.0), mask=a < length)
+                if len(sparse) > 0:
+                    tl.debug_barrier()
+                    for a0 in range(low, high, FEW):
+                        a = a0 + tl.arange(0, FEW)
+                        u = tl.load(token + set_ * room + a, mask=a < high, other=0)
+                        tl.store(out + u, tl.load(kept + a, mask=a < high, other=0.0), mask=a < high)
+                    half = 1 - half
 
 
 @dataclass(frozen=True)
@@ -211,8 +231,8 @@ def write_gradient(
         counted: [R] bool: rows with cross-entropy.
         targets: [R] int64.
         stats: of all rows.
-        ce: 0-dim float32 factor of the CE sum.
-        kd: [n] float32 factors of the KD sums, τ² not yet in them.
+        ce: 0-dim, float of any size: factor of the CE sum.
+        kd: [n] likewise: factors of the KD sums.
         parts: of the terms.
         touched: the columns of `parts.sparse`.
         rows_per_set: T.
@@ -223,54 +243,32 @@ def write_gradient(
     """
     n, vocab = logits.shape
     rows = slice(first, first + n)
-    factor = kd * temperature  # τ² from the loss, 1 / τ from the derivative
     sparse = tuple(
-        _Sparse(factor[i], s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.position, p.weight)
-        for i, s, p, _ in parts.sparse
+        _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.position, p.weight) for _, s, p, _ in parts.sparse
     )
     common = tuple(
         _Common(
-            factor[i],
-            c.pair,
-            c.sign,
-            c.sign.shape[1],
-            c.slope,
-            c.student.chunk,
-            c.student.first,
-            c.student.last,
-            c.student.count,
-            c.logits,
-            c.logits.stride(0),
-            c.first,
-            c.lse,
-            c.teacher.chunk,
-            c.teacher.first,
-            c.teacher.last,
-        )  # fmt: skip
-        for i, c in parts.common
-    )
-    whole = tuple(
-        _Whole(factor[i], w.parts, tuple(p.stride(0) for p in w.parts), w.weights, w.lse, w.kl, w.active) for i, w in parts.whole
-    )
+            c.pair, c.sign, c.sign.shape[1], c.slope, c.student.chunk, c.student.first, c.student.last, c.student.count,
+            c.logits, c.logits.stride(0), c.first, c.lse, c.teacher.chunk, c.teacher.first, c.teacher.last,
+        )
+        for _, c in parts.common
+    )  # fmt: skip
+    whole = tuple(_Whole(w.parts, tuple(p.stride(0) for p in w.parts), w.weights, w.lse, w.kl, w.active) for _, w in parts.whole)
     limit = readable(logits)
     if any(readable(p) != limit for w in whole for p in w.parts):
         limit = vocab
-    if touched is None:
-        assert not sparse
-        token = count = targets
-        sets, width, programs = 1, 0, min(n, 8 * PROGRAMS)
-        stash = torch.empty(0, dtype=out.dtype, device=out.device)
-    else:
-        token, count, (sets, width) = touched.token, touched.count, touched.token.shape
-        programs = min(n, PROGRAMS)
-        stash = torch.empty(programs * width, dtype=out.dtype, device=out.device)
-    _gradient_kernel[(programs,)](
-        logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows], counted[rows],
-        targets[rows], stats.lse[rows], stats.lse_tau[rows], ce, sparse, whole, common, token, count, width, rows_per_set, sets, stash, 1.0 / temperature, scale,
-        0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse, CAPPED=cap is not None,
-        SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse), BLOCK=4096,
-        FEW=1024, num_warps=8,
+    token = rank = targets
+    sets = room = 1
+    if touched is not None:
+        token, rank, (sets, room) = touched.token, touched.rank, touched.token.shape
+    programs = min(n, PROGRAMS)
+    block = 2048 if whole or common else 4096
+    stash = torch.empty(programs * 2 * block, dtype=out.dtype, device=out.device)
+    launch(
+        _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows],
+        counted[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], ce, kd, temperature, sparse, whole, common, token, rank, room,
+        rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
+        CAPPED=cap is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
+        SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
+        BLOCK=block, FEW=512, num_warps=8,
     )  # fmt: skip
-
-
-__all__ = ["TileGradient", "write_gradient"]

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.choose import Columns
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 from xtoken_core.losses.kernels.touched import ByTeacher, Placed, Touched
 from xtoken_core.losses.selection import EPSILON, FLOOR
@@ -25,52 +26,63 @@ from xtoken_core.losses.selection import EPSILON, FLOOR
 
 @triton.jit
 def _project_kernel(
-    logits, stride, first, active, lse, mass, width, column_start, column_count, heavy, student, weight, rows_per_set, num_sets,
-    inv_tau, LIGHT: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    logits, stride, first, num_rows, active, lse, mass, width, column_start, column_count, heavy, at, entries, weight, token, length, room,
+    probabilities, rows_per_set, num_sets, inv_tau, FEW: tl.constexpr, LIGHT: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """q of one row, over this program's share of K: LIGHT columns at a time, an entry of each per step; and before them, where one
-    column has many entries, tiles of COLUMNS x ENTRIES. K is sorted by number of entries, so the columns of a block need about as many steps.
+    """Persistent, a row at a time: p of the touched columns into scratch (in ascending order, so whole sectors serve), then q from there.
+
+    LIGHT columns at a time, an entry of each per step; where columns have many entries, tiles of COLUMNS x ENTRIES. K is sorted by number
+    of entries, so the columns of a block need about as many steps.
     """
-    local = tl.program_id(0).to(tl.int64)
-    part, parts = tl.program_id(1), tl.num_programs(1)
-    row = first + local
-    if tl.load(active + row) != 0:
-        base = logits + local * stride
-        out = mass + local * width
-        set_ = row // rows_per_set % num_sets
-        starts, counts = column_start + set_ * width, column_count + set_ * width
-        many = tl.load(heavy + set_)
-        norm = tl.load(lse + local)
-        for j0 in range(part * COLUMNS, many, parts * COLUMNS):
-            j = j0 + tl.arange(0, COLUMNS)
-            start = tl.load(starts + j, mask=j < many, other=0)
-            count = tl.load(counts + j, mask=j < many, other=0)
-            total = tl.zeros([COLUMNS, ENTRIES], tl.float32)
-            for e0 in range(0, tl.max(count, 0), ENTRIES):
-                e = e0 + tl.arange(0, ENTRIES)
-                live = e[None, :] < count[:, None]
-                entry = start[:, None] + e[None, :]
-                z = tl.load(base + tl.load(student + entry, mask=live, other=0), mask=live, other=float("-inf")).to(tl.float32)
-                total += tl.load(weight + entry, mask=live, other=0.0) * tl.exp(z * inv_tau - norm)
-            tl.store(out + j, tl.sum(total, 1), mask=j < many)
-        for j0 in range(part * LIGHT, width, parts * LIGHT):
-            j = j0 + tl.arange(0, LIGHT)
-            mine = (j >= many) & (j < width)
-            start = tl.load(starts + j, mask=mine, other=0)
-            count = tl.load(counts + j, mask=mine, other=0)
-            sums = tl.zeros([LIGHT], tl.float32)
-            for e1 in range(tl.max(count, 0)):
-                alive = e1 < count
-                x = tl.load(base + tl.load(student + start + e1, mask=alive, other=0), mask=alive, other=float("-inf")).to(
-                    tl.float32
-                )
-                sums += tl.load(weight + start + e1, mask=alive, other=0.0) * tl.exp(x * inv_tau - norm)
-            tl.store(out + j, sums, mask=mine)
+    mine = probabilities + tl.program_id(0).to(tl.int64) * room
+    for local in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = first + local
+        if tl.load(active + row) != 0:
+            base = logits + tl.cast(local, tl.int64) * stride
+            out = mass + tl.cast(local, tl.int64) * width
+            set_ = row // rows_per_set % num_sets
+            starts, counts = column_start + set_ * width, column_count + set_ * width
+            where = at + set_ * entries
+            many = tl.load(heavy + set_)
+            norm = tl.load(lse + local)
+            touched = tl.load(length + set_)
+            for a0 in range(0, touched, FEW):
+                a = a0 + tl.arange(0, FEW)
+                u = tl.load(token + set_ * room + a, mask=a < touched, other=0)
+                z = tl.load(base + u, mask=a < touched, other=float("-inf")).to(tl.float32)
+                tl.store(mine + a, tl.exp(z * inv_tau - norm), mask=a < touched)
+            tl.debug_barrier()
+            for j0 in range(0, many, COLUMNS):
+                j = j0 + tl.arange(0, COLUMNS)
+                start = tl.load(starts + j, mask=j < many, other=0)
+                count = tl.load(counts + j, mask=j < many, other=0)
+                total = tl.zeros([COLUMNS, ENTRIES], tl.float32)
+                for e0 in range(0, tl.max(count, 0), ENTRIES):
+                    e = e0 + tl.arange(0, ENTRIES)
+                    live = e[None, :] < count[:, None]
+                    entry = start[:, None] + e[None, :]
+                    p = tl.load(mine + tl.load(where + entry, mask=live, other=0), mask=live, other=0.0)
+                    total += p * tl.load(weight + entry, mask=live, other=0.0)
+                tl.store(out + j, tl.sum(total, 1), mask=j < many)
+            for j1 in range(many, width, LIGHT):
+                i = j1 + tl.arange(0, LIGHT)
+                begin = tl.load(starts + i, mask=i < width, other=0)
+                n = tl.load(counts + i, mask=i < width, other=0)
+                sums = tl.zeros([LIGHT], tl.float32)
+                for e1 in range(tl.max(n, 0)):
+                    x = tl.load(mine + tl.load(where + begin + e1, mask=e1 < n, other=0), mask=e1 < n, other=0.0)
+                    sums += x * tl.load(weight + begin + e1, mask=e1 < n, other=0.0)
+                tl.store(out + i, sums, mask=i < width)
+            tl.debug_barrier()
+
+
+PROGRAMS = 396
+"""Persistent programs of the projection: three on each of an H100's multiprocessors, whose caches then hold their probabilities."""
 
 
 def project(
-    logits: Tensor, first: int, active: Tensor, lse: Tensor, columns: Columns, table: ByTeacher, weight: Tensor, rows_per_set: int,
-    temperature: float,
+    logits: Tensor, first: int, active: Tensor, lse: Tensor, columns: Columns, table: ByTeacher, weight: Tensor, touched: Touched,
+    rows_per_set: int, temperature: float,
 ) -> Tensor:  # fmt: skip
     """q [n, k] float32 of a tile's active rows.
 
@@ -82,14 +94,19 @@ def project(
         columns: K.
         table: W by teacher column.
         weight: [entries of W] float32, in the order of `table`.
+        touched: the student's columns that matter.
         rows_per_set: T.
         temperature: τ.
     """
-    n, (sets, width) = logits.shape[0], columns.index.shape
+    n, (sets, width), room = logits.shape[0], columns.index.shape, touched.token.shape[1]
     mass = torch.empty(n, width, device=logits.device)
-    _project_kernel[(n, 4)](
-        logits, logits.stride(0), first, active, lse, mass, width, columns.start, columns.count, columns.heavy, table.student, weight,
-        rows_per_set, sets, 1.0 / temperature, LIGHT=1024, COLUMNS=32, ENTRIES=32, num_warps=4,
+    programs = min(n, PROGRAMS)
+    probabilities = torch.empty(programs, room, device=logits.device)
+    at = touched.rank.index_select(1, table.student) - 1  # an entry's place in the list; only those of K are read
+    launch(
+        _project_kernel, (programs,), logits, logits.stride(0), first, n, active, lse, mass, width, columns.start, columns.count,
+        columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, probabilities, rows_per_set, sets, 1.0 / temperature,
+        FEW=2048, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=8,
     )  # fmt: skip
     return mass
 
@@ -229,7 +246,8 @@ def chunk_kl(
     sparse = SparseGradient.over(mass, student.active[first : first + mass.shape[0]])
     chunks = kl.shape[0]
     if chunks:
-        _chunk_kl_kernel[(chunks,)](
+        launch(
+        _chunk_kl_kernel, (chunks,),
             mass, mass.shape[1], first, mass.shape[0], student.chunk, student.first, student.last, student.count, within, within_lse,
             teacher_first, teacher.chunk, teacher.first, teacher.last, 1.0 / temperature, kl, sparse.owner, sparse.share, sparse.slope,
             REVERSE=reverse, FIRST=first_only, EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
@@ -274,7 +292,8 @@ def weight_gradient(
     sets, slots, _ = placed.position.shape
     parts, block = min(16, max(1, n // 64)), 128
     partial = torch.zeros(parts, sets, vocab, slots, device=logits.device)
-    _weight_gradient_kernel[(triton.cdiv(vocab, block), sets, parts)](
+    launch(
+        _weight_gradient_kernel, (triton.cdiv(vocab, block), sets, parts),
         logits, logits.stride(0), first, n, lse, sparse.values, sparse.active, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
         touched.count, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
         SLOTS=slots, BLOCK=block, num_warps=4,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 
 LEAST = -104.0
@@ -135,12 +136,12 @@ def _classify(
 @triton.jit
 def _resolve(
     values, listed, base, other_base, bin_values, bin_index, other_values, code, open_index, k, high, scale, LEAST: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr, FEW: tl.constexpr, MATES: tl.constexpr,
 ):  # fmt: skip
-    """Signs of the listed elements of one side, from comparisons within their bins. Returns the sum of sign * probability."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for a0 in range(0, listed, BLOCK):
-        a = a0 + tl.arange(0, BLOCK)
+    """Signs of the listed elements of one side, each compared with MATES at a time of its bin. Returns the sum of sign * probability."""
+    total = tl.zeros([FEW], tl.float32)
+    for a0 in range(0, listed, FEW):
+        a = a0 + tl.arange(0, FEW)
         inside = a < listed
         i = tl.load(open_index + a, mask=inside, other=0)
         x = tl.load(values + i, mask=inside, other=LEAST)
@@ -148,20 +149,22 @@ def _resolve(
         b0 = tl.load(base + b, mask=inside, other=0)
         b1 = tl.load(base + b + 1, mask=inside, other=0)
         rank = b0
-        for e in range(tl.max(b1 - b0, 0)):
-            live = b0 + e < b1
-            y = tl.load(bin_values + b0 + e, mask=live, other=LEAST)
-            before = tl.load(bin_index + b0 + e, mask=live, other=0) < i
-            rank += (live & ((y > x) | ((y == x) & before))).to(tl.int32)
+        for e0 in range(0, tl.max(b1 - b0, 0), MATES):
+            e = b0[:, None] + e0 + tl.arange(0, MATES)[None, :]
+            live = e < b1[:, None]
+            y = tl.load(bin_values + e, mask=live, other=LEAST)
+            before = tl.load(bin_index + e, mask=live, other=0) < i[:, None]
+            rank += tl.sum((live & ((y > x[:, None]) | ((y == x[:, None]) & before))).to(tl.int32), 1)
         o0 = tl.load(other_base + b, mask=inside, other=0)
         o1 = tl.load(other_base + b + 1, mask=inside, other=0)
         above = o0
         level = o0
-        for e in range(tl.max(o1 - o0, 0)):
-            live = o0 + e < o1
-            y = tl.load(other_values + o0 + e, mask=live, other=LEAST)
-            above += (live & (y > x)).to(tl.int32)
-            level += (live & (y >= x)).to(tl.int32)
+        for e0 in range(0, tl.max(o1 - o0, 0), MATES):
+            e = o0[:, None] + e0 + tl.arange(0, MATES)[None, :]
+            live = e < o1[:, None]
+            y = tl.load(other_values + e, mask=live, other=LEAST)
+            above += tl.sum((live & (y > x[:, None])).to(tl.int32), 1)
+            level += tl.sum((live & (y >= x[:, None])).to(tl.int32), 1)
         sign = tl.where(rank >= k, 0, tl.where(level <= rank, 1, tl.where(above > rank, -1, 0)))
         total += tl.where(inside, sign.to(tl.float32) * tl.exp(x), 0.0)
         tl.store(code + i, sign.to(tl.int8), mask=inside)
@@ -172,7 +175,7 @@ def _resolve(
 def _ranks_kernel(
     s_logits, s_stride, s_tile, s_lse, s_chunk, s_firsts, s_lasts, s_index, s_size, t_logits, t_stride, t_tile, t_lse, t_chunk, t_firsts,
     t_lasts, t_index, t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, bytes_, LEAST: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr, FEW: tl.constexpr,
+    BLOCK: tl.constexpr, FEW: tl.constexpr, MATES: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes every so-many-th chunk and keeps its scratch. Phases that read what others wrote are set apart by barriers."""
     program = tl.program_id(0).to(tl.int64)
@@ -249,8 +252,8 @@ def _ranks_kernel(
                 t_values, t_size, t_base, s_base, t_hist, t_bin, t_at, t_code, t_list, k, last, high, scale, LEAST, BINS, BLOCK
             )
             tl.debug_barrier()
-            s_sum += _resolve(s_values, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, FEW)
-            t_sum += _resolve(t_values, t_open, t_base, s_base, t_bin, t_at, s_bin, t_code, t_list, k, high, scale, LEAST, BINS, FEW)
+            s_sum += _resolve(s_values, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, FEW, MATES)
+            t_sum += _resolve(t_values, t_open, t_base, s_base, t_bin, t_at, s_bin, t_code, t_list, k, high, scale, LEAST, BINS, FEW, MATES)
             tl.store(l1 + chunk, s_sum + t_sum)
             tl.store(signed + chunk, s_sum)
             tl.debug_barrier()
@@ -283,11 +286,12 @@ def sorted_distance(
     floats = torch.empty(programs * 2 * (s_size + t_size), device=device)
     ints = torch.empty(programs * (2 * (s_size + t_size) + 4 * BINS + 2), dtype=torch.int32, device=device)
     codes = torch.empty(programs * t_size, dtype=torch.int8, device=device)
-    _ranks_kernel[(programs,)](
+    launch(
+        _ranks_kernel, (programs,),
         s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, s_index, s_size,
         t_logits, t_logits.stride(0), t_first, t_lse, teacher.chunk, teacher.first, teacher.last, t_index, t_size,
         s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints, codes,
-        LEAST=LEAST, BINS=BINS, BLOCK=2048, FEW=512, num_warps=16,
+        LEAST=LEAST, BINS=BINS, BLOCK=4096, FEW=64, MATES=32, num_warps=16,
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
+
 BLOCK = 4096
 """Columns a program reads at a time."""
 
@@ -113,7 +115,8 @@ def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, 
     """
     n, vocab = logits.shape
     rows = slice(first, first + n)
-    _row_stats_kernel[(n,)](
+    launch(
+        _row_stats_kernel, (n,),
         logits, logits.stride(0), active[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], stats.target[rows],
         stats.argmax[rows], vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

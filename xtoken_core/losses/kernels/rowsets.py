@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.types import TeacherBatch
 from xtoken_core.spec import LossSpec
 
@@ -55,7 +56,8 @@ def counted_rows(input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor) -> 
     counted = torch.empty(rows, dtype=torch.bool, device=input_ids.device)
     targets = torch.empty(rows, dtype=torch.int64, device=input_ids.device)
     scope = torch.empty_like(counted)
-    _mark_counted_kernel[(triton.cdiv(rows, _BLOCK),)](
+    launch(
+        _mark_counted_kernel, (triton.cdiv(rows, _BLOCK),),
         input_ids.contiguous(), token_mask.contiguous(), sample_mask.contiguous(), counted, targets, scope, input_ids.shape[1], rows,
         BLOCK=_BLOCK,
     )  # fmt: skip
@@ -63,8 +65,16 @@ def counted_rows(input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor) -> 
 
 
 @triton.jit
-def _extent_kernel(ids, extents, length, rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """Of every chunk, over its tokens that have a predictor row (FIRST: over all): FAR - lowest position, highest position + 1, number."""
+def _extent_kernel(s_ids, t_ids, extents, s_length, t_length, s_rows, t_rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Of every chunk and each side, over its tokens that have a predictor row (FIRST: over all): FAR - lowest position, highest + 1, number."""
+    if tl.program_id(1) == 0:
+        _extend(s_ids, extents, s_length, s_rows, chunks, per_row, FIRST, BLOCK)
+    else:
+        _extend(t_ids, extents + 3 * chunks, t_length, t_rows, chunks, per_row, FIRST, BLOCK)
+
+
+@triton.jit
+def _extend(ids, extents, length, rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.load(ids + position, mask=position < rows, other=-1).to(tl.int32)
     use = (chunk >= 0) & (chunk < per_row)
@@ -90,7 +100,7 @@ def _side(extents, chunks, chunk, inside, length, FIRST: tl.constexpr):
 
 @triton.jit
 def _valid_kernel(
-    valid, exact, samples, student, teacher, chunks, per_row, student_length, teacher_length, EXACT: tl.constexpr, FIRST: tl.constexpr,
+    valid, exact, samples, extents, chunks, per_row, student_length, teacher_length, EXACT: tl.constexpr, FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turns extents into rows, and empties the chunks that are not valid on both sides."""
@@ -99,6 +109,8 @@ def _valid_kernel(
     live = (tl.load(valid + chunk, mask=inside, other=0) != 0) & (tl.load(samples + chunk // per_row, mask=inside, other=0) != 0)
     if EXACT:
         live = live & (tl.load(exact + chunk, mask=inside, other=0) != 0)
+    student = extents
+    teacher = extents + 3 * chunks
     first, last, count = _side(student, chunks, chunk, inside, student_length, FIRST)
     t_first, t_last, t_count = _side(teacher, chunks, chunk, inside, teacher_length, FIRST)
     live = live & (count > 0) & (t_count > 0)
@@ -111,8 +123,19 @@ def _valid_kernel(
 
 
 @triton.jit
-def _row_chunk_kernel(ids, extents, row_chunk, active, length, rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """The valid chunk of the token that each row predicts."""
+def _row_chunk_kernel(
+    s_ids, t_ids, extents, s_chunk, t_chunk, s_active, t_active, s_length, t_length, s_rows, t_rows, chunks, per_row, FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The valid chunk of the token that each row of each side predicts."""
+    if tl.program_id(1) == 0:
+        _look_up(s_ids, extents, s_chunk, s_active, s_length, s_rows, chunks, per_row, FIRST, BLOCK)
+    else:
+        _look_up(t_ids, extents + 3 * chunks, t_chunk, t_active, t_length, t_rows, chunks, per_row, FIRST, BLOCK)
+
+
+@triton.jit
+def _look_up(ids, extents, row_chunk, active, length, rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inner = (row < rows) & (row % length < length - 1)
     chunk = tl.load(ids + row + 1, mask=inner, other=-1).to(tl.int32)
@@ -131,41 +154,41 @@ def chunk_extents(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) ->
     first = spec.chunk_distribution == "first"
     chunks, per_row = teacher.chunk_valid.numel(), teacher.chunk_valid.shape[1]
     extents = torch.zeros(2, 3, chunks, dtype=torch.int32, device=sample_mask.device)
-    sides = teacher.student_chunk_id.contiguous(), teacher.teacher_chunk_id.contiguous()
+    student, theirs = teacher.student_chunk_id.contiguous(), teacher.teacher_chunk_id.contiguous()
     if chunks:
-        for side, ids in enumerate(sides):
-            _extent_kernel[(triton.cdiv(ids.numel(), _BLOCK),)](
-                ids, extents[side], ids.shape[1], ids.numel(), chunks, per_row, FIRST=first, BLOCK=_BLOCK
-            )
+        blocks = triton.cdiv(max(student.numel(), theirs.numel()), _BLOCK)
+        launch(
+            _extent_kernel, (blocks, 2), student, theirs, extents, student.shape[1], theirs.shape[1], student.numel(), theirs.numel(),
+            chunks, per_row, FIRST=first, BLOCK=_BLOCK,
+        )  # fmt: skip
         valid = teacher.chunk_valid.contiguous()
         exact = valid if teacher.chunk_exact is None else teacher.chunk_exact.contiguous()
-        _valid_kernel[(triton.cdiv(chunks, _BLOCK),)](
-            valid, exact, sample_mask.contiguous(), extents[0], extents[1], chunks, per_row, sides[0].shape[1], sides[1].shape[1],
-            EXACT=spec.exact_match_only, FIRST=first, BLOCK=_BLOCK,
+        launch(
+            _valid_kernel, (triton.cdiv(chunks, _BLOCK),), valid, exact, sample_mask.contiguous(), extents, chunks, per_row,
+            student.shape[1], theirs.shape[1], EXACT=spec.exact_match_only, FIRST=first, BLOCK=_BLOCK,
         )  # fmt: skip
     return extents
 
 
 def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor:
     """0-dim int64: how many chunks are valid."""
-    return (chunk_extents(teacher, sample_mask, spec)[0, 2] > 0).sum()
+    return torch.count_nonzero(chunk_extents(teacher, sample_mask, spec)[0, 2])
 
 
 def chunk_rows(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> tuple[Rows, Rows]:
     """The student's and the teacher's rows of every chunk."""
     extents = chunk_extents(teacher, sample_mask, spec)
     assert teacher.student_chunk_id is not None and teacher.teacher_chunk_id is not None and teacher.chunk_valid is not None
-    sides = []
-    for side, ids in enumerate((teacher.student_chunk_id, teacher.teacher_chunk_id)):
-        rows = ids.numel()
-        chunk = torch.empty(rows, dtype=torch.int32, device=ids.device)
-        active = torch.empty(rows, dtype=torch.bool, device=ids.device)
-        _row_chunk_kernel[(triton.cdiv(rows, _BLOCK),)](
-            ids.contiguous(), extents[side], chunk, active, ids.shape[1], rows, extents.shape[2], teacher.chunk_valid.shape[1],
-            FIRST=spec.chunk_distribution == "first", BLOCK=_BLOCK,
-        )  # fmt: skip
-        sides.append(Rows(chunk, active, *extents[side].unbind()))
-    return sides[0], sides[1]
+    student, theirs = teacher.student_chunk_id.contiguous(), teacher.teacher_chunk_id.contiguous()
+    sizes = student.numel(), theirs.numel()
+    chunk = [torch.empty(n, dtype=torch.int32, device=extents.device) for n in sizes]
+    active = [torch.empty(n, dtype=torch.bool, device=extents.device) for n in sizes]
+    launch(
+        _row_chunk_kernel, (triton.cdiv(max(sizes), _BLOCK), 2), student, theirs, extents, *chunk, *active, student.shape[1],
+        theirs.shape[1], *sizes, extents.shape[2], teacher.chunk_valid.shape[1], FIRST=spec.chunk_distribution == "first", BLOCK=_BLOCK,
+    )  # fmt: skip
+    first, last, count, t_first, t_last, t_count = extents.view(6, -1).unbind()
+    return Rows(chunk[0], active[0], first, last, count), Rows(chunk[1], active[1], t_first, t_last, t_count)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import empty_rows
 from xtoken_core.losses.types import HiddenLogits
 
@@ -82,7 +83,8 @@ class Source:
         if self.scale != 1.0 or self.cap is not None:
             block = 4096
             size = logits.shape[0] * logits.stride(0)
-            _cap_kernel[(triton.cdiv(size, block),)](
+            launch(
+        _cap_kernel, (triton.cdiv(size, block),),
                 logits, size, self.scale, self.cap or 1.0, CAPPED=self.cap is not None, BLOCK=block
             )
         return logits

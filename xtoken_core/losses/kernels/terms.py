@@ -19,7 +19,7 @@ from xtoken_core.losses.kernels.ranks import sorted_distance
 from xtoken_core.losses.kernels.rows import RowStats, row_stats
 from xtoken_core.losses.kernels.rowsets import chunk_rows, counted_rows
 from xtoken_core.losses.kernels.sources import Source
-from xtoken_core.losses.kernels.touched import by_teacher
+from xtoken_core.losses.kernels.touched import Touched, by_teacher
 from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
 from xtoken_core.losses.kernels.within import within_kl
 from xtoken_core.losses.selection import top_columns
@@ -127,8 +127,9 @@ class ProjectedTerm(ChunkTerm):
         self.place = self.columns.place
         self.kl = torch.zeros(self.chunks, device=columns.device)
 
-    def tile(self, tile: Tile) -> SparseGradient:
+    def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Chunks of the tile: their KL and G."""
+        assert touched is not None
         spec, (first, last) = self.spec, self.teacher_range
         within, lse = teacher_within(
             self.source, first, last, self.teacher.active, self.columns.index, self.teacher_length, spec.temperature
@@ -140,9 +141,7 @@ class ProjectedTerm(ChunkTerm):
             tile.lse_tau,
             self.columns,
             self.table,
-            self.by_column,
-            self.length,
-            spec.temperature,
+            self.by_column, touched, self.length, spec.temperature
         )
         return chunk_kl(
             mass, self.student, tile.first, within, lse, self.teacher, first, self.kl, spec.temperature, spec.reverse_kl,
@@ -174,7 +173,7 @@ class WithinTerm:
         self.weights = torch.ones(vocab, 1, device=device)
         self.kl = torch.zeros(counted.shape[0], device=device)
 
-    def tile(self, tile: Tile) -> SparseGradient:
+    def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Rows of the tile: their KL and its derivative."""
         spec = self.spec
         if self.source is None:
@@ -212,7 +211,7 @@ class WholeTerm:
         self.sources, self.weights, self.spec, self.active = sources, weights, spec, counted
         self.kl = torch.zeros(counted.shape[0], device=counted.device)
 
-    def tile(self, tile: Tile) -> WholeGradient:
+    def tile(self, tile: Tile, touched: Touched | None) -> WholeGradient:
         """Rows of the tile: their KL."""
         parts = tuple(source.tile(tile.first, tile.last) for source in self.sources)
         return whole_kl(
@@ -248,7 +247,7 @@ class CommonTerm(ChunkTerm):
         self.l1, self.signed = torch.zeros(2, self.chunks, device=device)
         self.sign = torch.zeros(self.chunks, sizes[0], dtype=torch.int8, device=device)
 
-    def tile(self, tile: Tile) -> CommonGradient:
+    def tile(self, tile: Tile, touched: Touched | None) -> CommonGradient:
         """Chunks of the tile: KL and L1."""
         tau, (first, last) = self.spec.temperature, self.teacher_range
         logits = self.source.tile(first, last)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import RowStats
 
 _BLOCK = 1024
@@ -44,6 +45,21 @@ def _term_kernel(first, first_size, second, second_size, out, factor, PARTS: tl.
     tl.store(out + 2, b if PARTS else 0.0)
 
 
+@triton.jit
+def _total_kernel(sums, ce, kd, out, terms):
+    total = tl.load(ce).to(tl.float64) * tl.load(sums).to(tl.float64)
+    for i in range(terms):
+        total += tl.load(kd + i).to(tl.float64) * tl.load(sums + 2 + 3 * i).to(tl.float64)
+    tl.store(out, total.to(tl.float32))
+
+
+def weighted_total(sums: Tensor, ce: Tensor, kd: Tensor) -> Tensor:
+    """0-dim float32: ce * CE + kd · KD of what `batch_totals` returned. `kd` is contiguous."""
+    out = torch.empty((), device=sums.device)
+    launch(_total_kernel, (1,), sums, ce, kd, out, kd.numel())
+    return out
+
+
 def batch_totals(
     counted: Tensor, targets: Tensor, stats: RowStats, terms: list[tuple[Tensor, Tensor | None]], temperature: float
 ) -> Tensor:
@@ -57,11 +73,13 @@ def batch_totals(
         temperature: τ.
     """
     out = torch.empty(2 + 3 * len(terms), device=counted.device)
-    _cross_entropy_kernel[(1,)](
+    launch(
+        _cross_entropy_kernel, (1,),
         counted, stats.lse, stats.target, stats.argmax, targets, out, counted.numel(), BLOCK=_BLOCK, num_warps=8
     )
     for i, (first, second) in enumerate(terms):
-        _term_kernel[(1,)](
+        launch(
+        _term_kernel, (1,),
             first, first.numel(), first if second is None else second, 0 if second is None else second.numel(), out[2 + 3 * i :],
             temperature**2, PARTS=second is not None, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

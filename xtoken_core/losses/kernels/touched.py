@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.selection import projection_entries
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ _TOKENS = 1024
 def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
     """Sets flag [sets, room] where W's `indices` [V_s, slots] reach into K."""
     sets, width = flag.shape
-    _mark_kernel[(triton.cdiv(width, _TOKENS), sets)](
+    launch(
+        _mark_kernel, (triton.cdiv(width, _TOKENS), sets),
         indices, place, flag, indices.shape[0], width, place.shape[1], SLOTS=indices.shape[1], BLOCK=_TOKENS
     )
 
@@ -139,7 +141,8 @@ def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Te
     position = torch.empty(sets, slots, width, dtype=torch.int32, device=indices.device)
     weight = torch.empty(sets, slots, width, device=indices.device)
     slot = torch.empty_like(position)
-    _place_kernel[(triton.cdiv(width, _TOKENS), sets)](
+    launch(
+        _place_kernel, (triton.cdiv(width, _TOKENS), sets),
         indices, weights, place, touched.rank, touched.flag, touched.token, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
         BLOCK=_TOKENS,
     )  # fmt: skip

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
+
 
 @triton.jit
 def mixture(parts, strides, weights, local, column, inside):
@@ -87,7 +89,8 @@ def whole_kl(
     """
     n, vocab = logits.shape
     lse = torch.zeros(n, device=logits.device)
-    _whole_kl_kernel[(n,)](
+    launch(
+        _whole_kl_kernel, (n,),
         logits, logits.stride(0), first, active, lse_tau, parts, tuple(p.stride(0) for p in parts), weights, lse, kl, vocab,
         1.0 / temperature, REVERSE=reverse, BLOCK=4096, num_warps=8,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.projected import SparseGradient
 
 
@@ -89,7 +90,8 @@ def within_kl(
     """
     n, (sets, width) = logits.shape[0], columns.shape
     sparse = SparseGradient.over(torch.empty(n, width, device=logits.device), active[first : first + n])
-    _within_kl_kernel[(n,)](
+    launch(
+        _within_kl_kernel, (n,),
         logits, logits.stride(0), first, active, columns, target, target_lse, kl, sparse.values, sparse.owner, sparse.share, sparse.slope,
         width, rows_per_set, sets, 1.0 / temperature,
         REVERSE=reverse, PARTIAL=partial, BLOCK=2048, num_warps=8,

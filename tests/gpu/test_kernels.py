@@ -124,7 +124,7 @@ def test_nothing_counts():
     teachers = [
         replace(
             t, logits=t.logits.float().to(CUDA), projection=t.projection and t.projection.to(CUDA),
-            **{k: getattr(t, k).to(CUDA) for k in ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid") if getattr(t, k) is not None},
+            **{k: getattr(t, k).to(CUDA) for k in ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid", "chunk_exact") if getattr(t, k) is not None},
         )
         for t in teachers
     ]  # fmt: skip  # noqa: E501

@@ -25,6 +25,9 @@ from xtoken_core.losses.kernels.whole import WholeGradient, mixture
 PROGRAMS = 528
 """Persistent programs: four on each of an H100's multiprocessors."""
 
+BLOCK, FEW = 4096, 512
+"""Columns of a block (half as many with terms that read teachers' logits), and touched columns at a time."""
+
 
 class _Sparse(NamedTuple):
     """A p_kl or same-vocabulary teacher, as the kernel takes it: SparseGradient and Placed. (Triton's tuples have a `values` of their own.)"""
@@ -262,7 +265,7 @@ def write_gradient(
     if touched is not None:
         token, rank, (sets, room) = touched.token, touched.rank, touched.token.shape
     programs = min(n, PROGRAMS)
-    block = 2048 if whole or common else 4096
+    block = BLOCK // 2 if whole or common else BLOCK
     stash = torch.empty(programs * 2 * block, dtype=out.dtype, device=out.device)
     launch(
         _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows],
@@ -270,5 +273,5 @@ def write_gradient(
         rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
         CAPPED=cap is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
         SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
-        BLOCK=block, FEW=512, num_warps=8,
+        BLOCK=block, FEW=FEW, num_warps=8,
     )  # fmt: skip

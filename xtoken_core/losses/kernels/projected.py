@@ -76,7 +76,7 @@ def _project_kernel(
             tl.debug_barrier()
 
 
-PROGRAMS = 396
+PROGRAMS, WARPS = 396, 8
 """Persistent programs of the projection: three on each of an H100's multiprocessors, whose caches then hold their probabilities."""
 
 
@@ -106,7 +106,7 @@ def project(
     launch(
         _project_kernel, (programs,), logits, logits.stride(0), first, n, active, lse, mass, width, columns.start, columns.count,
         columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, probabilities, rows_per_set, sets, 1.0 / temperature,
-        FEW=2048, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=8,
+        FEW=2048, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=WARPS,
     )  # fmt: skip
     return mass
 

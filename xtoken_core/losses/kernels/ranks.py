@@ -25,6 +25,15 @@ from torch import Tensor
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 
+PROGRAMS = 264
+"""Persistent programs: two on each of an H100's multiprocessors."""
+
+BLOCK, WARPS = 2048, 16
+"""Elements a program looks at at a time, and its warps."""
+
+BINS = 8192
+"""Fine bins."""
+
 LEAST = -104.0
 """exp of this is 0 in float32."""
 
@@ -291,10 +300,5 @@ def sorted_distance(
         s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, s_index, s_size,
         t_logits, t_logits.stride(0), t_first, t_lse, teacher.chunk, teacher.first, teacher.last, t_index, t_size,
         s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints, codes,
-        LEAST=LEAST, BINS=BINS, BLOCK=4096, FEW=64, MATES=32, num_warps=16,
+        LEAST=LEAST, BINS=BINS, BLOCK=BLOCK, FEW=64, MATES=32, num_warps=WARPS,
     )  # fmt: skip
-
-
-PROGRAMS = 264
-"""Persistent programs: two on each of an H100's multiprocessors."""
-BINS = 8192

@@ -19,9 +19,9 @@ SPEC = """
 name: smollm2-from-gemma-and-smollm2
 student: {model: models/SmolLM2-135M-Instruct, keep_layers: [0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29]}
 teachers:
-  - {id: gemma, model: models/gemma-3-270m, projection: {}, weight: 0.7}
-  - {id: smollm, model: models/SmolLM2-135M-Instruct, weight: 0.3}
-loss: {mode: p_kl}
+  - {id: gemma, model: models/gemma-3-270m, projection: {}}
+  - {id: smollm, model: models/SmolLM2-135M-Instruct}
+loss: {mode: p_kl, weight_metric: ce}
 data: {train: [texts/train], validation: [texts/validation], max_length: 256}
 training: {max_steps: 120, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 10, eval_steps: 10}
 evaluation: {ce_baseline: true, texts: [texts/kjv, texts/carroll]}
@@ -105,7 +105,12 @@ def _log(path: Path, rng: np.random.Generator, steps: int, twin: bool) -> Path:
                 "memory_gib": (1.9 if twin else 3.1) + min(1, 5 * done) * 0.8,
             }
             if not twin:
-                line |= kd | {"kd": sum(kd.values()), "scale": ce / sum(kd.values()), "weight_gemma": 0.7, "weight_smollm": 0.3}
+                line |= kd | {
+                    "kd": sum(kd.values()),
+                    "scale": ce / sum(kd.values()),
+                    "weight_gemma": 0.6 + noise[1],
+                    "weight_smollm": 0.4 - noise[1],
+                }
                 line |= {
                     "seconds_gemma": 0.5 + noise[7] / 4,
                     "seconds_smollm": 0.25 + noise[7] / 8,

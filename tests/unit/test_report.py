@@ -14,7 +14,8 @@ from xtoken_core.errors import InputError
 from xtoken_core.report import Run, answer_table, markdown, metrics, write_comparison, write_report
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import MAX_POINTS, Series, duration, line_chart, nice_ticks, number, tick_texts
-from xtoken_core.report.curves import phase_bars, task_bars
+from xtoken_core.report.curves import charts, phase_bars, task_bars
+from xtoken_core.report.facts import teacher_facts
 from xtoken_core.report.page import render_report
 from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import MAX_LINES
@@ -228,9 +229,21 @@ def test_warnings_on_teachers_chunks_rows_and_selection(run):
 
 
 def test_warnings_on_the_optimiser(run):
-    lines = [{"step": i, "grad_norm": 30.0, "loss": None if i > 7 else 1.0} for i in range(10)]
-    assert "Gradients were clipped in 100 %" in titles(dataclasses.replace(run, log=lines))
+    lines = [{"step": i, "grad_norm": 900.0 if i == 5 else 30.0, "loss": None if i > 7 else 1.0} for i in range(10)]
+    assert "Gradient spikes in 1 of 10" in titles(dataclasses.replace(run, log=lines))
     assert "not finite in 2 of the logged steps" in titles(dataclasses.replace(run, log=lines))
+    assert "Gradient" not in titles(run)
+
+
+def test_only_what_was_decided_while_training_is_drawn(run):
+    def drawn(**loss: object) -> str:
+        changed = dataclasses.replace(run, spec=run.spec | {"loss": run.spec["loss"] | loss})
+        return " ".join(chart.title for _, group in charts(changed) for chart in group)
+
+    assert "Weight of each teacher" in drawn() and "Dynamic factor" in drawn()
+    assert "Weight of each teacher" not in drawn(weight_metric=None) and "Dynamic factor" not in drawn(dynamic_scaling=False)
+    fixed = dataclasses.replace(run, spec=run.spec | {"loss": run.spec["loss"] | {"weight_metric": None}})
+    assert ("weight", "1, fixed") in list(teacher_facts(fixed, fixed.spec["teachers"][0]))
 
 
 # ------------------------------------------------------------------------------------------------------ charts, pictures

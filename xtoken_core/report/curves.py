@@ -25,9 +25,9 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
             [
                 _twinned(run, "Total loss", "KD + CE, nats per token", "loss"),
                 _per_teacher(run, "Distillation loss of each teacher", "KL, nats, unweighted", "kd_", may_be_log=True),
-                _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight_"),
+                _weights(run),
                 _selected(run),
-                _plain(run, "Dynamic factor of KD", "CE / KD of the last step", "scale", may_be_log=True),
+                _scale(run),
             ],
         ),
         (
@@ -104,6 +104,20 @@ def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]
 
 def _per_teacher(run: Run, title: str, unit: str, prefix: str, may_be_log: bool = False) -> Chart | None:
     return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), may_be_log=may_be_log)
+
+
+def _weights(run: Run) -> Chart | None:
+    """Weights that follow the teachers' scores; fixed ones stand in words beside the teacher."""
+    return (
+        _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight_")
+        if run.spec["loss"]["weight_metric"]
+        else None
+    )
+
+
+def _scale(run: Run) -> Chart | None:
+    dynamic = run.spec["loss"]["dynamic_scaling"]
+    return _plain(run, "Dynamic factor of KD", "CE / KD of the last step", "scale", may_be_log=True) if dynamic else None
 
 
 def _selected(run: Run) -> Chart | None:

@@ -52,6 +52,9 @@ def teacher_facts(run: Run, teacher: dict[str, Any]) -> Iterator[Fact]:
     """Of one teacher (its section of the spec): its loss mode, its vocabulary, its chunks, its projection."""
     name = teacher["id"]
     yield "model", teacher["model"]
+    loss = run.spec["loss"]
+    if len(run.teachers) > 1 and not loss["weight_metric"] and loss["aggregation"] != "select_teacher":
+        yield "weight", f"{teacher['weight']:g}, fixed"
     if overlap := run.overlap.get("teachers", {}).get(name):
         yield "loss mode", f"{overlap['mode']}: {overlap['reason']}" if overlap.get("reason") else overlap["mode"]
         yield "vocabulary", f"{overlap['size']:,} ids, fingerprint {overlap['fingerprint']}"

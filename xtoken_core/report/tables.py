@@ -99,8 +99,16 @@ def agreement_table(run: Run) -> Table | None:
             row.append(Cell(f"{100 * top1:.1f} %", top1, heat=top1) if top1 is not None else MISSING)
             row.append(Cell(f"{kl:.3f}", kl) if kl is not None else MISSING)
         rows.append(row)
-    columns = ["model", *(f"{t}: {what}" for t in teachers for what in ("same top-1", "KL, nats per chunk"))]
-    return Table(columns, rows, "Agreement with each teacher on held-out text.") if rows else None
+    columns = ["model", *(f"{t}: {what}" for t in teachers for what in ("same top-1", "KL, nats"))]
+    return (
+        Table(
+            columns,
+            rows,
+            "Agreement with each teacher on validation text, per chunk, or per token with the student's vocabulary.",
+        )
+        if rows
+        else None
+    )
 
 
 def coverage_table(overlap: Mapping[str, Any]) -> Table | None:

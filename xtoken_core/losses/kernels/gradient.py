@@ -25,8 +25,8 @@ from xtoken_core.losses.kernels.whole import WholeGradient, mixture
 PROGRAMS = 528
 """Persistent programs: four on each of an H100's multiprocessors."""
 
-BLOCK, FEW = 4096, 512
-"""Columns of a block (half as many with terms that read teachers' logits), and touched columns at a time."""
+BLOCK, FEW, PARTS = 4096, 512, 8
+"""Columns of a block (half as many with terms that read teachers' logits), touched columns at a time; parts of a row."""
 
 
 class _Sparse(NamedTuple):
@@ -38,6 +38,7 @@ class _Sparse(NamedTuple):
     slope: Tensor
     active: Tensor
     width: int
+    number: Tensor
     position: Tensor
     weight: Tensor
 
@@ -123,12 +124,11 @@ def _sparse_part(
     if tl.load(teacher.active + local) != 0:
         values = teacher.derivative + tl.load(teacher.owner + local).to(tl.int64) * teacher.width
         here = set_.to(tl.int64) * SLOTS * room + at
-        more = live
-        for s in range(SLOTS):
-            j = tl.load(teacher.position + here + s * room, mask=more, other=-1)
-            more = j >= 0
-            w = tl.load(teacher.weight + here + s * room, mask=more, other=0.0)
-            total += w * tl.load(values + j, mask=more, other=0.0)
+        number = tl.load(teacher.number + set_ * room + at, mask=live, other=0)
+        for s in tl.static_range(SLOTS):
+            j = tl.load(teacher.position + here + s * room, mask=s < number, other=0)
+            w = tl.load(teacher.weight + here + s * room, mask=s < number, other=0.0)
+            total += w * tl.load(values + j, mask=s < number, other=0.0)
         total *= tl.load(kd + INDEX).to(tl.float32) * tau * tl.load(teacher.share + local)
         if PROJECTED:
             total *= p_tau
@@ -140,18 +140,20 @@ def _gradient_kernel(
     logits, stride, gradient, gradient_stride, first, num_rows, vocab, readable, writable, active, counted, targets, lse, lse_tau, ce, kd,
     tau, sparse, whole, common, token, rank, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr,
     REVERSE: tl.constexpr, CAPPED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
-    COMMON: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    COMMON: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program takes every so-many-th row and keeps its stash, used by halves. SLOTS, PROJECTED: of each sparse teacher; SPARSE,
+    """Persistent: a program takes every so-many-th of the PARTS of each row, and keeps its stash, used by halves. The parts of a row run side by
+    side: few rows at a time, so that teachers' rows gathered from stay in the cache. SLOTS, PROJECTED: of each sparse teacher; SPARSE,
     WHOLE, COMMON: the teachers' numbers.
     """
     mine = stash + tl.program_id(0) * 2 * BLOCK
     half = 0
-    for local in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+    for unit in range(tl.program_id(0), num_rows * PARTS, tl.num_programs(0)):
+        local, part = unit // PARTS, unit % PARTS
         base = logits + tl.cast(local, tl.int64) * stride
         out = gradient + tl.cast(local, tl.int64) * gradient_stride
         if tl.load(active + local) == 0:
-            for v0 in range(0, vocab, BLOCK):
+            for v0 in range(part * BLOCK, vocab, PARTS * BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
                 tl.store(out + v, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=v < writable)
         else:
@@ -164,7 +166,7 @@ def _gradient_kernel(
             for i in tl.static_range(len(sparse)):
                 has = tl.load(sparse[i].active + local) != 0
                 slope += tl.load(kd + SPARSE[i]).to(tl.float32) * tau * tl.load(sparse[i].slope + local, mask=has, other=0.0)
-            for v0 in range(0, vocab, BLOCK):
+            for v0 in range(part * BLOCK, vocab, PARTS * BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
                 inside = v < readable
                 z = tl.load(base + v, mask=inside, other=float("-inf")).to(tl.float32)
@@ -247,7 +249,7 @@ def write_gradient(
     n, vocab = logits.shape
     rows = slice(first, first + n)
     sparse = tuple(
-        _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.position, p.weight) for _, s, p, _ in parts.sparse
+        _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight) for _, s, p, _ in parts.sparse
     )
     common = tuple(
         _Common(
@@ -264,7 +266,7 @@ def write_gradient(
     sets = room = 1
     if touched is not None:
         token, rank, (sets, room) = touched.token, touched.rank, touched.token.shape
-    programs = min(n, PROGRAMS)
+    programs = min(n * PARTS, PROGRAMS)
     block = BLOCK // 2 if whole or common else BLOCK
     stash = torch.empty(programs * 2 * block, dtype=out.dtype, device=out.device)
     launch(
@@ -273,5 +275,5 @@ def write_gradient(
         rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
         CAPPED=cap is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
         SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
-        BLOCK=block, FEW=FEW, num_warps=8,
+        PARTS=PARTS, BLOCK=block, FEW=FEW, num_warps=8,
     )  # fmt: skip

@@ -27,57 +27,65 @@ from xtoken_core.losses.selection import EPSILON, FLOOR
 @triton.jit
 def _project_kernel(
     logits, stride, first, num_rows, active, lse, mass, width, column_start, column_count, heavy, at, entries, weight, token, length, room,
-    probabilities, rows_per_set, num_sets, inv_tau, FEW: tl.constexpr, LIGHT: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    probabilities, rows_per_set, num_sets, inv_tau, ROWS: tl.constexpr, FEW: tl.constexpr, LIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Persistent, a row at a time: p of the touched columns into scratch (in ascending order, so whole sectors serve), then q from there.
-
-    LIGHT columns at a time, an entry of each per step; where columns have many entries, tiles of COLUMNS x ENTRIES. K is sorted by number
-    of entries, so the columns of a block need about as many steps.
+    """Persistent, ROWS rows of a sequence at a time: p of the touched columns into scratch, side by side, so that one access serves all rows; then
+    q from there. LIGHT columns at a time, an entry of each per step; where columns have many entries, tiles of COLUMNS x ENTRIES. K is sorted
+    by number of entries, so the columns of a block need about as many steps.
     """
-    mine = probabilities + tl.program_id(0).to(tl.int64) * room
-    for local in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = first + local
-        if tl.load(active + row) != 0:
-            base = logits + tl.cast(local, tl.int64) * stride
-            out = mass + tl.cast(local, tl.int64) * width
-            set_ = row // rows_per_set % num_sets
+    mine = probabilities + tl.program_id(0).to(tl.int64) * room * ROWS
+    lane = tl.arange(0, ROWS)
+    groups = tl.cdiv(rows_per_set, ROWS)
+    begin = first // rows_per_set * groups
+    for group in range(begin + tl.program_id(0), tl.cdiv(first + num_rows, rows_per_set) * groups, tl.num_programs(0)):
+        row = group // groups * rows_per_set + group % groups * ROWS + lane
+        local = (row - first).to(tl.int64)
+        use = (group % groups * ROWS + lane < rows_per_set) & (local >= 0) & (local < num_rows)
+        use = use & (tl.load(active + row, mask=use, other=0) != 0)
+        if tl.max(use.to(tl.int32), 0) != 0:
+            set_ = group // groups % num_sets
             starts, counts = column_start + set_ * width, column_count + set_ * width
             where = at + set_ * entries
             many = tl.load(heavy + set_)
-            norm = tl.load(lse + local)
+            norm = tl.load(lse + local, mask=use, other=0.0)[None, :]
             touched = tl.load(length + set_)
             for a0 in range(0, touched, FEW):
                 a = a0 + tl.arange(0, FEW)
                 u = tl.load(token + set_ * room + a, mask=a < touched, other=0)
-                z = tl.load(base + u, mask=a < touched, other=float("-inf")).to(tl.float32)
-                tl.store(mine + a, tl.exp(z * inv_tau - norm), mask=a < touched)
+                there = (a < touched)[:, None] & use[None, :]
+                z = tl.load(logits + (local * stride)[None, :] + u[:, None], mask=there, other=float("-inf")).to(tl.float32)
+                tl.store(mine + a[:, None] * ROWS + lane[None, :], tl.exp(z * inv_tau - norm), mask=(a < touched)[:, None])
             tl.debug_barrier()
+            out = mass + (local * width)[None, :]
             for j0 in range(0, many, COLUMNS):
                 j = j0 + tl.arange(0, COLUMNS)
                 start = tl.load(starts + j, mask=j < many, other=0)
                 count = tl.load(counts + j, mask=j < many, other=0)
-                total = tl.zeros([COLUMNS, ENTRIES], tl.float32)
+                total = tl.zeros([COLUMNS, ENTRIES, ROWS], tl.float32)
                 for e0 in range(0, tl.max(count, 0), ENTRIES):
                     e = e0 + tl.arange(0, ENTRIES)
                     live = e[None, :] < count[:, None]
                     entry = start[:, None] + e[None, :]
-                    p = tl.load(mine + tl.load(where + entry, mask=live, other=0), mask=live, other=0.0)
-                    total += p * tl.load(weight + entry, mask=live, other=0.0)
-                tl.store(out + j, tl.sum(total, 1), mask=j < many)
+                    place = tl.load(where + entry, mask=live, other=0) * ROWS
+                    w = tl.load(weight + entry, mask=live, other=0.0)
+                    total += w[:, :, None] * tl.load(mine + place[:, :, None] + lane[None, None, :], mask=live[:, :, None], other=0.0)
+                tl.store(out + j[:, None], tl.sum(total, 1), mask=(j < many)[:, None] & use[None, :])
             for j1 in range(many, width, LIGHT):
                 i = j1 + tl.arange(0, LIGHT)
-                begin = tl.load(starts + i, mask=i < width, other=0)
+                first_entry = tl.load(starts + i, mask=i < width, other=0)
                 n = tl.load(counts + i, mask=i < width, other=0)
-                sums = tl.zeros([LIGHT], tl.float32)
-                for e1 in range(tl.max(n, 0)):
-                    x = tl.load(mine + tl.load(where + begin + e1, mask=e1 < n, other=0), mask=e1 < n, other=0.0)
-                    sums += x * tl.load(weight + begin + e1, mask=e1 < n, other=0.0)
-                tl.store(out + i, sums, mask=i < width)
+                sums = tl.zeros([LIGHT, ROWS], tl.float32)
+                for e1 in range(0, tl.max(n, 0)):
+                    spot = tl.load(where + first_entry + e1, mask=e1 < n, other=0) * ROWS
+                    v = tl.load(weight + first_entry + e1, mask=e1 < n, other=0.0)
+                    sums += v[:, None] * tl.load(mine + spot[:, None] + lane[None, :], mask=(e1 < n)[:, None], other=0.0)
+                tl.store(out + i[:, None], sums, mask=(i < width)[:, None] & use[None, :])
             tl.debug_barrier()
 
 
-PROGRAMS, WARPS = 396, 8
-"""Persistent programs of the projection: three on each of an H100's multiprocessors, whose caches then hold their probabilities."""
+PROGRAMS, ROWS, WARPS = 132, 4, 16
+"""Persistent programs of the projection, one on each of an H100's multiprocessors; rows of each at a time."""
 
 
 def project(
@@ -100,13 +108,13 @@ def project(
     """
     n, (sets, width), room = logits.shape[0], columns.index.shape, touched.token.shape[1]
     mass = torch.empty(n, width, device=logits.device)
-    programs = min(n, PROGRAMS)
-    probabilities = torch.empty(programs, room, device=logits.device)
+    programs = min(triton.cdiv(n, ROWS), PROGRAMS)
+    probabilities = torch.empty(programs, room, ROWS, device=logits.device)
     at = touched.rank.index_select(1, table.student) - 1  # an entry's place in the list; only those of K are read
     launch(
         _project_kernel, (programs,), logits, logits.stride(0), first, n, active, lse, mass, width, columns.start, columns.count,
         columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, probabilities, rows_per_set, sets, 1.0 / temperature,
-        FEW=2048, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=WARPS,
+        ROWS=ROWS, FEW=1024, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=WARPS,
     )  # fmt: skip
     return mass
 
@@ -257,7 +265,7 @@ def chunk_kl(
 
 @triton.jit
 def _weight_gradient_kernel(
-    logits, stride, first, num_rows, lse, values, active, owner, share, width, token, count, position, slot, partial, vocab, room, rows_per_set,
+    logits, stride, first, num_rows, lse, values, active, owner, share, width, token, count, number, position, slot, partial, vocab, room, rows_per_set,
     num_sets, inv_tau, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of a block of touched tokens: Σ over this program's rows of p_tu G_j / n for each of W's entries, in a fixed order."""
@@ -267,10 +275,11 @@ def _weight_gradient_kernel(
     if tl.program_id(0) * BLOCK < length:
         inside = at < length
         u = tl.load(token + set_ * room + at, mask=inside, other=0)
+        n = tl.load(number + set_ * room + at, mask=inside, other=0)
         for s in range(SLOTS):
             here = set_.to(tl.int64) * SLOTS * room + s * room + at
-            j = tl.load(position + here, mask=inside, other=-1)
-            live = j >= 0
+            live = s < n
+            j = tl.load(position + here, mask=live, other=0)
             total = tl.zeros([BLOCK], tl.float32)
             for local in range(part, num_rows, parts):
                 row = first + local
@@ -295,7 +304,7 @@ def weight_gradient(
     launch(
         _weight_gradient_kernel, (triton.cdiv(vocab, block), sets, parts),
         logits, logits.stride(0), first, n, lse, sparse.values, sparse.active, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
-        touched.count, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
+        touched.count, placed.number, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
         SLOTS=slots, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return partial.sum((0, 1))

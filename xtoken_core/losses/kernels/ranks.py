@@ -39,8 +39,8 @@ LEAST = -104.0
 
 @triton.jit
 def _coarse_bin(x):
-    """256 bins of 1/8 nat; the last holds everything below -32."""
-    return tl.minimum(tl.maximum((x * -8.0).to(tl.int32), 0), 255)
+    """128 bins of 1/4 nat; the last holds everything below -32."""
+    return tl.minimum(tl.maximum((x * -4.0).to(tl.int32), 0), 127)
 
 
 @triton.jit
@@ -66,31 +66,41 @@ def _values(
     BLOCK: tl.constexpr,
 ):
     """Writes the chunk's mean log-probabilities at the uncommon columns; returns how many fall into each coarse bin."""
-    counts = tl.zeros([256], tl.int32)
+    counts = tl.zeros([128], tl.int32)
     for i0 in range(0, size, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         inside = i < size
         column = tl.load(index + i, mask=inside, other=0)
         x = mean_log_prob(logits, stride, tile, lse, row_chunk, chunk, first, last, column, inside, inv_tau)
         tl.store(values + i, x, mask=inside)
-        counts += tl.histogram(_coarse_bin(x), 256, mask=inside & (x > LEAST))
+        counts += tl.histogram(_coarse_bin(x), 128, mask=inside & (x > LEAST))
     return counts
 
 
 @triton.jit
 def _last_bin(counts, k):
-    """The coarse bin in which the k-th largest lies; 255 if there are fewer."""
-    lane = tl.arange(0, 256)
-    return tl.min(tl.where(tl.cumsum(counts, 0) >= k, lane, 255), 0)
+    """The coarse bin in which the k-th largest lies; the last if there are fewer."""
+    lane = tl.arange(0, 128)
+    return tl.min(tl.where(tl.cumsum(counts, 0) >= k, lane, 127), 0)
 
 
 @triton.jit
-def _count(values, size, histogram, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def _keep(values, kept_index, size, histogram, code, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr):
+    """Moves the values that may be among the k largest to the front, in order, and counts them by fine bin. Returns how many."""
+    kept = tl.zeros([], tl.int32)
     for i0 in range(0, size, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         x = tl.load(values + i, mask=i < size, other=LEAST)
         keep = (x > LEAST) & (_coarse_bin(x) <= last)
+        at = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # all of the block is read before any of it is overwritten
+        tl.store(values + at, x, mask=keep)
+        tl.store(kept_index + at, i, mask=keep)
+        if CODED:
+            tl.store(code + i, tl.zeros([BLOCK], tl.int8), mask=i < size)
         tl.atomic_add(histogram + _fine_bin(x, high, scale, BINS), 1, mask=keep, sem="relaxed", scope="cta")
+        kept += tl.sum(keep.to(tl.int32), 0)
+    return kept
 
 
 @triton.jit
@@ -108,52 +118,55 @@ def _bases(histogram, base, BINS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _classify(
-    values, size, base, other_base, cursor, bin_values, bin_index, code, open_index, k, last, high, scale, LEAST: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    values, index, kept, base, other_base, cursor, bin_values, bin_index, code, open_list, k, high, scale, BINS: tl.constexpr,
+    CODED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Signs of one side wherever the bin decides them; other elements are listed, by bin and as a list.
+    """Signs of one side's kept elements wherever the bin decides them; the others are listed, by bin and as a list.
 
     Returns the sum of sign * probability, and the length of the list.
     """
     total = tl.zeros([BLOCK], tl.float32)
     listed = tl.zeros([], tl.int32)
-    for i0 in range(0, size, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        x = tl.load(values + i, mask=i < size, other=LEAST)
-        keep = (x > LEAST) & (_coarse_bin(x) <= last)
+    for a0 in range(0, kept, BLOCK):
+        a = a0 + tl.arange(0, BLOCK)
+        inside = a < kept
+        x = tl.load(values + a, mask=inside, other=float("-inf"))
+        i = tl.load(index + a, mask=inside, other=0)
         b = _fine_bin(x, high, scale, BINS)
-        b0 = tl.load(base + b, mask=keep, other=0)
-        b1 = tl.load(base + b + 1, mask=keep, other=0)
-        o0 = tl.load(other_base + b, mask=keep, other=0)
-        o1 = tl.load(other_base + b + 1, mask=keep, other=0)
+        b0 = tl.load(base + b, mask=inside, other=0)
+        b1 = tl.load(base + b + 1, mask=inside, other=0)
+        o0 = tl.load(other_base + b, mask=inside, other=0)
+        o1 = tl.load(other_base + b + 1, mask=inside, other=0)
         overlap = (b0 < o1) & (o0 < b1)
         divided = ((b0 < k) & (k < b1)) | ((o0 < k) & (k < o1))
-        is_open = keep & (overlap | divided) & ((b0 < k) | (o0 < k))
-        sign = tl.where(keep & (b0 < k) & (is_open == 0), tl.where(o1 <= b0, 1, -1), 0)
+        is_open = inside & (overlap | divided) & ((b0 < k) | (o0 < k))
+        sign = tl.where(inside & (b0 < k) & (is_open == 0), tl.where(o1 <= b0, 1, -1), 0)
         total += sign.to(tl.float32) * tl.exp(x)
-        tl.store(code + i, sign.to(tl.int8), mask=i < size)
+        if CODED:
+            tl.store(code + i, sign.to(tl.int8), mask=inside)
         found = tl.sum(is_open.to(tl.int32), 0)
         if found > 0:
             place = b0 + tl.atomic_add(cursor + b, 1, mask=is_open, sem="relaxed", scope="cta")
             tl.store(bin_values + place, x, mask=is_open)
             tl.store(bin_index + place, i, mask=is_open)
-            tl.store(open_index + listed + tl.cumsum(is_open.to(tl.int32), 0) - 1, i, mask=is_open)
+            tl.store(open_list + listed + tl.cumsum(is_open.to(tl.int32), 0) - 1, a, mask=is_open)
             listed += found
     return tl.sum(total, 0), listed
 
 
 @triton.jit
 def _resolve(
-    values, listed, base, other_base, bin_values, bin_index, other_values, code, open_index, k, high, scale, LEAST: tl.constexpr,
-    BINS: tl.constexpr, FEW: tl.constexpr, MATES: tl.constexpr,
+    values, index, listed, base, other_base, bin_values, bin_index, other_values, code, open_list, k, high, scale, LEAST: tl.constexpr,
+    BINS: tl.constexpr, CODED: tl.constexpr, FEW: tl.constexpr, MATES: tl.constexpr,
 ):  # fmt: skip
     """Signs of the listed elements of one side, each compared with MATES at a time of its bin. Returns the sum of sign * probability."""
     total = tl.zeros([FEW], tl.float32)
     for a0 in range(0, listed, FEW):
         a = a0 + tl.arange(0, FEW)
         inside = a < listed
-        i = tl.load(open_index + a, mask=inside, other=0)
-        x = tl.load(values + i, mask=inside, other=LEAST)
+        element = tl.load(open_list + a, mask=inside, other=0)
+        i = tl.load(index + element, mask=inside, other=0)
+        x = tl.load(values + element, mask=inside, other=LEAST)
         b = _fine_bin(x, high, scale, BINS)
         b0 = tl.load(base + b, mask=inside, other=0)
         b1 = tl.load(base + b + 1, mask=inside, other=0)
@@ -176,14 +189,15 @@ def _resolve(
             level += tl.sum((live & (y >= x[:, None])).to(tl.int32), 1)
         sign = tl.where(rank >= k, 0, tl.where(level <= rank, 1, tl.where(above > rank, -1, 0)))
         total += tl.where(inside, sign.to(tl.float32) * tl.exp(x), 0.0)
-        tl.store(code + i, sign.to(tl.int8), mask=inside)
+        if CODED:
+            tl.store(code + i, sign.to(tl.int8), mask=inside)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def _ranks_kernel(
     s_logits, s_stride, s_tile, s_lse, s_chunk, s_firsts, s_lasts, s_index, s_size, t_logits, t_stride, t_tile, t_lse, t_chunk, t_firsts,
-    t_lasts, t_index, t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, bytes_, LEAST: tl.constexpr, BINS: tl.constexpr,
+    t_lasts, t_index, t_size, num_rows, chunks, k, inv_tau, s_code, l1, signed, floats, ints, LEAST: tl.constexpr, BINS: tl.constexpr,
     BLOCK: tl.constexpr, FEW: tl.constexpr, MATES: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes every so-many-th chunk and keeps its scratch. Phases that read what others wrote are set apart by barriers."""
@@ -193,15 +207,16 @@ def _ranks_kernel(
     t_values = s_values + s_size
     s_bin = s_values + both
     t_bin = s_bin + s_size
-    s_at = ints + program * (2 * both + 4 * BINS + 2)
+    s_at = ints + program * (3 * both + 4 * BINS + 2)
     t_at = s_at + s_size
     s_list = s_at + both
     t_list = s_list + s_size
-    s_hist = s_list + both
+    s_index_of = s_list + both
+    t_index_of = s_index_of + s_size
+    s_hist = s_index_of + both
     t_hist = s_hist + BINS
     s_base = t_hist + BINS
     t_base = s_base + BINS + 1
-    t_code = bytes_ + program * t_size
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         first, last_row = tl.load(s_firsts + chunk), tl.load(s_lasts + chunk)
         if (first <= last_row) & (first >= s_tile) & (first < s_tile + num_rows):
@@ -243,26 +258,30 @@ def _ranks_kernel(
                 BLOCK,
             )
             last = tl.maximum(_last_bin(s_counts, k), _last_bin(t_counts, k))
-            high_bin = tl.min(tl.where(s_counts + t_counts > 0, tl.arange(0, 256), 255), 0)
-            high = high_bin.to(tl.float32) * -0.125
-            low = tl.where(last == 255, LEAST, (last + 1).to(tl.float32) * -0.125)
+            high_bin = tl.min(tl.where(s_counts + t_counts > 0, tl.arange(0, 128), 127), 0)
+            high = high_bin.to(tl.float32) * -0.25
+            low = tl.where(last == 127, LEAST, (last + 1).to(tl.float32) * -0.25)
             scale = BINS / (high - low)
             tl.debug_barrier()
-            _count(s_values, s_size, s_hist, last, high, scale, LEAST, BINS, BLOCK)
-            _count(t_values, t_size, t_hist, last, high, scale, LEAST, BINS, BLOCK)
+            s_kept = _keep(s_values, s_index_of, s_size, s_hist, code, last, high, scale, LEAST, BINS, True, BLOCK)
+            t_kept = _keep(t_values, t_index_of, t_size, t_hist, code, last, high, scale, LEAST, BINS, False, BLOCK)
             tl.debug_barrier()
             _bases(s_hist, s_base, BINS, BLOCK)
             _bases(t_hist, t_base, BINS, BLOCK)
             tl.debug_barrier()
             s_sum, s_open = _classify(
-                s_values, s_size, s_base, t_base, s_hist, s_bin, s_at, code, s_list, k, last, high, scale, LEAST, BINS, BLOCK
+                s_values, s_index_of, s_kept, s_base, t_base, s_hist, s_bin, s_at, code, s_list, k, high, scale, BINS, True, BLOCK
             )
             t_sum, t_open = _classify(
-                t_values, t_size, t_base, s_base, t_hist, t_bin, t_at, t_code, t_list, k, last, high, scale, LEAST, BINS, BLOCK
+                t_values, t_index_of, t_kept, t_base, s_base, t_hist, t_bin, t_at, code, t_list, k, high, scale, BINS, False, BLOCK
             )
             tl.debug_barrier()
-            s_sum += _resolve(s_values, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, FEW, MATES)
-            t_sum += _resolve(t_values, t_open, t_base, s_base, t_bin, t_at, s_bin, t_code, t_list, k, high, scale, LEAST, BINS, FEW, MATES)
+            s_sum += _resolve(
+                s_values, s_index_of, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, True, FEW, MATES
+            )
+            t_sum += _resolve(
+                t_values, t_index_of, t_open, t_base, s_base, t_bin, t_at, s_bin, code, t_list, k, high, scale, LEAST, BINS, False, FEW, MATES
+            )
             tl.store(l1 + chunk, s_sum + t_sum)
             tl.store(signed + chunk, s_sum)
             tl.debug_barrier()
@@ -293,12 +312,11 @@ def sorted_distance(
     device = s_logits.device
     programs = min(chunks, PROGRAMS)
     floats = torch.empty(programs * 2 * (s_size + t_size), device=device)
-    ints = torch.empty(programs * (2 * (s_size + t_size) + 4 * BINS + 2), dtype=torch.int32, device=device)
-    codes = torch.empty(programs * t_size, dtype=torch.int8, device=device)
+    ints = torch.empty(programs * (3 * (s_size + t_size) + 4 * BINS + 2), dtype=torch.int32, device=device)
     launch(
         _ranks_kernel, (programs,),
         s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, s_index, s_size,
         t_logits, t_logits.stride(0), t_first, t_lse, teacher.chunk, teacher.first, teacher.last, t_index, t_size,
-        s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints, codes,
+        s_logits.shape[0], chunks, k, 1.0 / temperature, sign, l1, signed, floats, ints,
         LEAST=LEAST, BINS=BINS, BLOCK=BLOCK, FEW=64, MATES=32, num_warps=WARPS,
     )  # fmt: skip

@@ -67,8 +67,10 @@ class Touched:
 class Placed:
     """Of one teacher, by touched token: its entries within K."""
 
+    number: Tensor
+    """[sets, room] int32: entries."""
     position: Tensor
-    """[sets, slots, room] int32: column of K; a token's entries come first, then -1."""
+    """[sets, slots, room] int32: column of K; a token's entries come first."""
     weight: Tensor
     """[sets, slots, room] float32."""
     slot: Tensor
@@ -91,7 +93,7 @@ def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.con
 
 @triton.jit
 def _place_kernel(
-    indices, weights, place, rank, flag, tokens, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
+    indices, weights, place, rank, flag, tokens, number, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes a block's touched tokens, and their entries within K, to their places in the list."""
@@ -112,8 +114,7 @@ def _place_kernel(
         tl.store(weight + out + found * room, tl.load(weights + entry, mask=here, other=0.0).to(tl.float32), mask=here)
         tl.store(slot + out + found * room, tl.full([BLOCK], s, tl.int32), mask=here)
         found += here.to(tl.int32)
-    for s in range(SLOTS):
-        tl.store(position + out + s * room, tl.full([BLOCK], -1, tl.int32), mask=touched & (s >= found))
+    tl.store(number + set_ * room + at, found, mask=touched)
 
 
 _TOKENS = 1024
@@ -141,9 +142,10 @@ def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Te
     position = torch.empty(sets, slots, width, dtype=torch.int32, device=indices.device)
     weight = torch.empty(sets, slots, width, device=indices.device)
     slot = torch.empty_like(position)
+    number = torch.empty_like(touched.token)
     launch(
         _place_kernel, (triton.cdiv(width, _TOKENS), sets),
-        indices, weights, place, touched.rank, touched.flag, touched.token, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
+        indices, weights, place, touched.rank, touched.flag, touched.token, number, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
         BLOCK=_TOKENS,
     )  # fmt: skip
-    return Placed(position, weight, slot)
+    return Placed(number, position, weight, slot)

@@ -147,11 +147,11 @@ def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
 def corpora_table(run: Run) -> Table | None:
     """Every corpus that rows were made of."""
     rows = [
-        [Cell(f"{name}, {split}"), *_counts(corpus, "documents", "bytes")]
+        [Cell(f"{split}: {name}"), *_counts(corpus, "documents", "bytes")]
         for split, stats in run.prepare.items()
         for name, corpus in stats.get("corpora", {}).items()
     ]
-    return Table(["corpus", "documents", "bytes"], rows, "Corpora.") if rows else None
+    return Table(["corpus", "documents", "bytes"], rows, "Corpora that rows were made of.") if rows else None
 
 
 def inputs_table(run: Run) -> Table | None:

@@ -23,6 +23,9 @@ NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
 training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
 
+AGREEMENT = ("student_before", "student_after_best")
+"""Whose agreement with the teachers is measured: it costs a pass of every teacher, and these two tell what distillation changed."""
+
 
 def build_pipeline(compiled: DistillationSpec) -> Any:
     """The pipeline of a spec. Its parameters, `spec` (JSON; this one by default) and `overrides`, are checked by its first task."""
@@ -59,7 +62,9 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
             index = [f"teacher-{teacher.id}" for teacher in compiled.teachers].index(who)
             slot, given = f"teacher_{index}", {"spec": views[f"evaluate_teacher_{index}"], "after": "overlap"}
         else:
-            slot, given = who, {"spec": views["evaluate_student"], "rows": rows, "modes": audit["modes"], **matrices}
+            slot, given = who, {"spec": views["evaluate_student"]}
+            if who in AGREEMENT:
+                given |= {"rows": rows, "modes": audit["modes"], **matrices}
             given |= {"run": run for prefix, run in runs.items() if who.startswith(prefix)}  # noqa: B035 - of one prefix
         results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpu=True, who=who, **given)["result"]
 

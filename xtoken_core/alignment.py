@@ -120,7 +120,7 @@ class _Side:
         hashes = self.table.hashes[self.ids]
         if self.trimmed is not None:
             hashes[self.trimmed] = (hashes[self.trimmed] - SPACE_HASH) * _INVERSE_BASE
-        return int(np.dot(hashes, hash_powers(self.size + 1)[self.ends - self.lengths]))
+        return int(np.dot(hashes, hash_powers(self.ends - self.lengths)))
 
     def text(self) -> bytes:
         """The bytes of all rows."""

@@ -45,17 +45,25 @@ _TO_BYTE_LEVEL = {b: c for c, b in _CHAR_TO_BYTE.items()}
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 _BYTE_HASHES = np.random.default_rng(0).integers(2**64, size=256, dtype=np.uint64)
 SPACE_HASH = _BYTE_HASHES[ord(" ")]
-_powers = np.ones(1, dtype=np.uint64)
+_BLOCK = 1 << 16
 
 
-def hash_powers(size: int) -> np.ndarray:
-    """HASH_BASE**k modulo 2**64 for k = 0, 1, ... , at least `size` of them, uint64."""
-    global _powers
-    if len(_powers) < size:
-        powers = np.full(max(size, 2 * len(_powers)), HASH_BASE)
-        powers[0] = 1
-        _powers = np.cumprod(powers)
-    return _powers
+def _geometric(base: int, size: int) -> np.ndarray:
+    powers = np.full(size, np.uint64(base))
+    powers[:1] = 1
+    return np.cumprod(powers)
+
+
+_POWERS = _geometric(int(HASH_BASE), _BLOCK)
+
+
+def hash_powers(exponents: np.ndarray) -> np.ndarray:
+    """HASH_BASE**exponent modulo 2**64, uint64, for ascending exponents from zero on."""
+    powers = _POWERS[exponents & (_BLOCK - 1)]
+    blocks = int(exponents[-1]) // _BLOCK if len(exponents) else 0
+    if blocks:
+        powers *= _geometric(pow(int(HASH_BASE), _BLOCK, 2**64), blocks + 1)[exponents // _BLOCK]
+    return powers
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +143,7 @@ class TokenTable:
         starts = ends - self.lengths
         place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(starts, self.lengths)
         text = np.frombuffer(b"".join(self.tokens), dtype=np.uint8)
-        sums = np.concatenate(([np.uint64(0)], np.cumsum(_BYTE_HASHES[text] * hash_powers(place.max(initial=0) + 1)[place])))
+        sums = np.concatenate(([np.uint64(0)], np.cumsum(_BYTE_HASHES[text] * _POWERS[place])))
         return sums[ends] - sums[starts]
 
     @cached_property

@@ -108,8 +108,10 @@ def test_hashes_add_up_to_the_hash_of_the_text(name: str) -> None:
 
     for ids in ([5000, 6000, 7000], [300], [9000, 300, 300, 9000]):
         starts = np.cumsum([0, *table.lengths[ids[:-1]]])
-        total = sum(int(h) * int(hash_powers(100)[s]) for h, s in zip(table.hashes[ids], starts, strict=True)) % 2**64
+        total = sum(int(h) * int(p) for h, p in zip(table.hashes[ids], hash_powers(starts), strict=True)) % 2**64
         assert total == of_text([table[i] for i in ids])
+    exponents = np.array([0, 1, 65535, 65536, 65537, 200_000])
+    assert hash_powers(exponents).tolist() == [pow(int(HASH_BASE), e, 2**64) for e in exponents.tolist()]
 
 
 def test_fingerprint_is_of_bytes_not_names() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -163,6 +165,28 @@ def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:
         for j in range(i):
             matrix[i, j] = matrix[j, i] = vocabulary_overlap(a, tables[j]).coefficient
     return matrix
+
+
+def compare_tokenizers(refs: Sequence[str], folder: str | Path) -> dict[str, Any]:
+    """Compares any number of tokenizers, given as `load_tokenizer` takes them, each with each.
+
+    Writes `overlap.json` (what is returned: names, fingerprints, sizes, `coefficient` [N][N]) and the heat map
+    `overlap.png` to `folder`, which is made. Raises InputError.
+    """
+    tables = [TokenTable.from_tokenizer(load_tokenizer(ref)) for ref in refs]
+    names = [ref.rstrip("/").rsplit("/", 1)[-1] for ref in refs]
+    matrix = overlap_matrix(tables)
+    found = {
+        "names": names,
+        "fingerprints": [table.fingerprint for table in tables],
+        "sizes": [len(table) for table in tables],
+        "coefficient": matrix.round(4).tolist(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overlap.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    overlap_figure(names, matrix).savefig(folder / "overlap.png", dpi=150)
+    return found
 
 
 def overlap_figure(names: Sequence[str], matrix: np.ndarray) -> Figure:

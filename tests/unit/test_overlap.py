@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from xtoken_core.overlap import (
     CLASSES,
     Coverage,
     audit,
+    compare_tokenizers,
     overlap_figure,
     overlap_matrix,
     overlap_report,
@@ -140,11 +142,30 @@ def test_a_teacher_of_another_vocabulary_needs_a_projection() -> None:
         assert part in str(caught.value)
 
 
-def test_heat_map(tmp_path) -> None:
+def test_heat_map() -> None:
     tables = [make_table([b"a", b"b"]), make_table([b"b", b"c", b"d"]), make_table([b"c"])]
     matrix = overlap_matrix(tables)
     assert matrix.tolist() == [[1.0, 0.5, 0.0], [0.5, 1.0, 1.0], [0.0, 1.0, 1.0]]
-    figure = overlap_figure(["a", "b", "c"], matrix)
-    figure.savefig(tmp_path / "overlap.png")
-    assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
-    assert {text.get_text() for text in figure.axes[0].texts} == {"1.000", ".500", ".000"}
+    axes = overlap_figure(["a", "b", "c"], matrix).axes[0]
+    assert [text.get_text() for text in axes.texts] == [
+        "1.000",
+        ".500",
+        ".000",
+        ".500",
+        "1.000",
+        "1.000",
+        ".000",
+        "1.000",
+        "1.000",
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_many_tokenizers_at_once(tmp_path: Path) -> None:
+    names = ["smollm2", "mistral", "gpt2"]
+    found = compare_tokenizers([str(assets.tokenizer_folder(name)) for name in names], tmp_path / "out")
+    assert found == json.loads((tmp_path / "out/overlap.json").read_text())
+    assert found["names"] == names and found["fingerprints"] == [assets.SOURCES[name].fingerprint for name in names]
+    pairs = [[vocabulary_overlap(assets.table(a), assets.table(b)).coefficient for a in names] for b in names]
+    assert found["coefficient"] == [[round(c, 4) for c in row] for row in pairs]
+    assert (tmp_path / "out/overlap.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
 """Speed and memory of the losses: `python -m tests.benchmarks.loss --device cuda|cpu [--vs torch] [--cases p_kl ...] [--projections FOLDER]`.
 
 One JSON line per case: median milliseconds of `distillation_loss` forward and backward (`ms`: in a row of calls, as in training, where the
-host runs ahead; `ms_from_idle`: when the device has nothing to do, so that the host's time counts too), GiB beyond the inputs and the gradients, the floor (each
+host runs ahead; `ms_from_idle`: when the device has nothing to do, so that the host's time counts too; `ms_graph`: replayed as a CUDA graph, without the host), GiB beyond the inputs and the gradients, the floor (each
 logit read once and its gradient written once at the measured copy rate; from hidden states the matrix products at the measured rate, one
 of the teacher's size and three of the student's) and the time over it. The last line is a summary. `--vs torch` also measures the loss in
 plain PyTorch on the same device (`cuda`, cases of T = 2048). `cpu` measures the plain path against loops over chunks and rows.
@@ -216,6 +216,23 @@ def timed_cuda(step: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
     return medians[0], medians[1]
 
 
+def graph_ms(step: Callable[[], Tensor], repeats: int) -> float | None:
+    """Median milliseconds of a step replayed as a CUDA graph, which takes the host out; None where a step waits for the host."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return timed_cuda(graph.replay, repeats)[0]
+
+
 def extra_bytes(step: Callable[[], Tensor], leaves: list[Tensor]) -> int:
     """Peak allocation of one step beyond the inputs and the gradients."""
     for leaf in leaves:
@@ -259,8 +276,9 @@ def measured(case: Case, vs_torch: bool, folder: Path | None, copy_rate: float, 
     ms, idle_ms = timed_cuda(step, 20 if case.student[0] <= 4096 else 3)
     extra = extra_bytes(step, leaves) / GIB
     floor = floor_ms(case, copy_rate, product_rate)
+    replayed = graph_ms(step, 20) if case.student[0] <= 4096 and not case.hidden else None
     line = {
-        "case": case.name, "teacher_vocab": case.teacher[1], "ms": round(ms, 3), "ms_from_idle": round(idle_ms, 3),
+        "case": case.name, "teacher_vocab": case.teacher[1], "ms": round(ms, 3), "ms_from_idle": round(idle_ms, 3), "ms_graph": replayed and round(replayed, 3),
         "extra_gib": round(extra, 3), "floor_ms": round(floor, 3), "ratio": round(ms / floor, 2), "target_ms": case.target_ms,
         "target_gib": case.target_gib,
     }  # fmt: skip

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from xtoken_core.errors import InputError
-from xtoken_core.losses.dispatch import term_sums, valid_chunks
+from xtoken_core.losses.dispatch import counted_tokens, term_sums, valid_chunks
 from xtoken_core.losses.scores import score_metric, teacher_scores
-from xtoken_core.losses.selection import check_vocabularies, next_token_mask, resolve_teachers
+from xtoken_core.losses.selection import check_vocabularies, resolve_teachers
 from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, TeacherBatch, TermSums, TopKLogits
 from xtoken_core.spec import LossSpec
 
@@ -50,7 +50,7 @@ def batch_counts(
         vocabulary: counted tokens), the sum of its scores and their count.
     """
     counts = torch.zeros(2 + 3 * len(teachers), dtype=torch.float64, device=input_ids.device)
-    counts[0] = next_token_mask(token_mask, sample_mask).sum()
+    counts[0] = counted_tokens(token_mask, sample_mask)
     counts[1].fill_(input_ids.shape[0])
     for i, teacher in enumerate(resolve_teachers(teachers, input_ids, token_mask, spec)):
         counts[2 + 3 * i] = counts[0] if teacher.projection is None else valid_chunks(teacher, sample_mask, spec)

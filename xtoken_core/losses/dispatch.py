@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.losses import plain
-from xtoken_core.losses.selection import chunk_rows
+from xtoken_core.losses.selection import chunk_rows, next_token_mask
 from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
@@ -45,3 +45,9 @@ def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> 
     """0-dim int64: how many chunks of a cross-tokenizer teacher are valid; see `selection.chunk_rows`."""
     fast = _kernels() if sample_mask.device.type == "cuda" else None
     return fast.valid_chunks(teacher, sample_mask, spec) if fast else chunk_rows(teacher, sample_mask, spec).valid.sum()
+
+
+def counted_tokens(token_mask: Tensor, sample_mask: Tensor) -> Tensor:
+    """0-dim float64: how many tokens count; see `selection.next_token_mask`."""
+    fast = _kernels() if token_mask.device.type == "cuda" else None
+    return fast.counted_tokens(token_mask, sample_mask) if fast else next_token_mask(token_mask, sample_mask).sum().double()

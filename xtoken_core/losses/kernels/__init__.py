@@ -22,6 +22,6 @@ one tile the places of the cuts are fetched once.
 """
 
 from xtoken_core.losses.kernels.autograd import term_sums
-from xtoken_core.losses.kernels.rowsets import valid_chunks
+from xtoken_core.losses.kernels.rowsets import counted_tokens, valid_chunks
 
-__all__ = ["term_sums", "valid_chunks"]
+__all__ = ["counted_tokens", "term_sums", "valid_chunks"]

@@ -61,7 +61,8 @@ class Batch:
         flag = torch.zeros(sets, room(self.source.vocab), dtype=torch.int32, device=self.counted.device)
         for term in sparse.values():
             mark(flag, term.indices, term.place)
-        touched = touched_tokens(flag)
+        limit = min(flag.shape[1], sum(term.reach for term in sparse.values()))
+        touched = touched_tokens(flag, limit)
         return touched, {i: placed_entries(touched, t.indices, t.weights, t.place) for i, t in sparse.items()}
 
     def run(self, use: Callable[[Tile, TileGradient], None] | None = None) -> None:
@@ -189,6 +190,10 @@ def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None
     return [out.view(shape), *_by_weights(batch, weights)]
 
 
+def _beside(logits: Tensor) -> Tensor:
+    return empty_rows(logits.shape[0], logits.shape[1], logits.dtype, logits.device)
+
+
 def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None]:
     """By hidden states, lm_head weight and bias, and the weights of W, in one run over the tiles."""
     assert isinstance(batch.student, HiddenLogits)
@@ -198,7 +203,7 @@ def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | Non
     def use(tile: Tile, parts: TileGradient) -> None:
         batch.weight_gradients(tile, parts, kd, weights)
         out = (
-            empty_rows(*tile.logits.shape, tile.logits.dtype, tile.logits.device) if parts.common else tile.logits
+            _beside(tile.logits) if parts.common else tile.logits
         )  # in place where no other row is read
         batch.gradient(tile, parts, out, ce, kd)
         gradients.add(out, tile.first)

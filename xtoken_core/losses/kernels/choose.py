@@ -20,8 +20,8 @@ _BLOCK = 1024
 HEAVY = 16
 """A teacher column with more student tokens than this is summed by a tile of lanes, not by one."""
 
-_CLASSES = tl.constexpr(7)
-"""Columns are sorted by entries into classes of more than 256, 128, ... 4 and the rest, so that neighbours take about as long."""
+_CLASSES = tl.constexpr(4)
+"""Columns are sorted by entries into classes of more than 256, 64, 16, 4 and the rest, so that neighbours take about as long."""
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _class_of(n):
     """0 for the fullest columns, _CLASSES for the emptiest."""
     which = tl.full(n.shape, _CLASSES, tl.int32)
     for c in tl.static_range(_CLASSES):
-        which -= (n > (4 << c)).to(tl.int32)
+        which -= (n > (4 << (2 * c))).to(tl.int32)
     return which
 
 

@@ -22,11 +22,17 @@ from xtoken_core.losses.kernels.rowsets import mean_log_prob
 from xtoken_core.losses.kernels.touched import Placed, Touched
 from xtoken_core.losses.kernels.whole import WholeGradient, mixture
 
-PROGRAMS = 528
-"""Persistent programs: four on each of an H100's multiprocessors."""
+PROGRAMS = 3168
+"""Persistent programs: several times as many as an H100 holds at a time, so that they end together."""
 
-BLOCK, FEW, PARTS = 4096, 512, 8
-"""Columns of a block (half as many with terms that read teachers' logits), touched columns at a time; parts of a row."""
+BLOCK, FEW = 2048, 256
+"""Columns of a block; touched columns at a time."""
+
+PARTS = 2
+"""Programs that share a row."""
+
+PARTS_GATHERED = 16
+"""The same where columns of a teacher's rows are gathered: with few rows at a time, these stay in the cache."""
 
 
 class _Sparse(NamedTuple):
@@ -53,7 +59,7 @@ class _Common(NamedTuple):
     chunk: Tensor
     first: Tensor
     last: Tensor
-    count: Tensor
+    size: Tensor
     logits: Tensor
     stride: int
     tile: int
@@ -95,7 +101,7 @@ def _dense_part(
         c = common[i]
         chunk = tl.load(c.chunk + first + local)
         if chunk >= 0:
-            count = tl.load(c.count + chunk)
+            count = tl.load(c.size + chunk)
             t_first, t_last = tl.load(c.t_first + chunk), tl.load(c.t_last + chunk)
             column = tl.load(c.pair + v, mask=inside, other=0)
             paired = inside & (column >= 0)
@@ -266,14 +272,14 @@ def write_gradient(
     sets = room = 1
     if touched is not None:
         token, rank, (sets, room) = touched.token, touched.rank, touched.token.shape
-    programs = min(n * PARTS, PROGRAMS)
-    block = BLOCK // 2 if whole or common else BLOCK
-    stash = torch.empty(programs * 2 * block, dtype=out.dtype, device=out.device)
+    parts_of_row = PARTS_GATHERED if common else PARTS
+    programs = min(n * parts_of_row, PROGRAMS) if sparse else n * parts_of_row
+    stash = torch.empty(programs * 2 * BLOCK if sparse else 0, dtype=out.dtype, device=out.device)
     launch(
         _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows],
         counted[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], ce, kd, temperature, sparse, whole, common, token, rank, room,
         rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
         CAPPED=cap is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
         SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
-        PARTS=PARTS, BLOCK=block, FEW=FEW, num_warps=8,
+        PARTS=parts_of_row, BLOCK=BLOCK, FEW=FEW, num_warps=8,
     )  # fmt: skip

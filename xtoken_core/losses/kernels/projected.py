@@ -26,7 +26,7 @@ from xtoken_core.losses.selection import EPSILON, FLOOR
 
 @triton.jit
 def _project_kernel(
-    logits, stride, first, num_rows, active, lse, mass, width, column_start, column_count, heavy, at, entries, weight, token, length, room,
+    logits, stride, first, num_rows, active, lse, mass, width, column_start, column_count, heavy, at, entries, weight, token, length, room, limit,
     probabilities, rows_per_set, num_sets, inv_tau, ROWS: tl.constexpr, FEW: tl.constexpr, LIGHT: tl.constexpr, COLUMNS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def _project_kernel(
     q from there. LIGHT columns at a time, an entry of each per step; where columns have many entries, tiles of COLUMNS x ENTRIES. K is sorted
     by number of entries, so the columns of a block need about as many steps.
     """
-    mine = probabilities + tl.program_id(0).to(tl.int64) * room * ROWS
+    mine = probabilities + tl.program_id(0).to(tl.int64) * limit * ROWS
     lane = tl.arange(0, ROWS)
     groups = tl.cdiv(rows_per_set, ROWS)
     begin = first // rows_per_set * groups
@@ -76,7 +76,7 @@ def _project_kernel(
                 first_entry = tl.load(starts + i, mask=i < width, other=0)
                 n = tl.load(counts + i, mask=i < width, other=0)
                 sums = tl.zeros([LIGHT, ROWS], tl.float32)
-                for e1 in range(0, tl.max(n, 0)):
+                for e1 in range(tl.max(n, 0)):
                     spot = tl.load(where + first_entry + e1, mask=e1 < n, other=0) * ROWS
                     v = tl.load(weight + first_entry + e1, mask=e1 < n, other=0.0)
                     sums += v[:, None] * tl.load(mine + spot[:, None] + lane[None, :], mask=(e1 < n)[:, None], other=0.0)
@@ -84,8 +84,8 @@ def _project_kernel(
             tl.debug_barrier()
 
 
-PROGRAMS, ROWS, WARPS = 132, 4, 16
-"""Persistent programs of the projection, one on each of an H100's multiprocessors; rows of each at a time."""
+PROGRAMS, ROWS, WARPS = 264, 4, 8
+"""Persistent programs of the projection, two on each of an H100's multiprocessors; rows of each at a time."""
 
 
 def project(
@@ -109,11 +109,11 @@ def project(
     n, (sets, width), room = logits.shape[0], columns.index.shape, touched.token.shape[1]
     mass = torch.empty(n, width, device=logits.device)
     programs = min(triton.cdiv(n, ROWS), PROGRAMS)
-    probabilities = torch.empty(programs, room, ROWS, device=logits.device)
+    probabilities = torch.empty(programs, touched.limit, ROWS, device=logits.device)
     at = touched.rank.index_select(1, table.student) - 1  # an entry's place in the list; only those of K are read
     launch(
         _project_kernel, (programs,), logits, logits.stride(0), first, n, active, lse, mass, width, columns.start, columns.count,
-        columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, probabilities, rows_per_set, sets, 1.0 / temperature,
+        columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, touched.limit, probabilities, rows_per_set, sets, 1.0 / temperature,
         ROWS=ROWS, FEW=1024, LIGHT=1024, COLUMNS=16, ENTRIES=64, num_warps=WARPS,
     )  # fmt: skip
     return mass

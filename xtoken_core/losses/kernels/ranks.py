@@ -25,10 +25,10 @@ from torch import Tensor
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 
-PROGRAMS = 264
-"""Persistent programs: two on each of an H100's multiprocessors."""
+PROGRAMS = 132
+"""Persistent programs: one on each of an H100's multiprocessors."""
 
-BLOCK, WARPS = 2048, 16
+BLOCK, WARPS = 4096, 16
 """Elements a program looks at at a time, and its warps."""
 
 BINS = 8192

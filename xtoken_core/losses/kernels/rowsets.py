@@ -65,6 +65,27 @@ def counted_rows(input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor) -> 
 
 
 @triton.jit
+def _count_tokens_kernel(mask, samples, out, length, rows, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.int32)
+    for row0 in range(0, rows, BLOCK):
+        row = row0 + tl.arange(0, BLOCK)
+        use = (row < rows) & (row % length > 0)
+        use = use & (tl.load(mask + row, mask=use, other=0) != 0)
+        total += (use & (tl.load(samples + row // length, mask=use, other=0) != 0)).to(tl.int32)
+    tl.store(out, tl.sum(total, 0).to(tl.float64))
+
+
+def counted_tokens(token_mask: Tensor, sample_mask: Tensor) -> Tensor:
+    """0-dim float64: how many rows count; see `counted_rows`."""
+    out = torch.empty((), dtype=torch.float64, device=token_mask.device)
+    launch(
+        _count_tokens_kernel, (1,), token_mask.contiguous(), sample_mask.contiguous(), out, token_mask.shape[1], token_mask.numel(),
+        BLOCK=2048, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _extent_kernel(s_ids, t_ids, extents, s_length, t_length, s_rows, t_rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """Of every chunk and each side, over its tokens that have a predictor row (FIRST: over all): FAR - lowest position, highest + 1, number."""
     if tl.program_id(1) == 0:

@@ -6,6 +6,7 @@ needs, and `sums()`: what adds up to the KD.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +59,13 @@ def choose_columns(teacher: TeacherBatch, source: Source, mask: Tensor | None, s
         return largest_columns(torch.empty(sets, vocab, device=teacher.logits.device), vocab)
     maxima = []
     for begin in range(0, source.rows, source.rows // sets):
-        best = None
         last = begin + source.rows // sets
         step = COLUMN_ROWS if source.dense is None else last - begin
-        for first in range(begin, last, step):
-            end = min(first + step, last)
-            found = column_maxima(source.tile(first, end), None if mask is None else mask[first:end])
-            best = found if best is None else torch.maximum(best, found)
-        maxima.append(best)
+        bounds = [*range(begin, last, step), last]
+        found = [
+            column_maxima(source.tile(a, b), None if mask is None else mask[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        maxima.append(functools.reduce(torch.maximum, found))
     return largest_columns(torch.stack(maxima) if sets > 1 else maxima[0][None], spec.vocab_topk)
 
 
@@ -125,6 +125,8 @@ class ProjectedTerm(ChunkTerm):
         self.by_column = projection.weights.detach().flatten()[self.table.slot].float()
         self.columns = ordered_columns(columns, place, self.table)
         self.place = self.columns.place
+        self.reach = self.table.most[columns.shape[1] - 1]
+        """No more of the student's columns can be touched."""
         self.kl = torch.zeros(self.chunks, device=columns.device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
@@ -169,6 +171,7 @@ class WithinTerm:
             self.place = torch.full((sets, vocab), -1, dtype=torch.int32, device=device).scatter_(1, self.index.long(), position)
         else:
             self.index, self.place = choose_columns(teacher, source, scope if spec.topk_scope == "sequence" else None, spec)
+        self.reach = self.index.shape[1]
         self.indices = torch.arange(vocab, device=device)[:, None]
         self.weights = torch.ones(vocab, 1, device=device)
         self.kl = torch.zeros(counted.shape[0], device=device)

@@ -1,7 +1,8 @@
 """Which of the student's columns matter to K, and W seen from both sides of that: everything on the device, nothing bounded in advance.
 
 A student token is *touched* when W (or, for a teacher with the student's own vocabulary, K itself) maps it into the K teacher columns of
-its sequence. Lists have room for the whole vocabulary and their length stays on the device, so nothing can overflow and nobody waits.
+its sequence. Lists have room for the whole vocabulary (or for what W can hold at most) and their length stays on the device, so nothing can overflow
+and nobody waits.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class ByTeacher:
     """[n] int32."""
     slot: Tensor
     """[n] int64: where its weight is in `projection.weights.flatten()`."""
+    most: list[int]
+    """most[k - 1]: the most entries that any k columns have between them."""
 
 
 _BY_TEACHER: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -45,7 +48,8 @@ def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -
         entries = projection_entries(projection, student_vocab)
         column, order = entries.teacher.sort(stable=True)
         start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
-        tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order])
+        most = start.diff().sort(descending=True).values.cumsum(0).tolist()
+        tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order], most)
     return tables[key]
 
 
@@ -61,6 +65,8 @@ class Touched:
     """[sets, room] int32: inclusive count of touched tokens up to each; a touched token stands at rank - 1."""
     flag: Tensor
     """[sets, room] int32: 1 where touched."""
+    limit: int
+    """No sequence has more."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,11 @@ def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
     )
 
 
-def touched_tokens(flag: Tensor) -> Touched:
+def touched_tokens(flag: Tensor, limit: int) -> Touched:
     """Room for the list of what is flagged in [sets, room] int32; `placed_entries` writes it."""
     rank = flag.cumsum(1, dtype=torch.int32)
     token = torch.empty_like(flag)
-    return Touched(token, rank[:, -1].contiguous(), rank, flag)
+    return Touched(token, rank[:, -1].contiguous(), rank, flag, limit)
 
 
 def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Tensor) -> Placed:

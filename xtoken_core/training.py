@@ -176,6 +176,11 @@ def _student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTraine
     model = load_model(spec.student.model if checkpoint is None else str(checkpoint), torch.float32, spec.training.attention)
     if checkpoint is None and spec.student.keep_layers is not None:
         prune_layers(model, spec.student.keep_layers)
+    return prepare_student(model, spec)
+
+
+def prepare_student(model: PreTrainedModel, spec: DistillationSpec) -> PreTrainedModel:
+    """Sets what the spec's training section asks of the model itself: activation checkpointing, compilation."""
     model.config.use_cache = False
     if spec.training.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

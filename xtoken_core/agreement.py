@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xtoken_core.bits_per_byte import LOGIT_ROWS
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import load_rows
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
-from xtoken_core.losses.types import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
+
+BATCH_TOKENS = 1024
+"""About how many positions get full logits at a time."""
 
 
 @torch.no_grad()
@@ -47,24 +47,26 @@ def agreement(
     rows, collate = load_rows(rows_folder), Collator.for_rows(spec, rows_folder)
     table = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
     student_ids = vocabulary_rows(student, len(table), table.min_rows, "student")
+    size = max(1, BATCH_TOKENS // spec.data.max_length)
     results = {}
     for index, teacher in enumerate(spec.teachers):
         model, teacher_ids, projection = _load(teacher, student, table, projections)
         mode = modes[teacher.id] if teacher.cross_tokenizer else None
         counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
         same = places = 0
-        for row in rows:
-            batch = _moved(collate([row]), student.device)
+        for start in range(0, len(rows), size):
+            batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.device)
             theirs = batch["teachers"][index] or batch
-            own = head_logits(student, final_hidden(student, batch["input_ids"]), student_ids)
-            other = head_logits(model, final_hidden(model, theirs["input_ids"]), teacher_ids)
+            # full logits, formed once: both comparisons read them
+            own = head_logits(student, final_hidden(student, batch["input_ids"]), student_ids).dense()
+            other = head_logits(model, final_hidden(model, theirs["input_ids"]), teacher_ids).dense()
             fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
             seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
             inputs = batch["input_ids"], batch["token_mask"], batch["sample_mask"], [seen], loss
             part = batch_counts(*inputs)
             counts += part.cpu()
             sums += loss_sums(own, *inputs, StepTotals.from_sums(part, [seen], loss)).cpu()
-            agrees = _same_choice(own, other, seen, batch["token_mask"])
+            agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch["token_mask"])
             same, places = same + int(agrees.sum()), places + len(agrees)
         totals = StepTotals.from_sums(counts, [seen], loss)
         results[teacher.id] = {
@@ -90,28 +92,24 @@ def _load(
     return model, ids, projection.to(student.device)
 
 
-def _same_choice(student: HiddenLogits, teacher: HiddenLogits, seen: TeacherBatch, token_mask: Tensor) -> Tensor:
-    """bool [n]: whether both put the same token first, at each place of one row that both predict."""
+def _same_choice(student: Tensor, teacher: Tensor, seen: TeacherBatch, token_mask: Tensor) -> Tensor:
+    """bool [n]: whether both put the same token first, at each place that both predict; student, teacher: first choices [B, T]."""
     if seen.projection is None:
-        rows = (token_mask[0, 1:] != 0).nonzero()[:, 0]
-        return _choices(student, rows) == _choices(teacher, rows)
+        return (student == teacher)[:, :-1][token_mask[:, 1:] != 0]
     assert seen.student_chunk_id is not None and seen.teacher_chunk_id is not None and seen.chunk_valid is not None
-    chunks = seen.chunk_valid[0].nonzero()[:, 0]
-    # ids ascend over a row's tokens (-1 outside): the token at p opens chunk c where c first occurs; row p - 1 predicts it
-    student_rows, teacher_rows = (_first(ids[0], chunks) - 1 for ids in (seen.student_chunk_id, seen.teacher_chunk_id))
-    return seen.projection.indices[_choices(student, student_rows), 0] == _choices(teacher, teacher_rows)
+    same = []
+    for b, valid in enumerate(seen.chunk_valid):
+        chunks = valid.nonzero()[:, 0]
+        # the row before a chunk's first token predicts it
+        own, other = (_first(ids[b], chunks) - 1 for ids in (seen.student_chunk_id, seen.teacher_chunk_id))
+        same.append(seen.projection.indices[student[b, own], 0] == teacher[b, other])
+    return torch.cat(same)
 
 
 def _first(ids: Tensor, chunks: Tensor) -> Tensor:
-    """[n]: position of the first token of each chunk in ids [T]."""
+    """[n]: position of the first token of each chunk in ids [T], which ascend but for -1 outside chunks."""
     inside = (ids >= 0).nonzero()[:, 0]
     return inside[torch.searchsorted(ids[inside].contiguous(), chunks)]
-
-
-def _choices(logits: HiddenLogits, rows: Tensor) -> Tensor:
-    """[n] ids of the largest logit at each of the rows [n] of a batch of one."""
-    hidden = logits.hidden[0, rows]
-    return torch.cat([replace(logits, hidden=part[None]).dense()[0].argmax(-1) for part in hidden.split(LOGIT_ROWS)])
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -90,7 +90,7 @@ def next_token_nats(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> 
     size = model.get_output_embeddings().weight.shape[0]
     costs = []
     for part, target in zip(rows.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS)):
-        logits = head_logits(model, part[None], size).dense()[0].float()
+        logits = head_logits(model, part[None].float(), size).dense()[0]  # float32 also under a bfloat16 body
         costs.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
     return torch.cat(costs).double().cpu().numpy()
 

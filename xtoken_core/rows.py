@@ -202,7 +202,8 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
     if not len(document.ids[0]):
         return "no text"
     if len(document.cuts) == 1:
-        return "no chunk in common"
+        without = [side.name for side, (_, _, exact) in zip(sides[1:], document.chunks) if not len(exact)]
+        return f"{', '.join(without) or 'all together'}: no chunk in common with the student"
     found = spans(document.cuts, limits)
     if whole:
         found = [span for span in found[:1] if span[0] == 0 and document.targets[0][: document.cuts[span[1], 0]].any()]

@@ -109,7 +109,7 @@ def test_text_that_a_vocabulary_cannot_spell_is_inexact_or_dropped():
     spelled = b"".join(both[0].table[i] for i in odd.ids[0][student_chunk == place])
     assert "\u00e9" in spelled.decode()
     assert mixed.startswith("teacher ascii: ")
-    assert document_rows(foreign, [9, 9], both, whole=False) == "no chunk in common"
+    assert document_rows(foreign, [9, 9], both, whole=False) == "teacher ascii: no chunk in common with the student"
     assert plain.chunks[0][2].all()
 
 

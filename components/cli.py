@@ -6,7 +6,10 @@ module, and the annotations are real objects (no `from __future__ import annotat
 
 import inspect
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,7 @@ component = partial(dsl.component, base_image=ResourcesSpec().image, install_kfp
 def command(component: Any) -> click.Command:
     """The command line of a component: an option per input and output, texts from its docstring.
 
-    `spec` takes a YAML or JSON file (with `--set`), other values are plain or JSON, artifacts are paths (inputs: or URIs).
+    `spec` takes a YAML or JSON file (with `--set`), other values are plain or JSON, artifacts are paths or URIs.
     Values that the component returns are printed as JSON.
     """
     function = component.python_func
@@ -93,6 +96,11 @@ def _is_json(kind: Any) -> bool:
 def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str, ...] = (), **values: Any) -> None:
     arguments = {name: _argument(name, kinds[name], value, changes) for name, value in values.items()}
     returned = function(**{name: value for name, value in arguments.items() if value is not None})
+    for name, value in values.items():
+        if value and type_annotations.is_artifact_wrapped_in_Output(kinds[name]) and storage.is_remote(value):
+            if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, the one that writes
+                storage.publish(arguments[name].path, value)
+            shutil.rmtree(arguments[name].path, ignore_errors=True)
     for artifact in arguments.values():
         if isinstance(artifact, dsl.Metrics):  # which KFP keeps as metadata, and not as a file
             Path(artifact.path).write_text(json.dumps(artifact.metadata), encoding="utf-8")
@@ -107,8 +115,9 @@ def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any
     if name == "spec":
         return DistillationSpec.from_yaml(value, changes).to_json()
     if type_annotations.is_artifact_wrapped_in_Output(kind):
-        Path(value).parent.mkdir(parents=True, exist_ok=True)
-        return get_args(kind)[0](name=name, uri=value)
+        path = Path(tempfile.mkdtemp()) / name if storage.is_remote(value) else Path(value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return get_args(kind)[0](name=name, uri=str(path))
     if type_annotations.is_artifact_wrapped_in_Input(kind):
         return get_args(kind)[0](name=name, uri=str(storage.local_copy(value)))
     if _is_json(kind):

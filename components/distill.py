@@ -10,6 +10,7 @@ def distill(
     spec: str,
     run: Output[Model],
     rows: Input[Dataset],
+    more_rows: list = [],  # noqa: B006 - KFP reads the default
     modes: dict = {},  # noqa: B006 - KFP reads the default
     baseline: bool = False,
     checkpoints: str = "",
@@ -27,7 +28,8 @@ def distill(
     Args:
         spec: Student, teachers, loss and training are read.
         run: Folder for the trained student (best and last), its log and its summary.
-        rows: Folder of rows that prepare wrote.
+        rows: Folder of rows that prepare wrote (of several shards, the first one).
+        more_rows: Folders or URIs of the other shards.
         modes: Loss mode of each cross-tokenizer teacher by its id, as overlap prints them.
         baseline: Cross-entropy alone, on the same rows in the same order.
         checkpoints: Folder or URI for checkpoints from which an interrupted training resumes; none by default.
@@ -49,8 +51,9 @@ def distill(
 
         parsed = DistillationSpec.from_text(spec)
         matrices = [slot and f"{slot.path}/projection.safetensors" for slot in slots[: len(parsed.teachers)]]
-        own = own_folder(checkpoints, spec, str(modes), rows.uri, *(slot.uri for slot in slots if slot), str(baseline))
-        distill(parsed, modes, [rows.path], matrices, run.path, baseline=baseline, checkpoint_uri=own)
+        used = [rows.uri, *more_rows, *(slot.uri for slot in slots if slot)]
+        own = own_folder(checkpoints, spec, str(modes), str(baseline), *used)
+        distill(parsed, modes, [rows.path, *more_rows], matrices, run.path, baseline=baseline, checkpoint_uri=own)
 
 
 if __name__ == "__main__":

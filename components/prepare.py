@@ -1,13 +1,17 @@
 """Turn documents into tokenized, aligned, cut rows."""
 
+from typing import NamedTuple
+
 from kfp.dsl import Dataset, Output
 
 from components.cli import component, main
 
 
 @component
-def prepare(spec: str, rows: Output[Dataset], shard: int = 0):
+def prepare(spec: str, rows: Output[Dataset], shard: int = 0) -> NamedTuple("Outputs", [("uri", str)]):  # type: ignore[valid-type]
     """Tokenize and align the documents for the student and every teacher, once.
+
+    Prints where the rows lie.
 
     Args:
         spec: Student, teachers and data are read.
@@ -24,6 +28,7 @@ def prepare(spec: str, rows: Output[Dataset], shard: int = 0):
         prepare_rows(parsed, f"{rows.path}/train", "train", shard)
         if shard == 0 and parsed.data.validation:
             prepare_rows(parsed, f"{rows.path}/validation", "validation")
+        return (rows.uri,)
 
 
 if __name__ == "__main__":

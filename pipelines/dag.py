@@ -10,6 +10,7 @@ from kfp.dsl.pipeline_channel import PipelineChannel
 
 from components.distill import distill
 from components.evaluate import evaluate
+from components.launch import launch
 from components.overlap import overlap
 from components.prepare import prepare
 from components.projection import projection
@@ -48,13 +49,22 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
         if teacher.cross_tokenizer:
             task = add(projection, f"projection-{teacher.id}", after="overlap", heavy=True, spec=views[f"projection_{index}"])
             matrices[f"projection_{index}"] = task["matrix"]
-    rows = add(prepare, "prepare", after="overlap", heavy=True, spec=views["prepare"])["rows"]
+    shares = range(compiled.data.shards)
+    names = ["prepare"] if compiled.data.shards == 1 else [f"prepare-{shard}" for shard in shares]
+    prepared = [
+        add(prepare, name, after="overlap", heavy=True, spec=views["prepare"], shard=shard) for name, shard in zip(names, shares)
+    ]
+    rows, uris = prepared[0]["rows"], [share["uri"] for share in prepared]
 
-    training = {"gpu": True, "rows": rows, "checkpoints": views["checkpoints"]}
-    student = add(distill, "distill", spec=views["distill"], modes=audit["modes"], **training, **matrices)["run"]
+    if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
+        training = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
+    else:
+        training = {"component": distill, "gpu": True, "rows": rows} | ({"more_rows": uris[1:]} if uris[1:] else {})
+    training["checkpoints"] = views["checkpoints"]
+    student = add(name="distill", spec=views["distill"], modes=audit["modes"], **training, **matrices)["run"]
     runs = {"student_after": student}
     if compiled.evaluation.ce_baseline:
-        runs["baseline"] = add(distill, "distill-baseline", spec=views["baseline"], baseline=True, **training)["run"]
+        runs["baseline"] = add(name="distill-baseline", spec=views["baseline"], baseline=True, **training)["run"]
 
     results = {}
     for who in evaluated(compiled):
@@ -89,7 +99,8 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
 
     def add(component: Any, name: str, *, after: str = "", heavy: bool = False, gpu: bool = False, **inputs: Any) -> Any:
         upstream = [after] if after else []
-        upstream += [i.task_name for i in inputs.values() if isinstance(i, PipelineChannel) and i.task_name]
+        given = [item for value in inputs.values() for item in (value if isinstance(value, list) else [value])]
+        upstream += [item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name]
         edges.append(
             {"name": name, "after": [task for task in tasks if task in upstream and task != "resolve"] or list(tasks)[:1]}
         )

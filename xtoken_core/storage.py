@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -110,19 +111,30 @@ def local_copy(uri: str) -> Path:
     with _reported(uri):
         listing = _listing(fs, path, uri)
         target = cache_folder() / _digest(path, listing) / path.rsplit("/", 1)[-1]
-        if target.exists():
-            return target
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.parent.with_name(f"{target.parent.name}.partial-{uuid.uuid4().hex[:8]}")
-        try:
-            _download(fs, path, listing, staging / target.name, uri)
-            if _digest(path, _listing(fs, path, uri)) != target.parent.name:
-                raise InputError(f"{uri}: changed while it was read")
-            with contextlib.suppress(FileExistsError, OSError):  # another process was first
-                staging.rename(target.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with _lock(target.parent.with_suffix(".lock")):  # of the processes of a host, one downloads
+            if not target.exists():
+                _fill(fs, path, listing, target, uri)
         return target
+
+
+def _fill(fs: AbstractFileSystem, path: str, listing: dict[str, dict[str, Any]], target: Path, uri: str) -> None:
+    """Downloads into a folder beside the target's, and renames it when it is whole."""
+    staging = target.parent.with_name(f"{target.parent.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        _download(fs, path, listing, staging / target.name, uri)
+        if _digest(path, _listing(fs, path, uri)) != target.parent.name:
+            raise InputError(f"{uri}: changed while it was read")
+        staging.rename(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:
@@ -216,8 +228,12 @@ def publish(folder: str | Path, uri: str) -> None:
     Locally: a copy beside the target, then a rename. On an object store, which has no renames: an upload beside the target
     (multipart, several files at a time, retried), then a copy within the store under an `_INCOMPLETE` marker, which every
     reader of this project heeds. Raises InputError (no space left, not allowed, not reachable) with nothing left behind.
+    A single file is taken as well.
     """
     fs, target = filesystem(uri)
+    if Path(folder).is_file() and is_remote(uri):  # an object is there whole or not at all
+        with _reported(uri):
+            return _retried(partial(fs.put_file, str(folder), target), uri)
     staging = f"{os.path.dirname(target)}/.{os.path.basename(target)}.partial-{uuid.uuid4().hex[:8]}"
     walk = os.walk(folder, followlinks=True)  # links, so that a caller can put a folder together without copying it
     files = sorted(Path(root, name).relative_to(folder).as_posix() for root, _, names in walk for name in names)

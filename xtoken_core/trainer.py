@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, dynamic_scale, loss_metrics
 from xtoken_core.models import save_model
 from xtoken_core.runlog import RunLog
+from xtoken_core.shards import StreamedRows
 from xtoken_core.student import Batch, MicroBatch, Student, teacher_batch, teacher_inputs
 from xtoken_core.teachers.schedule import GIB, TeacherPool
 
@@ -66,7 +67,12 @@ class Shuffled(Dataset):
         epoch, position = divmod(index, len(self.rows))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+            order = (
+                self.rows.order(generator)
+                if isinstance(self.rows, StreamedRows)
+                else torch.randperm(len(self.rows), generator=generator)
+            )
+            self._epoch, self._order = epoch, order
         return self.rows[int(self._order[position])]
 
 

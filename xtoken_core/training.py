@@ -54,7 +54,7 @@ def distill(
     Args:
         spec: read for student, teachers, loss, data and training.
         modes: loss mode of each cross-tokenizer teacher by id, where neither teacher nor loss fix it.
-        rows: folders of prepared rows, one per shard, each with `train`; the first with `validation` if the spec has such data.
+        rows: folders or URIs of prepared rows, one per shard, each with `train`; the first with `validation` if the spec has such data.
         projections: per teacher the file of its W; None for one with the student's vocabulary.
         out_dir: gets `last` and `best` (by validation bits per byte; folders that AutoModelForCausalLM and AutoTokenizer load), `log.jsonl`,
             `summary.json`, `tensorboard`, `checkpoints`.
@@ -118,8 +118,11 @@ def _distill(
             name = folder / f"projection-{spec.teachers[index].id}.safetensors"
             learned_projection.projection().save(name, table.fingerprint, teacher.fingerprint, {"learned": True})
 
-    folders = [Path(folder) for folder in rows]
-    from xtoken_core.dataset import load_rows, training_rows
+    from xtoken_core.dataset import load_rows
+    from xtoken_core.shards import rows_of_shards
+    from xtoken_core.storage import local_copy
+
+    first_rows = local_copy(str(rows[0]))
 
     resumed = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     with contextlib.ExitStack() as stack:
@@ -128,9 +131,9 @@ def _distill(
         trainer = DistillationTrainer(
             student,
             args,
-            collate=Collator.for_rows(spec, folders[0] / "train"),
-            train_rows=training_rows(spec.data, *(folder / "train" for folder in folders)),
-            validation_rows=load_rows(folders[0] / "validation") if spec.data.validation else None,
+            collate=Collator.for_rows(spec, first_rows / "train"),
+            train_rows=rows_of_shards(spec.data, [str(folder) for folder in rows]),
+            validation_rows=load_rows(first_rows / "validation") if spec.data.validation else None,
             tokenizer=tokenizer,
             pool=pool,
             templates=[teacher.template for teacher in teachers],

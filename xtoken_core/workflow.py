@@ -132,7 +132,13 @@ def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | No
             kept |= full
         elif section == "teachers":
             kept["teachers"] = [_pick(t, fields) for t in full["teachers"]]
-            if step in ("prepare", "evaluate_student", "evaluate_teacher", "baseline"):  # whether there is one, not which
+            if step in (
+                "overlap",
+                "prepare",
+                "evaluate_student",
+                "evaluate_teacher",
+                "baseline",
+            ):  # whether there is one, not which
                 kept["teachers"] = [t | {"projection": {}} if t.get("projection") else t for t in kept["teachers"]]
         elif section in full:
             kept[section] = _pick(full[section], fields)

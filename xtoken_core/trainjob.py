@@ -1,0 +1,216 @@
+"""Training on several hosts: a Kubeflow Trainer v2 TrainJob, made, followed and passed on.
+
+The job's pods run `torchrun -m components.distill` (the runtime's torch policy tells torchrun who is who through PET_*
+variables) and read rows and projections from, and publish the run to, URIs that every host reaches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import ResourcesSpec
+from xtoken_core.storage import is_remote, normalize
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+RUNTIME = "xtoken-torch"
+"""The ClusterTrainingRuntime of manifests/."""
+
+POLL_SECONDS = 5.0
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class TrainJobError(Exception):
+    """The job failed; its pods' log says why."""
+
+
+def worker_command(
+    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: Mapping[int, str], baseline: bool, checkpoints: str
+) -> list[str]:
+    """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
+    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes))]
+    options += ["--run", run_uri, "--checkpoints", checkpoints]
+    options += [text for index, uri in projections.items() for text in (f"--projection-{index}", uri)]
+    options += ["--baseline"] if baseline else []
+    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
+    return ["sh", "-c", script, "distill", *options]
+
+
+def manifest(name: str, spec: str, resources: ResourcesSpec, command: Sequence[str]) -> dict[str, Any]:
+    """The TrainJob: image, hosts and accelerators, and what the pods need beyond the runtime's template."""
+    amounts = {"cpu": resources.cpu, "memory": resources.memory}
+    if resources.gpus_per_node:
+        amounts[resources.gpu_type] = str(resources.gpus_per_node)
+    secrets = [{"name": s.env, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}} for s in resources.secrets]
+    volumes: list[dict[str, Any]] = [
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": resources.shm}},
+        *({"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": c.name}} for i, c in enumerate(resources.pvc)),
+    ]
+    mounts = [
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        *({"name": f"claim-{i}", "mountPath": c.mount_path} for i, c in enumerate(resources.pvc)),
+    ]
+    pod: dict[str, Any] = {"volumes": volumes, "containers": [{"name": "node", "volumeMounts": mounts}]}
+    if resources.node_selector:
+        pod["nodeSelector"] = dict(resources.node_selector)
+    if resources.tolerations:
+        pod["tolerations"] = [t.model_dump(exclude_none=True) for t in resources.tolerations]
+    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "TrainJob",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "xtoken-pipelines"}},
+        "spec": {
+            "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": RUNTIME},
+            "trainer": {
+                "image": resources.image,
+                "command": list(command),
+                "numNodes": resources.nodes,
+                "numProcPerNode": max(resources.gpus_per_node, 1),
+                "resourcesPerNode": {"requests": amounts, "limits": amounts},
+                "env": [{"name": "XTOKEN_SPEC", "value": spec}, *secrets],
+            },
+            "runtimePatches": [
+                {
+                    "manager": "xtoken.pipelines/launcher",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+                }
+            ],
+        },
+    }
+
+
+def launch(
+    spec: str,
+    resources: str,
+    rows: Sequence[str],
+    run_uri: str,
+    modes: Mapping[str, str],
+    projections: Mapping[int, str],
+    baseline: bool,
+    checkpoints: str,
+) -> None:
+    """Trains on several hosts, and returns when the job is complete; arguments as of components/launch.py.
+
+    Raises TrainJobError where the job fails, InputError where the cluster refuses it or something isn't in reach of every host.
+    """
+    given = ResourcesSpec.model_validate_json(resources)
+    for uri in (*rows, run_uri, *projections.values()):
+        if not is_remote(uri) and not any(uri.startswith(claim.mount_path) for claim in given.pvc):
+            raise InputError(
+                f"resources.nodes: several hosts cannot all reach {uri}; use a pipeline root that is a URI or on a resources.pvc"
+            )
+    command = worker_command(rows, normalize(run_uri), modes, projections, baseline, checkpoints)
+    key = hashlib.sha256("\0".join([spec, resources, *command]).encode()).hexdigest()[:12]
+    run_job(manifest(f"xtoken-distill-{key}", spec, given, command))
+
+
+def run_job(job: Mapping[str, Any]) -> None:
+    """Creates the job, prints the log of its first host, and returns when it is complete.
+
+    A job of this name that is running already, of a launcher that was pre-empted, is followed instead of made again.
+    Raises TrainJobError where it fails, InputError where the cluster refuses it. When this process is told to stop, the job
+    is deleted.
+    """
+    import kubernetes
+
+    _load_config(kubernetes)
+    namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
+    jobs, pods = kubernetes.client.CustomObjectsApi(), kubernetes.client.CoreV1Api()
+    place = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
+    name = job["metadata"]["name"]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        _create(jobs, place, job, kubernetes.client.ApiException)
+        _follow(jobs, pods, place, name)
+    except (KeyboardInterrupt, SystemExit):
+        jobs.delete_namespaced_custom_object(**place, name=name)
+        print(f"{name}: deleted, since this step was cancelled", flush=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _load_config(kubernetes: Any) -> None:
+    try:
+        kubernetes.config.load_incluster_config()
+    except kubernetes.config.ConfigException:
+        try:
+            kubernetes.config.load_kube_config()
+        except kubernetes.config.ConfigException:
+            raise InputError("resources.nodes: several hosts need a Kubernetes cluster with Kubeflow Trainer") from None
+
+
+def _create(jobs: Any, place: dict[str, str], job: Mapping[str, Any], api_exception: type[Exception]) -> None:
+    name = job["metadata"]["name"]
+    try:
+        jobs.create_namespaced_custom_object(**place, body=job)
+        print(f"{name}: created, {job['spec']['trainer']['numNodes']} hosts", flush=True)
+    except api_exception as e:
+        if getattr(e, "status", None) != 409:
+            raise InputError(f"TrainJob {name}: {getattr(e, 'status', '')} {_message(e)}") from None
+        if _ended(jobs.get_namespaced_custom_object(**place, name=name)) == "Failed":
+            jobs.delete_namespaced_custom_object(**place, name=name)
+            _until_gone(jobs, place, name, api_exception)
+            jobs.create_namespaced_custom_object(**place, body=job)
+            print(f"{name}: had failed; created again", flush=True)
+        else:
+            print(f"{name}: is there already; followed", flush=True)
+
+
+def _until_gone(jobs: Any, place: dict[str, str], name: str, api_exception: type[Exception]) -> None:
+    while True:
+        try:
+            jobs.get_namespaced_custom_object(**place, name=name)
+        except api_exception as e:
+            if getattr(e, "status", None) == 404:
+                return
+            raise
+        time.sleep(POLL_SECONDS)
+
+
+def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str) -> None:
+    seen: dict[str, int] = {}
+    while True:
+        job = jobs.get_namespaced_custom_object(**place, name=name)
+        _print_log(pods, place["namespace"], name, seen)
+        ended = _ended(job)
+        if ended == "Complete":
+            print(f"{name}: complete", flush=True)
+            return
+        if ended:
+            conditions = job["status"]["conditions"]
+            reason = next(c.get("message", "") for c in conditions if c["type"] == "Failed" and c["status"] == "True")
+            raise TrainJobError(f"TrainJob {name}: {' '.join(reason.split()) or 'failed'}")
+        time.sleep(POLL_SECONDS)
+
+
+def _ended(job: Mapping[str, Any]) -> str | None:
+    """`Complete`, `Failed` or None, by the job's conditions."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return next((c["type"] for c in conditions if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None)
+
+
+def _print_log(pods: Any, namespace: str, name: str, seen: dict[str, int]) -> None:
+    """Prints what the first host's pods have logged since the last look; `seen`: lines told, by pod."""
+    first = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index=0"
+    for pod in pods.list_namespaced_pod(namespace, label_selector=first).items:
+        if pod.status.phase in ("Running", "Succeeded", "Failed"):
+            lines = pods.read_namespaced_pod_log(pod.metadata.name, namespace).splitlines()
+            for line in lines[seen.get(pod.metadata.name, 0) :]:
+                print(line, flush=True)
+            seen[pod.metadata.name] = len(lines)
+
+
+def _message(error: Any) -> str:
+    try:
+        return " ".join(json.loads(error.body)["message"].split())
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return str(getattr(error, "reason", error))

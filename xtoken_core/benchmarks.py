@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +59,9 @@ def run_tasks(
         tok: its tokenizer.
         folder: where the model lies as a Hugging Face folder, for vLLM; None: only `model` will do.
 
-    Raises InputError, also where lm-eval is not installed or data cannot be had.
+    Raises InputError, also for data that cannot be had.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("evaluation.tasks: need lm-evaluation-harness: pip install 'xtoken-pipelines[eval]'")
-    jobs = list(plan_tasks(evaluation.tasks))
+    jobs = plan_tasks(evaluation.tasks)
     lm = _language_model(model, tok, folder)
     results: dict[str, dict[str, Any]] = {}
     for job in jobs:
@@ -72,29 +70,29 @@ def run_tasks(
     return results
 
 
-def plan_tasks(tasks: Sequence[str]) -> Iterator[Job]:
-    """The jobs that `evaluation.tasks` stand for. Raises InputError for a task that nobody knows."""
+def plan_tasks(tasks: Sequence[str]) -> list[Job]:
+    """The jobs that `evaluation.tasks` stand for. Raises InputError where lm-eval is missing, or for a task nobody knows."""
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("evaluation.tasks: need lm-evaluation-harness: pip install 'xtoken-pipelines[eval]'")
+    return [_job(task) for task in tasks]
+
+
+def _job(task: str) -> Job:
     from lm_eval.tasks import TaskManager
 
     from xtoken_core.storage import local_copy
 
-    known: set[str] | None = None
-    for task in tasks:
-        if task in SUITES:
-            yield SUITES[task]
-        elif "/" in task:
-            folder = local_copy(task)
-            names = TaskManager(include_path=str(folder), include_defaults=False).all_subtasks
-            if not names:
-                raise InputError(f"evaluation.tasks: {task}: no task (.yaml) in it")
-            yield Job(tuple(names), folder)
-        else:
-            known = known or set(TaskManager().all_tasks)
-            if task not in known:
-                raise InputError(
-                    f"evaluation.tasks: {task}: no task of lm-evaluation-harness, and no suite ({', '.join(SUITES)})"
-                )
-            yield Job((task,))
+    if task in SUITES:
+        return SUITES[task]
+    if "/" in task:
+        folder = local_copy(task)
+        names = TaskManager(include_path=str(folder), include_defaults=False).all_subtasks
+        if not names:
+            raise InputError(f"evaluation.tasks: {task}: no task (.yaml) in it")
+        return Job(tuple(names), folder)
+    if task not in TaskManager().all_tasks:
+        raise InputError(f"evaluation.tasks: {task}: no task of lm-evaluation-harness, and no suite ({', '.join(SUITES)})")
+    return Job((task,))
 
 
 def _language_model(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: str | Path | None) -> LM:

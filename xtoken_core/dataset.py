@@ -66,7 +66,7 @@ def prepare_rows(
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec.data, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
-    if shards == 1 or stats.documents:  # a shard may be left without documents, a corpus may not
+    if shards == 1:  # one of several shards may be left without rows; all together may not, see `training_rows`
         stats.check(f"data.{split}")
     result = stats.summary() | {"seconds": round(time.perf_counter() - started, 3)}
     record = {"pads": {side.column: side.pad for side in sides}, "stats": result}
@@ -222,8 +222,13 @@ def load_rows(*folders: str | Path) -> Dataset:
 
 
 def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows:
-    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so."""
+    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so.
+
+    Raises InputError for none.
+    """
     rows = load_rows(*folders)
+    if not len(rows):
+        raise InputError("data.train: no rows in any of its shards")
     if data.max_rows is not None:
         cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
         rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < _budget(data)))))

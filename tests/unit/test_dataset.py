@@ -201,7 +201,17 @@ def test_shards_hold_the_rows_of_one(corpus, tmp_path, packing, max_rows):
 
     one = prepared(1)
     assert prepared(3) == one
+    assert prepared(11) == one  # more shards than documents
     assert max_rows is None or len(one) == max_rows
+
+
+def test_shards_without_any_row(corpus, tmp_path):
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 2)
+    spec = make_spec([tmp_path / "blank.jsonl"], shards=2)
+    for shard in range(2):
+        prepare_rows(spec, tmp_path / f"rows-{shard}", shard=shard)
+    with pytest.raises(InputError, match="data.train: no rows in any of its shards"):
+        training_rows(spec.data, tmp_path / "rows-0", tmp_path / "rows-1")
 
 
 @pytest.mark.parametrize(

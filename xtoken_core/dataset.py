@@ -240,12 +240,11 @@ def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows:
 
 
 def row_lengths(rows: Dataset, column: str) -> np.ndarray:
-    """[rows] int64: tokens of each row on one side, read off the Arrow offsets."""
+    """[rows] int64: tokens of each row on one side, read off Arrow's offsets."""
     import pyarrow.compute as pc
 
-    lengths = pc.list_value_length(rows.data.column(f"{column}_ids")).to_numpy()
-    indices = rows._indices
-    return lengths.astype(np.int64) if indices is None else lengths[indices.column(0).to_numpy()]
+    table = rows.select_columns([f"{column}_ids"]).with_format("arrow")[:]
+    return pc.list_value_length(table.column(0)).to_numpy().astype(np.int64)
 
 
 class PackedRows:

@@ -76,6 +76,9 @@ def download_gguf(model: DemoModel, folder: Path) -> Path:
 
 def ready_folder(model: DemoModel, root: Path) -> Path:
     """The model as a Hugging Face folder under `root`: made on the first call, reused afterwards."""
+    import torch
+    from transformers.utils import logging
+
     from xtoken_core.models import load_model, save_model
     from xtoken_core.tokenization import load_tokenizer
 
@@ -89,7 +92,8 @@ def ready_folder(model: DemoModel, root: Path) -> Path:
         gguf = download_gguf(model, Path(scratch))
         click.echo(f"{target}: unpacking the quantised weights, a minute or so")
         finished = Path(scratch) / "finished"
-        save_model(load_model(str(gguf), dtype="bfloat16"), load_tokenizer(str(gguf)), finished)
+        logging.set_verbosity_error()  # transformers' advice on quantised checkpoints, which these are about not to be
+        save_model(load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf)), finished)
         shutil.move(finished, target)  # same file system: a rename, so the folder is whole or absent
     return target
 

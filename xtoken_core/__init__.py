@@ -1,0 +1,1 @@
+"""The library behind the pipelines: alignment, projection, losses, teachers, training, evaluation, report."""

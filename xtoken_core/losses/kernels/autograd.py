@@ -58,9 +58,9 @@ class Batch:
         if not sparse:
             return None, {}
         sets = next(iter(sparse.values())).place.shape[0]
-        flag = torch.zeros(sets, room(self.source.vocab), dtype=torch.int32, device=self.counted.device)
-        for term in sparse.values():
-            mark(flag, term.indices, term.place)
+        flag = torch.empty(sets, room(self.source.vocab), dtype=torch.int32, device=self.counted.device)
+        for number, term in enumerate(sparse.values()):
+            mark(flag, term.indices, term.place, number == 0)
         limit = min(flag.shape[1], sum(term.reach for term in sparse.values()))
         touched = touched_tokens(flag, limit)
         return touched, {i: placed_entries(touched, t.indices, t.weights, t.place) for i, t in sparse.items()}
@@ -88,11 +88,11 @@ class Batch:
         if use is not None:
             use(tile, parts)
 
-    def gradient(self, tile: Tile, parts: TileGradient, out: Tensor, ce: Tensor, kd: Tensor) -> None:
-        """Writes a tile's gradient by its raw logits to `out`."""
+    def gradient(self, tile: Tile, parts: TileGradient, out: Tensor, ce: Tensor, kd: Tensor, factor: Tensor | None) -> None:
+        """Writes a tile's gradient by its raw logits to `out`; see `write_gradient`."""
         write_gradient(
-            tile.logits, out, tile.first, self.active, self.counted, self.targets, self.stats, ce, kd, parts, self.touched, self.length,
-            self.spec.temperature, self.spec.reverse_kl, self.source.scale, self.source.cap,
+            tile.logits, out, tile.first, self.active, self.counted, self.targets, self.stats, ce, kd, factor, parts, self.touched,
+            self.length, self.spec.temperature, self.spec.reverse_kl, self.source.scale, self.source.cap,
         )  # fmt: skip
 
     def weight_gradients(self, tile: Tile, parts: TileGradient, kd: Tensor, into: dict[int, Tensor]) -> None:
@@ -137,6 +137,7 @@ class _Terms(torch.autograd.Function):
         ctx: Any, batch: Batch, coefficients: Coefficients | None, wanted: bool, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.batch, ctx.coefficients, ctx.ready = batch, coefficients, None
+        ctx.save_for_backward(*inputs)
         if isinstance(batch.student, HiddenLogits):
             if wanted and coefficients is not None:
                 ctx.ready = _hidden_gradients(batch, coefficients.ce, coefficients.kd)
@@ -163,16 +164,21 @@ class _Terms(torch.autograd.Function):
         if ctx.ready is not None:
             gradients, ctx.ready = ctx.ready, None
             return None, None, None, *(scale_(x, upstream[0]) for x in gradients)
-        if ctx.coefficients is not None:
-            ce, kd = (upstream[0] * x for x in (ctx.coefficients.ce, ctx.coefficients.kd))
+        _ = ctx.saved_tensors  # complains if they changed since
+        if ctx.coefficients is None:
+            found = batch.found[0], batch.found[2::3]
+            ce, kd = (torch.zeros_like(y) if x is None else x.contiguous() for x, y in zip(upstream, found, strict=True))
+            factor = None
         else:
-            ce, kd = (torch.zeros_like(like) if x is None else x.contiguous() for x, like in zip(upstream, (batch.found[0], batch.found[2::3])))
+            ce, kd, factor = ctx.coefficients.ce, ctx.coefficients.kd, upstream[0]
         if isinstance(batch.student, HiddenLogits):
+            if factor is not None:
+                ce, kd = ce * factor, kd * factor
             return None, None, None, *_hidden_gradients(batch, ce, kd)
-        return None, None, None, *_dense_gradients(batch, ce, kd)
+        return None, None, None, *_dense_gradients(batch, ce, kd, factor)
 
 
-def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None]:
+def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor, factor: Tensor | None) -> list[Tensor | None]:
     """By the student's logits and the weights of W; from what forward kept, or by another run."""
     assert isinstance(batch.student, Tensor)
     shape = batch.student.shape
@@ -180,8 +186,8 @@ def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | None
     weights: dict[int, Tensor] = {}
 
     def use(tile: Tile, parts: TileGradient) -> None:
-        batch.weight_gradients(tile, parts, kd, weights)
-        batch.gradient(tile, parts, out[tile.first : tile.last], ce, kd)
+        batch.weight_gradients(tile, parts, kd if factor is None else kd * factor, weights)
+        batch.gradient(tile, parts, out[tile.first : tile.last], ce, kd, factor)
 
     if batch.saved is not None:
         use(*batch.saved)
@@ -202,10 +208,8 @@ def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | Non
 
     def use(tile: Tile, parts: TileGradient) -> None:
         batch.weight_gradients(tile, parts, kd, weights)
-        out = (
-            _beside(tile.logits) if parts.common else tile.logits
-        )  # in place where no other row is read
-        batch.gradient(tile, parts, out, ce, kd)
+        out = _beside(tile.logits) if parts.common else tile.logits  # in place where no other row is read
+        batch.gradient(tile, parts, out, ce, kd, None)
         gradients.add(out, tile.first)
 
     batch.run(use)

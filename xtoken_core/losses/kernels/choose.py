@@ -1,6 +1,7 @@
 """The choice of K from column maxima, and K's order: the teacher columns that most student tokens map to come first.
 
-The k-th largest maximum comes from `torch.topk`; columns above it are chosen, and of those equal to it the lowest.
+The k-th largest maximum is found by radix selection, three digits of its bits; columns above it are chosen, and of those equal to it the lowest.
+Counts are integers: atomics do not make them depend on order.
 """
 
 from __future__ import annotations
@@ -25,14 +26,63 @@ _CLASSES = tl.constexpr(4)
 
 
 @triton.jit
-def _tally_kernel(maxima, edge, tally, vocab, BLOCK: tl.constexpr):
-    """Per block of columns: how many are above the edge, and how many level with it."""
+def _key(x):
+    """float32 as an int32 of the same order; the two zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _digit(counts, k):
+    """Of counts of 2048 digits: the digit of the k-th largest key, and its rank among the keys with that digit."""
+    lane = tl.arange(0, 2048)
+    n = tl.load(counts + lane)
+    least = tl.sum(n, 0) - tl.cumsum(n, 0) + n  # keys with at least this digit
+    digit = tl.max(tl.where(least >= k, lane, 0), 0)
+    return digit, k - tl.sum(tl.where(lane > digit, n, 0), 0)
+
+
+@triton.jit
+def _count_kernel(partial, maxima, counts, vocab, k, PARTS: tl.constexpr, PASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the keys of a block by their digit of this pass (11, 11 and 10 bits), where they agree with the k-th largest so far. The first pass
+    also joins the partial maxima.
+    """
+    set_ = tl.program_id(1)
+    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = v < vocab
+    mine = counts + set_ * 3 * 2048
+    if PASS == 0:
+        x = tl.load(partial + set_ * PARTS * vocab + v, mask=inside, other=float("-inf"))
+        for part in range(1, PARTS):
+            x = tl.maximum(x, tl.load(partial + (set_ * PARTS + part) * vocab + v, mask=inside, other=float("-inf")))
+        tl.store(maxima + set_ * vocab + v, x, mask=inside)
+        tl.atomic_add(mine + (_key(x) >> 21) + 1024, 1, mask=inside, sem="relaxed")
+    else:
+        key = _key(tl.load(maxima + set_ * vocab + v, mask=inside, other=0.0))
+        first, rest = _digit(mine, k)
+        match = inside & ((key >> 21) + 1024 == first)
+        if PASS == 1:
+            tl.atomic_add(mine + 2048 + ((key >> 10) & 2047), 1, mask=match, sem="relaxed")
+        else:
+            second, rest = _digit(mine + 2048, rest)
+            match = match & (((key >> 10) & 2047) == second)
+            tl.atomic_add(mine + 4096 + (key & 1023), 1, mask=match, sem="relaxed")
+
+
+@triton.jit
+def _tally_kernel(maxima, counts, edge, tally, vocab, k, BLOCK: tl.constexpr):
+    """The key of the k-th largest, and per block of columns how many are above it and how many level with it."""
     block, blocks, set_ = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    mine = counts + set_ * 3 * 2048
+    first, rest = _digit(mine, k)
+    second, rest = _digit(mine + 2048, rest)
+    third, rest = _digit(mine + 4096, rest)
+    limit = (first - 1024) * 2097152 + second * 1024 + third
     v = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(maxima + set_ * vocab + v, mask=v < vocab, other=float("nan"))
-    limit = tl.load(edge + set_)
-    tl.store(tally + set_ * 2 * blocks + block, tl.sum((x > limit).to(tl.int32), 0))
-    tl.store(tally + (set_ * 2 + 1) * blocks + block, tl.sum((x == limit).to(tl.int32), 0))
+    key = _key(tl.load(maxima + set_ * vocab + v, mask=v < vocab, other=0.0))
+    tl.store(edge + set_, limit)
+    tl.store(tally + set_ * 2 * blocks + block, tl.sum(((v < vocab) & (key > limit)).to(tl.int32), 0))
+    tl.store(tally + (set_ * 2 + 1) * blocks + block, tl.sum(((v < vocab) & (key == limit)).to(tl.int32), 0))
 
 
 @triton.jit
@@ -46,34 +96,41 @@ def _choose_kernel(maxima, edge, tally, columns, place, vocab, k, BLOCK: tl.cons
     above_before = tl.sum(tl.where(b < block, above, 0), 0)
     level_before = tl.sum(tl.where(b < block, level, 0), 0)
     v = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(maxima + set_ * vocab + v, mask=v < vocab, other=float("nan"))
+    inside = v < vocab
+    key = _key(tl.load(maxima + set_ * vocab + v, mask=inside, other=0.0))
     limit = tl.load(edge + set_)
-    is_level = (x == limit).to(tl.int32)
-    chosen = (x > limit) | ((x == limit) & (level_before + tl.cumsum(is_level, 0) <= room))
+    is_level = (inside & (key == limit)).to(tl.int32)
+    chosen = inside & ((key > limit) | ((key == limit) & (level_before + tl.cumsum(is_level, 0) <= room)))
     at = above_before + tl.minimum(level_before, room) + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(columns + set_ * k + at, v, mask=chosen)
-    tl.store(place + set_ * vocab + v, tl.where(chosen, at, -1), mask=v < vocab)
+    tl.store(place + set_ * vocab + v, tl.where(chosen, at, -1), mask=inside)
 
 
-def largest_columns(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[sets, V] float32 maxima -> [sets, k] int32 columns, ascending, and [sets, V] int32: where a column stands, or -1.
+def all_columns(sets: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `largest_columns` with k = V."""
+    columns = torch.arange(vocab, dtype=torch.int32, device=device).expand(sets, vocab).contiguous()
+    return columns, columns
 
-    As `selection.largest_columns`. k <= V. Columns whose maximum is not a number are not chosen (where nothing else is left, column 0 fills up).
+
+def largest_columns(partial: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[sets, parts, V] float32, whose maxima over the parts count -> [sets, k] int32 columns, ascending, and [sets, V] int32: where a column
+    stands, or -1. As `selection.largest_columns`; k < V.
     """
-    sets, vocab = maxima.shape
-    if k >= vocab:
-        columns = torch.arange(vocab, dtype=torch.int32, device=maxima.device).expand(sets, vocab).contiguous()
-        return columns, columns
-    edge = maxima.topk(k, sorted=False).values.amin(1)
-    columns = torch.zeros(sets, k, dtype=torch.int32, device=maxima.device)
-    place = torch.empty(sets, vocab, dtype=torch.int32, device=maxima.device)
+    sets, parts, vocab = partial.shape
+    device = partial.device
+    maxima = torch.empty(sets, vocab, device=device)
+    counts = torch.zeros(sets, 3, 2048, dtype=torch.int32, device=device)
+    edge = torch.empty(sets, dtype=torch.int32, device=device)
+    columns = torch.empty(sets, k, dtype=torch.int32, device=device)
+    place = torch.empty(sets, vocab, dtype=torch.int32, device=device)
     blocks = triton.cdiv(vocab, _BLOCK)
-    tally = torch.empty(sets, 2, blocks, dtype=torch.int32, device=maxima.device)
-    launch(_tally_kernel, (blocks, sets), maxima, edge, tally, vocab, BLOCK=_BLOCK)
+    tally = torch.empty(sets, 2, blocks, dtype=torch.int32, device=device)
+    for digit in range(3):
+        launch(_count_kernel, (blocks, sets), partial, maxima, counts, vocab, k, PARTS=parts, PASS=digit, BLOCK=_BLOCK)
+    launch(_tally_kernel, (blocks, sets), maxima, counts, edge, tally, vocab, k, BLOCK=_BLOCK)
     launch(
-        _choose_kernel, (blocks, sets),
-        maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(blocks)
-    )
+        _choose_kernel, (blocks, sets), maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(blocks)
+    )  # fmt: skip
     return columns, place
 
 

@@ -35,7 +35,7 @@ def _column_maxima_kernel(
 
 
 def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
-    """[n, V] logits, [n] bool rows that count (None: all) -> [V] float32 maxima; -inf where no row counts."""
+    """[n, V] logits, [n] bool rows that count (None: all) -> [PARTS, V] float32, whose maxima over the parts are the columns'; -inf where no row counts."""
     n, vocab = logits.shape
     maxima = torch.empty(PARTS, vocab, device=logits.device)
     block = 1024
@@ -53,7 +53,7 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
         BLOCK=block,
         num_warps=4,
     )
-    return maxima.amax(0)
+    return maxima
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from xtoken_core.losses.kernels.common import CommonGradient
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.projected import SparseGradient
-from xtoken_core.losses.kernels.rows import RowStats, readable
+from xtoken_core.losses.kernels.rows import RowStats, part, readable
 from xtoken_core.losses.kernels.rowsets import mean_log_prob
 from xtoken_core.losses.kernels.touched import Placed, Touched
 from xtoken_core.losses.kernels.whole import WholeGradient, mixture
@@ -144,8 +144,8 @@ def _sparse_part(
 @triton.jit
 def _gradient_kernel(
     logits, stride, gradient, gradient_stride, first, num_rows, vocab, readable, writable, active, counted, targets, lse, lse_tau, ce, kd,
-    tau, sparse, whole, common, token, rank, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr,
-    REVERSE: tl.constexpr, CAPPED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
+    upstream, tau, sparse, whole, common, token, rank, room, rows_per_set, num_sets, stash, inv_tau, scale, inv_cap, TEMPERED: tl.constexpr,
+    REVERSE: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr, SLOTS: tl.constexpr, PROJECTED: tl.constexpr, SPARSE: tl.constexpr, WHOLE: tl.constexpr,
     COMMON: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Persistent: a program takes every so-many-th of the PARTS of each row, and keeps its stash, used by halves. The parts of a row run side by
@@ -153,6 +153,10 @@ def _gradient_kernel(
     WHOLE, COMMON: the teachers' numbers.
     """
     mine = stash + tl.program_id(0) * 2 * BLOCK
+    factor = tl.full([], 1.0, tl.float32)
+    if SCALED:
+        factor = tl.load(upstream).to(tl.float32)
+    tau *= factor
     half = 0
     for unit in range(tl.program_id(0), num_rows * PARTS, tl.num_programs(0)):
         local, part = unit // PARTS, unit % PARTS
@@ -163,7 +167,7 @@ def _gradient_kernel(
                 v = v0 + tl.arange(0, BLOCK)
                 tl.store(out + v, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=v < writable)
         else:
-            by_ce = tl.load(ce).to(tl.float32) * tl.load(counted + local).to(tl.float32)
+            by_ce = tl.load(ce).to(tl.float32) * factor * tl.load(counted + local).to(tl.float32)
             target = tl.load(targets + local)
             norm = tl.load(lse + local)
             norm_tau = tl.load(lse_tau + local)
@@ -230,7 +234,7 @@ class TileGradient:
 
 def write_gradient(
     logits: Tensor, out: Tensor, first: int, active: Tensor, counted: Tensor, targets: Tensor, stats: RowStats, ce: Tensor, kd: Tensor,
-    parts: TileGradient, touched: Touched | None, rows_per_set: int, temperature: float, reverse: bool, scale: float, cap: float | None,
+    factor: Tensor | None, parts: TileGradient, touched: Touched | None, rows_per_set: int, temperature: float, reverse: bool, scale: float, cap: float | None,
 ) -> None:  # fmt: skip
     """Writes the gradient by a tile's raw logits (before scale and cap) of ce * CE + kd · KD.
 
@@ -244,6 +248,7 @@ def write_gradient(
         stats: of all rows.
         ce: 0-dim, float of any size: factor of the CE sum.
         kd: [n] likewise: factors of the KD sums.
+        factor: 0-dim, of both; None: 1.
         parts: of the terms.
         touched: the columns of `parts.sparse`.
         rows_per_set: T.
@@ -253,7 +258,7 @@ def write_gradient(
         cap: soft cap of the logits.
     """
     n, vocab = logits.shape
-    rows = slice(first, first + n)
+    rows = part(first, n)
     sparse = tuple(
         _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight) for _, s, p, _ in parts.sparse
     )
@@ -276,10 +281,10 @@ def write_gradient(
     programs = min(n * parts_of_row, PROGRAMS) if sparse else n * parts_of_row
     stash = torch.empty(programs * 2 * BLOCK if sparse else 0, dtype=out.dtype, device=out.device)
     launch(
-        _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), active[rows],
-        counted[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], ce, kd, temperature, sparse, whole, common, token, rank, room,
+        _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), rows(active),
+        rows(counted), rows(targets), rows(stats.lse), rows(stats.lse_tau), ce, kd, factor, temperature, sparse, whole, common, token, rank, room,
         rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
-        CAPPED=cap is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
+        CAPPED=cap is not None, SCALED=factor is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
         SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
         PARTS=parts_of_row, BLOCK=BLOCK, FEW=FEW, num_warps=8,
     )  # fmt: skip

@@ -67,7 +67,7 @@ def _project_kernel(
                     e = e0 + tl.arange(0, ENTRIES)
                     live = e[None, :] < count[:, None]
                     entry = start[:, None] + e[None, :]
-                    place = tl.load(where + entry, mask=live, other=0) * ROWS
+                    place = (tl.load(where + entry, mask=live, other=1) - 1) * ROWS
                     w = tl.load(weight + entry, mask=live, other=0.0)
                     total += w[:, :, None] * tl.load(mine + place[:, :, None] + lane[None, None, :], mask=live[:, :, None], other=0.0)
                 tl.store(out + j[:, None], tl.sum(total, 1), mask=(j < many)[:, None] & use[None, :])
@@ -76,10 +76,15 @@ def _project_kernel(
                 first_entry = tl.load(starts + i, mask=i < width, other=0)
                 n = tl.load(counts + i, mask=i < width, other=0)
                 sums = tl.zeros([LIGHT, ROWS], tl.float32)
-                for e1 in range(tl.max(n, 0)):
-                    spot = tl.load(where + first_entry + e1, mask=e1 < n, other=0) * ROWS
+                for e1 in range(0, tl.max(n, 0), 2):  # two, so that one does not wait for the other
+                    odd = e1 + 1
+                    spot = tl.load(where + first_entry + e1, mask=e1 < n, other=1) - 1
+                    spot2 = tl.load(where + first_entry + odd, mask=odd < n, other=1) - 1
                     v = tl.load(weight + first_entry + e1, mask=e1 < n, other=0.0)
-                    sums += v[:, None] * tl.load(mine + spot[:, None] + lane[None, :], mask=(e1 < n)[:, None], other=0.0)
+                    v2 = tl.load(weight + first_entry + odd, mask=odd < n, other=0.0)
+                    x = tl.load(mine + (spot * ROWS)[:, None] + lane[None, :], mask=(e1 < n)[:, None], other=0.0)
+                    x2 = tl.load(mine + (spot2 * ROWS)[:, None] + lane[None, :], mask=(odd < n)[:, None], other=0.0)
+                    sums += v[:, None] * x + v2[:, None] * x2
                 tl.store(out + i[:, None], sums, mask=(i < width)[:, None] & use[None, :])
             tl.debug_barrier()
 
@@ -110,7 +115,7 @@ def project(
     mass = torch.empty(n, width, device=logits.device)
     programs = min(triton.cdiv(n, ROWS), PROGRAMS)
     probabilities = torch.empty(programs, touched.limit, ROWS, device=logits.device)
-    at = touched.rank.index_select(1, table.student) - 1  # an entry's place in the list; only those of K are read
+    at = touched.rank.index_select(1, table.student)  # one more than an entry's place in the list; only those of K are read
     launch(
         _project_kernel, (programs,), logits, logits.stride(0), first, n, active, lse, mass, width, columns.start, columns.count,
         columns.heavy, at, at.shape[1], weight, touched.token, touched.count, room, touched.limit, probabilities, rows_per_set, sets, 1.0 / temperature,
@@ -158,6 +163,8 @@ def _chunk_kl_kernel(
     """One program a chunk of the tile: its KL, then G in place of q of its first row (the owner), and every row's share and slope."""
     chunk = tl.program_id(0)
     first, last, count = tl.load(firsts + chunk), tl.load(lasts + chunk), tl.load(counts + chunk)
+    if count == 0:
+        tl.store(kl + chunk, 0.0)
     head = first.to(tl.int64) - tile
     if (count > 0) & (head >= 0) & (head < num_rows):
         t_first, t_last = tl.load(t_firsts + chunk), tl.load(t_lasts + chunk)

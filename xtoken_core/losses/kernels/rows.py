@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ def readable(x: Tensor) -> int:
     end = x.storage_offset() + (n - 1) * x.stride(0) + padded
     fits = padded <= x.stride(0) and end * x.element_size() <= x.untyped_storage().nbytes()
     return padded if fits else columns
+
+
+def part(first: int, n: int) -> Callable[[Tensor], Tensor]:
+    """Takes rows first .. first + n of a tensor of all rows; the tensor itself where that is all of them, which is cheaper."""
+    return lambda x: x if x.shape[0] == n else x[first : first + n]
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,9 @@ def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, 
         temperature: τ.
     """
     n, vocab = logits.shape
-    rows = slice(first, first + n)
+    rows = part(first, n)
     launch(
         _row_stats_kernel, (n,),
-        logits, logits.stride(0), active[rows], targets[rows], stats.lse[rows], stats.lse_tau[rows], stats.target[rows],
-        stats.argmax[rows], vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=8,
+        logits, logits.stride(0), rows(active), rows(targets), rows(stats.lse), rows(stats.lse_tau), rows(stats.target),
+        rows(stats.argmax), vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.kernels.choose import largest_columns, ordered_columns
+from xtoken_core.losses.kernels.choose import all_columns, largest_columns, ordered_columns
 from xtoken_core.losses.kernels.columns import column_maxima, gather_columns, within_lse
 from xtoken_core.losses.kernels.common import SPLIT, CommonGradient, common_kl, vocabulary_split
 from xtoken_core.losses.kernels.projected import SparseGradient, chunk_kl, project
@@ -20,7 +20,7 @@ from xtoken_core.losses.kernels.ranks import sorted_distance
 from xtoken_core.losses.kernels.rows import RowStats, row_stats
 from xtoken_core.losses.kernels.rowsets import chunk_rows, counted_rows
 from xtoken_core.losses.kernels.sources import Source
-from xtoken_core.losses.kernels.touched import Touched, by_teacher
+from xtoken_core.losses.kernels.touched import Touched, by_column, by_teacher
 from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
 from xtoken_core.losses.kernels.within import within_kl
 from xtoken_core.losses.selection import top_columns
@@ -56,7 +56,7 @@ def choose_columns(teacher: TeacherBatch, source: Source, mask: Tensor | None, s
     batch, _, vocab = teacher.logits.shape
     sets = 1 if spec.topk_scope == "batch" else batch
     if spec.vocab_topk >= vocab:
-        return largest_columns(torch.empty(sets, vocab, device=teacher.logits.device), vocab)
+        return all_columns(sets, vocab, teacher.logits.device)
     maxima = []
     for begin in range(0, source.rows, source.rows // sets):
         last = begin + source.rows // sets
@@ -122,12 +122,12 @@ class ProjectedTerm(ChunkTerm):
         self.weights = projection.weights.detach()[:student_vocab].contiguous()
         self.learnable = projection.weights
         self.table = by_teacher(projection, student_vocab, source.vocab)
-        self.by_column = projection.weights.detach().flatten()[self.table.slot].float()
+        self.by_column = by_column(projection.weights, self.table)
         self.columns = ordered_columns(columns, place, self.table)
         self.place = self.columns.place
         self.reach = self.table.most[columns.shape[1] - 1]
         """No more of the student's columns can be touched."""
-        self.kl = torch.zeros(self.chunks, device=columns.device)
+        self.kl = torch.empty(self.chunks, device=columns.device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Chunks of the tile: their KL and G."""
@@ -174,7 +174,7 @@ class WithinTerm:
         self.reach = self.index.shape[1]
         self.indices = torch.arange(vocab, device=device)[:, None]
         self.weights = torch.ones(vocab, 1, device=device)
-        self.kl = torch.zeros(counted.shape[0], device=device)
+        self.kl = torch.empty(counted.shape[0], device=device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Rows of the tile: their KL and its derivative."""
@@ -212,7 +212,7 @@ class WholeTerm:
 
     def __init__(self, sources: tuple[Source, ...], weights: tuple[float, ...], counted: Tensor, spec: LossSpec):
         self.sources, self.weights, self.spec, self.active = sources, weights, spec, counted
-        self.kl = torch.zeros(counted.shape[0], device=counted.device)
+        self.kl = torch.empty(counted.shape[0], device=counted.device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> WholeGradient:
         """Rows of the tile: their KL."""

@@ -53,6 +53,20 @@ def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -
     return tables[key]
 
 
+_BY_COLUMN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def by_column(weights: Tensor, table: ByTeacher) -> Tensor:
+    """[n] float32: W's weights in the order of `table`; kept for weights that do not learn."""
+    if weights.requires_grad or weights.is_inference():
+        return weights.detach().flatten()[table.slot].float()
+    kept = _BY_COLUMN.get(weights)
+    if kept is None or kept[:2] != (weights._version, id(table)):
+        kept = weights._version, id(table), weights.flatten()[table.slot].float()
+        _BY_COLUMN[weights] = kept
+    return kept[2]
+
+
 @dataclass(frozen=True)
 class Touched:
     """The student's touched columns of each sequence, ascending, over all teachers."""
@@ -84,17 +98,19 @@ class Placed:
 
 
 @triton.jit
-def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr):
     """Flags the tokens of a block that W maps into K, beside those flagged already."""
     set_ = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
-    hit = tl.load(flag + set_ * room + token, mask=inside, other=0)
+    hit = tl.zeros([BLOCK], tl.int32)
+    if not FRESH:
+        hit = tl.load(flag + set_ * room + token, mask=inside, other=0)
     for s in range(SLOTS):
         column = tl.load(indices + token.to(tl.int64) * SLOTS + s, mask=inside, other=-1)
         position = tl.load(place + set_ * teacher_vocab + column, mask=column >= 0, other=-1)
         hit = tl.where(position >= 0, 1, hit)
-    tl.store(flag + set_ * room + token, hit, mask=inside)
+    tl.store(flag + set_ * room + token, hit, mask=token < room)
 
 
 @triton.jit
@@ -126,12 +142,12 @@ def _place_kernel(
 _TOKENS = 1024
 
 
-def mark(flag: Tensor, indices: Tensor, place: Tensor) -> None:
-    """Sets flag [sets, room] where W's `indices` [V_s, slots] reach into K."""
+def mark(flag: Tensor, indices: Tensor, place: Tensor, fresh: bool) -> None:
+    """Sets flag [sets, room] where W's `indices` [V_s, slots] reach into K; `fresh`: and clears it elsewhere."""
     sets, width = flag.shape
     launch(
         _mark_kernel, (triton.cdiv(width, _TOKENS), sets),
-        indices, place, flag, indices.shape[0], width, place.shape[1], SLOTS=indices.shape[1], BLOCK=_TOKENS
+        indices, place, flag, indices.shape[0], width, place.shape[1], SLOTS=indices.shape[1], FRESH=fresh, BLOCK=_TOKENS
     )
 
 

@@ -53,6 +53,8 @@ def _whole_kl_kernel(
             else:
                 terms += tl.where(inside, tl.exp(t) * (t - s), 0.0)
         tl.store(kl + row, tl.sum(terms, 0))
+    else:
+        tl.store(kl + row, 0.0)
 
 
 @dataclass(frozen=True)

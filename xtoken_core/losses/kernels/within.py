@@ -64,9 +64,12 @@ def _within_kl_kernel(
                     g = tl.exp(s) - tl.exp(t)
                 tl.store(values + local * width + j, tl.where(s > float("-inf"), g, 0.0), mask=j < width)
         else:
+            tl.store(kl + row, 0.0)
             for start in range(0, width, BLOCK):
                 j = start + tl.arange(0, BLOCK)
                 tl.store(values + local * width + j, tl.zeros([BLOCK], tl.float32), mask=j < width)
+    else:
+        tl.store(kl + row, 0.0)
 
 
 def within_kl(
@@ -82,7 +85,7 @@ def within_kl(
         columns: [sets, k] int32.
         target: [n, k] teacher logits within K.
         target_lse: [n] float32: their log-sum-exp / τ.
-        kl: [R] float32; written for the tile's active rows (left alone where no column is known).
+        kl: [R] float32; written for the tile's rows; 0 where none counts or no column is known.
         rows_per_set: T.
         temperature: τ.
         reverse: KL(student || teacher).

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter  # noqa: E402
 
 from tests.unit.kernel_cases import CASES, compare  # noqa: E402
+from xtoken_core.losses import selection  # noqa: E402
 
 _patch = interpreter._patch_lang_tensor
 
@@ -26,6 +27,20 @@ def _patch_for_numpy_2_4(tensor, scope):
 
 
 interpreter._patch_lang_tensor = _patch_for_numpy_2_4
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 2999])
+def test_choice_of_columns(k):
+    """The k largest maxima, of equal ones the lowest column: as selection does."""
+    from xtoken_core.losses.kernels.choose import largest_columns
+
+    partial = torch.randn(2, 3, 3000, generator=torch.Generator().manual_seed(k))
+    partial = torch.where(partial.abs() < 2, (2 * partial).round() / 2, partial)  # many ties, and both zeros
+    partial[1, :, ::3] = -torch.inf
+    columns, place = largest_columns(partial, k)
+    assert torch.equal(columns.long(), selection.largest_columns(partial.amax(1), k))
+    assert torch.equal(place.gather(1, columns.long()), torch.arange(k, dtype=torch.int32).expand(2, k))
+    assert (place >= 0).sum() == 2 * k
 
 
 @pytest.mark.parametrize("name", CASES)

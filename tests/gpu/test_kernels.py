@@ -29,7 +29,9 @@ LARGE = {
     "h_kl_reverse": Case(("h_kl",), {"reverse_kl": True, "uncommon_topk": 500}, 2, 100, 3003, seed=46),
     "several": Case(("p_kl", "h_kl", "same"), {"vocab_topk": 500}, 2, 100, 3000, coefficients=True, seed=47),
     "hidden_p_kl": Case(("p_kl",), {"vocab_topk": 500}, 2, 150, 3000, hidden=True, coefficients=True, seed=48),
-    "hidden_learnable": Case(("p_kl",), {"vocab_topk": 500}, 2, 90, 2000, hidden=True, coefficients=True, learnable=True, seed=49),
+    "hidden_learnable": Case(
+        ("p_kl",), {"vocab_topk": 500}, 2, 90, 2000, hidden=True, coefficients=True, learnable=True, seed=49
+    ),
     "hidden_gold": Case(("gold",), {}, 2, 150, 2999, hidden=True, coefficients=True, seed=50),
     "hidden_late": Case(("p_kl", "same"), {"vocab_topk": 500}, 2, 100, 2000, hidden=True, seed=51),
 }
@@ -101,7 +103,9 @@ def test_sorted_columns_with_ties(kind, monkeypatch):
         if kind == "flat":
             return torch.zeros_like(z)
         if kind == "alike":
-            return torch.linspace(-3, 3, z.shape[-1], dtype=z.dtype).expand(z.shape)[..., torch.randperm(z.shape[-1], generator=generator)]
+            return torch.linspace(-3, 3, z.shape[-1], dtype=z.dtype).expand(z.shape)[
+                ..., torch.randperm(z.shape[-1], generator=generator)
+            ]
         if kind == "peaked":
             return z.index_fill(-1, torch.tensor([3]), 60.0)
         return z.sign()

@@ -57,7 +57,9 @@ CASES = {
     "hidden_p_kl": Case(("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=23),
     "hidden_p_kl_learnable": Case(("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, learnable=True, seed=24),
     "hidden_late": Case(("p_kl", "same"), {"vocab_topk": 12, "temperature": 2.0}, hidden=True, seed=25),
-    "hidden_capped": Case(("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, head={"softcap": 5.0, "scale": 0.5}, seed=26),
+    "hidden_capped": Case(
+        ("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, head={"softcap": 5.0, "scale": 0.5}, seed=26
+    ),
     "hidden_gold": Case(("gold",), {"uncommon_topk": 6}, hidden=True, coefficients=True, head={"bias": True}, seed=27),
     "hidden_several": Case(("same", "h_kl", "p_kl"), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=28),
     "hidden_averaged": Case(("averaged",), {}, hidden=True, coefficients=True, seed=29),
@@ -118,7 +120,11 @@ def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtyp
         student = _moved(student, "cpu", inputs_dtype)
         teachers = [replace(t, logits=_moved(t.logits, "cpu", inputs_dtype)) for t in teachers]
     student = _moved(student, device, dtype)
-    leaves = [student] if isinstance(student, torch.Tensor) else [x for x in (student.hidden, student.weight, student.bias) if x is not None]
+    leaves = (
+        [student]
+        if isinstance(student, torch.Tensor)
+        else [x for x in (student.hidden, student.weight, student.bias) if x is not None]
+    )
     moved = []
     for t in teachers:
         fields = {k: getattr(t, k).to(device) for k in ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid", "chunk_exact") if getattr(t, k) is not None}  # fmt: skip  # noqa: E501

@@ -36,7 +36,9 @@ class Batch:
         self.source = Source.of(student)
         self.counted, self.targets, scope = counted_rows(input_ids, token_mask, sample_mask)
         self.length = student.shape[1]
-        self.terms: list[Term] = [make_term(t, self.length, self.source.vocab, self.counted, scope, sample_mask, spec) for t in teachers]
+        self.terms: list[Term] = [
+            make_term(t, self.length, self.source.vocab, self.counted, scope, sample_mask, spec) for t in teachers
+        ]
         self.active = self.counted
         for term in self.terms:
             if isinstance(term, ChunkTerm):

@@ -40,7 +40,8 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
     maxima = torch.empty(PARTS, vocab, device=logits.device)
     block = 1024
     launch(
-        _column_maxima_kernel, (triton.cdiv(vocab, block), PARTS),
+        _column_maxima_kernel,
+        (triton.cdiv(vocab, block), PARTS),
         logits,
         logits.stride(0),
         rows,
@@ -115,7 +116,8 @@ def within_lse(within: Tensor, first: int, active: Tensor, temperature: float) -
     """[n, k] logits that are already within K, rows first .. first + n -> [n] float32 log-sum-exp of them / τ."""
     lse = torch.empty(within.shape[0], device=within.device)
     launch(
-        _within_kernel, (within.shape[0],),
+        _within_kernel,
+        (within.shape[0],),
         within,
         0,
         first,

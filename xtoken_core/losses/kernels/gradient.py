@@ -207,7 +207,9 @@ def _gradient_kernel(
                         )  # fmt: skip
                         h += by_ce * (q - tl.where(u == target, 1.0, 0.0))
                         for i in tl.static_range(len(sparse)):
-                            h += _sparse_part(sparse[i], kd, tau, local, set_, a, live, q_tau, room, SPARSE[i], SLOTS[i], PROJECTED[i], FEW)
+                            h += _sparse_part(
+                                sparse[i], kd, tau, local, set_, a, live, q_tau, room, SPARSE[i], SLOTS[i], PROJECTED[i], FEW
+                            )
                         if CAPPED:
                             h *= 1.0 - (y * inv_cap) * (y * inv_cap)
                         tl.store(kept + a, (h * scale).to(stash.dtype.element_ty), mask=live)
@@ -260,7 +262,8 @@ def write_gradient(
     n, vocab = logits.shape
     rows = part(first, n)
     sparse = tuple(
-        _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight) for _, s, p, _ in parts.sparse
+        _Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight)
+        for _, s, p, _ in parts.sparse
     )
     common = tuple(
         _Common(

@@ -69,7 +69,9 @@ def _project_kernel(
                     entry = start[:, None] + e[None, :]
                     place = (tl.load(where + entry, mask=live, other=1) - 1) * ROWS
                     w = tl.load(weight + entry, mask=live, other=0.0)
-                    total += w[:, :, None] * tl.load(mine + place[:, :, None] + lane[None, None, :], mask=live[:, :, None], other=0.0)
+                    total += w[:, :, None] * tl.load(
+                        mine + place[:, :, None] + lane[None, None, :], mask=live[:, :, None], other=0.0
+                    )
                 tl.store(out + j[:, None], tl.sum(total, 1), mask=(j < many)[:, None] & use[None, :])
             for j1 in range(many, width, LIGHT):
                 i = j1 + tl.arange(0, LIGHT)
@@ -262,10 +264,9 @@ def chunk_kl(
     chunks = kl.shape[0]
     if chunks:
         launch(
-        _chunk_kl_kernel, (chunks,),
-            mass, mass.shape[1], first, mass.shape[0], student.chunk, student.first, student.last, student.count, within, within_lse,
-            teacher_first, teacher.chunk, teacher.first, teacher.last, 1.0 / temperature, kl, sparse.owner, sparse.share, sparse.slope,
-            REVERSE=reverse, FIRST=first_only, EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
+            _chunk_kl_kernel, (chunks,), mass, mass.shape[1], first, mass.shape[0], student.chunk, student.first, student.last, student.count,
+            within, within_lse, teacher_first, teacher.chunk, teacher.first, teacher.last, 1.0 / temperature, kl, sparse.owner, sparse.share,
+            sparse.slope, REVERSE=reverse, FIRST=first_only, EPSILON=EPSILON, FLOOR=FLOOR, BLOCK=2048, num_warps=8,
         )  # fmt: skip
     return sparse
 

@@ -37,6 +37,7 @@ BINS = 8192
 LEAST = -104.0
 """exp of this is 0 in float32."""
 
+
 @triton.jit
 def _coarse_bin(x):
     """128 bins of 1/4 nat; the last holds everything below -32."""
@@ -50,21 +51,9 @@ def _fine_bin(x, high, scale, BINS: tl.constexpr):
 
 @triton.jit
 def _values(
-    logits,
-    stride,
-    tile,
-    lse,
-    row_chunk,
-    chunk,
-    first,
-    last,
-    index,
-    size,
-    values,
-    inv_tau,
-    LEAST: tl.constexpr,
+    logits, stride, tile, lse, row_chunk, chunk, first, last, index, size, values, inv_tau, LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Writes the chunk's mean log-probabilities at the uncommon columns; returns how many fall into each coarse bin."""
     counts = tl.zeros([128], tl.int32)
     for i0 in range(0, size, BLOCK):
@@ -85,7 +74,10 @@ def _last_bin(counts, k):
 
 
 @triton.jit
-def _keep(values, kept_index, size, histogram, code, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr):
+def _keep(
+    values, kept_index, size, histogram, code, last, high, scale, LEAST: tl.constexpr, BINS: tl.constexpr, CODED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Moves the values that may be among the k largest to the front, in order, and counts them by fine bin. Returns how many."""
     kept = tl.zeros([], tl.int32)
     for i0 in range(0, size, BLOCK):
@@ -226,37 +218,13 @@ def _ranks_kernel(
                 tl.store(s_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
                 tl.store(t_hist + b0 + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
             s_counts = _values(
-                s_logits,
-                s_stride,
-                s_tile,
-                s_lse,
-                s_chunk,
-                chunk,
-                first,
-                last_row,
-                s_index,
-                s_size,
-                s_values,
-                inv_tau,
-                LEAST,
+                s_logits, s_stride, s_tile, s_lse, s_chunk, chunk, first, last_row, s_index, s_size, s_values, inv_tau, LEAST,
                 BLOCK,
-            )
+            )  # fmt: skip
             t_counts = _values(
-                t_logits,
-                t_stride,
-                t_tile,
-                t_lse,
-                t_chunk,
-                chunk,
-                t_first,
-                t_last,
-                t_index,
-                t_size,
-                t_values,
-                inv_tau,
-                LEAST,
+                t_logits, t_stride, t_tile, t_lse, t_chunk, chunk, t_first, t_last, t_index, t_size, t_values, inv_tau, LEAST,
                 BLOCK,
-            )
+            )  # fmt: skip
             last = tl.maximum(_last_bin(s_counts, k), _last_bin(t_counts, k))
             high_bin = tl.min(tl.where(s_counts + t_counts > 0, tl.arange(0, 128), 127), 0)
             high = high_bin.to(tl.float32) * -0.25
@@ -270,18 +238,21 @@ def _ranks_kernel(
             _bases(t_hist, t_base, BINS, BLOCK)
             tl.debug_barrier()
             s_sum, s_open = _classify(
-                s_values, s_index_of, s_kept, s_base, t_base, s_hist, s_bin, s_at, code, s_list, k, high, scale, BINS, True, BLOCK
-            )
+                s_values, s_index_of, s_kept, s_base, t_base, s_hist, s_bin, s_at, code, s_list, k, high, scale, BINS, True, BLOCK,
+            )  # fmt: skip
             t_sum, t_open = _classify(
-                t_values, t_index_of, t_kept, t_base, s_base, t_hist, t_bin, t_at, code, t_list, k, high, scale, BINS, False, BLOCK
-            )
+                t_values, t_index_of, t_kept, t_base, s_base, t_hist, t_bin, t_at, code, t_list, k, high, scale, BINS, False,
+                BLOCK,
+            )  # fmt: skip
             tl.debug_barrier()
             s_sum += _resolve(
-                s_values, s_index_of, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS, True, FEW, MATES
-            )
+                s_values, s_index_of, s_open, s_base, t_base, s_bin, s_at, t_bin, code, s_list, k, high, scale, LEAST, BINS,
+                True, FEW, MATES,
+            )  # fmt: skip
             t_sum += _resolve(
-                t_values, t_index_of, t_open, t_base, s_base, t_bin, t_at, s_bin, code, t_list, k, high, scale, LEAST, BINS, False, FEW, MATES
-            )
+                t_values, t_index_of, t_open, t_base, s_base, t_bin, t_at, s_bin, code, t_list, k, high, scale, LEAST, BINS,
+                False, FEW, MATES,
+            )  # fmt: skip
             tl.store(l1 + chunk, s_sum + t_sum)
             tl.store(signed + chunk, s_sum)
             tl.debug_barrier()

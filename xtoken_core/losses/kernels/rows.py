@@ -66,20 +66,9 @@ class RowStats:
 
 @triton.jit
 def _row_stats_kernel(
-    logits,
-    stride,
-    active,
-    targets,
-    lse,
-    lse_tau,
-    target,
-    argmax,
-    vocab,
-    readable,
-    inv_tau,
-    TEMPERED: tl.constexpr,
+    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, readable, inv_tau, TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program a row: softmax with one running maximum; the block that holds it is read again for its column."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:

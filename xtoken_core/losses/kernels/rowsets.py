@@ -86,7 +86,9 @@ def counted_tokens(token_mask: Tensor, sample_mask: Tensor) -> Tensor:
 
 
 @triton.jit
-def _extent_kernel(s_ids, t_ids, extents, s_length, t_length, s_rows, t_rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _extent_kernel(
+    s_ids, t_ids, extents, s_length, t_length, s_rows, t_rows, chunks, per_row, FIRST: tl.constexpr, BLOCK: tl.constexpr
+):
     """Of every chunk and each side, over its tokens that have a predictor row (FIRST: over all): FAR - lowest position, highest + 1, number."""
     if tl.program_id(1) == 0:
         _extend(s_ids, extents, s_length, s_rows, chunks, per_row, FIRST, BLOCK)

@@ -84,8 +84,14 @@ class Source:
             block = 4096
             size = logits.shape[0] * logits.stride(0)
             launch(
-        _cap_kernel, (triton.cdiv(size, block),),
-                logits, size, self.scale, self.cap or 1.0, CAPPED=self.cap is not None, BLOCK=block
+                _cap_kernel,
+                (triton.cdiv(size, block),),
+                logits,
+                size,
+                self.scale,
+                self.cap or 1.0,
+                CAPPED=self.cap is not None,
+                BLOCK=block,
             )
         return logits
 

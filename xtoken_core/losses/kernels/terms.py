@@ -63,7 +63,8 @@ def choose_columns(teacher: TeacherBatch, source: Source, mask: Tensor | None, s
         step = COLUMN_ROWS if source.dense is None else last - begin
         bounds = [*range(begin, last, step), last]
         found = [
-            column_maxima(source.tile(a, b), None if mask is None else mask[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            column_maxima(source.tile(a, b), None if mask is None else mask[a:b])
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
         ]
         maxima.append(functools.reduce(torch.maximum, found))
     return largest_columns(torch.stack(maxima) if sets > 1 else maxima[0][None], spec.vocab_topk)
@@ -113,7 +114,9 @@ class ProjectedTerm(ChunkTerm):
     def __init__(
         self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec
     ):
-        columns, place = choose_columns(teacher, source, _scope(teacher, sample_mask, spec), spec)  # first: it keeps the GPU busy while the rest is queued
+        columns, place = choose_columns(
+            teacher, source, _scope(teacher, sample_mask, spec), spec
+        )  # first: it keeps the GPU busy while the rest is queued
         super().__init__(teacher, source, sample_mask, spec)
         projection = teacher.projection
         assert projection is not None
@@ -143,7 +146,10 @@ class ProjectedTerm(ChunkTerm):
             tile.lse_tau,
             self.columns,
             self.table,
-            self.by_column, touched, self.length, spec.temperature
+            self.by_column,
+            touched,
+            self.length,
+            spec.temperature,
         )
         return chunk_kl(
             mass, self.student, tile.first, within, lse, self.teacher, first, self.kl, spec.temperature, spec.reverse_kl,

@@ -74,13 +74,21 @@ def batch_totals(
     """
     out = torch.empty(2 + 3 * len(terms), device=counted.device)
     launch(
-        _cross_entropy_kernel, (1,),
-        counted, stats.lse, stats.target, stats.argmax, targets, out, counted.numel(), BLOCK=_BLOCK, num_warps=8
+        _cross_entropy_kernel,
+        (1,),
+        counted,
+        stats.lse,
+        stats.target,
+        stats.argmax,
+        targets,
+        out,
+        counted.numel(),
+        BLOCK=_BLOCK,
+        num_warps=8,
     )
     for i, (first, second) in enumerate(terms):
         launch(
-        _term_kernel, (1,),
-            first, first.numel(), first if second is None else second, 0 if second is None else second.numel(), out[2 + 3 * i :],
-            temperature**2, PARTS=second is not None, BLOCK=_BLOCK, num_warps=8,
+            _term_kernel, (1,), first, first.numel(), first if second is None else second, 0 if second is None else second.numel(),
+            out[2 + 3 * i :], temperature**2, PARTS=second is not None, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return out

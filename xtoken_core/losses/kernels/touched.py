@@ -146,8 +146,17 @@ def mark(flag: Tensor, indices: Tensor, place: Tensor, fresh: bool) -> None:
     """Sets flag [sets, room] where W's `indices` [V_s, slots] reach into K; `fresh`: and clears it elsewhere."""
     sets, width = flag.shape
     launch(
-        _mark_kernel, (triton.cdiv(width, _TOKENS), sets),
-        indices, place, flag, indices.shape[0], width, place.shape[1], SLOTS=indices.shape[1], FRESH=fresh, BLOCK=_TOKENS
+        _mark_kernel,
+        (triton.cdiv(width, _TOKENS), sets),
+        indices,
+        place,
+        flag,
+        indices.shape[0],
+        width,
+        place.shape[1],
+        SLOTS=indices.shape[1],
+        FRESH=fresh,
+        BLOCK=_TOKENS,
     )
 
 

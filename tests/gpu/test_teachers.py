@@ -1,0 +1,63 @@
+"""Teacher processes on a GPU: CUDA IPC, residency, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from tests.unit.test_teachers import IDS, dense, micro_batches, own_logits, setup
+from xtoken_core.teachers.process import TeacherError
+from xtoken_core.teachers.schedule import TeacherPool
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def left_behind():
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "cuda.shm"))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("teacher"), 400)
+
+
+def test_every_transport_and_residency_hands_over_the_models_logits(folder):
+    cuda = {"device": torch.device("cuda", 0)}
+    setups = [
+        setup(folder, "hidden", residency="offload", **cuda),
+        setup(folder, "logits", transport="logits", residency="resident", **cuda),
+        setup(folder, "topk", transport="topk", top_k=IDS, **cuda),
+    ]
+    torch.zeros(1, device="cuda")
+    before = left_behind()
+    with TeacherPool(setups) as pool:
+        for shapes in (((2, 9), (1, 14)), ((1, 5),), ((3, 40), (2, 9))):
+            batches = micro_batches(*shapes)
+            for run in pool.run([batches] * 3):
+                for batch, logits in zip(batches, run.logits):
+                    found = dense(logits) if not hasattr(logits, "values") else dense_on_cpu(logits)
+                    torch.testing.assert_close(found.cpu(), own_logits(folder, batch), rtol=1e-3, atol=1e-4)
+        assert [t.resident for t in pool.teachers] == [False, True, True]  # auto: it fits
+        del run, logits, found
+    assert left_behind() <= before
+
+
+def dense_on_cpu(logits):
+    return torch.zeros(logits.shape).scatter_(-1, logits.indices.long().cpu(), logits.values.cpu())
+
+
+def test_nothing_is_left_of_a_killed_teacher(folder):
+    torch.zeros(1, device="cuda")
+    before = left_behind()
+    with (
+        pytest.raises(TeacherError, match="its process died"),
+        TeacherPool([setup(folder, device=torch.device("cuda", 0))]) as pool,
+    ):
+        pool.run([micro_batches((1, 4))])
+        os.kill(pool.teachers[0]._process.pid, signal.SIGKILL)
+        pool.run([micro_batches((1, 4))])
+    assert left_behind() <= before

@@ -53,6 +53,8 @@ class Cluster:
             yield
         except kfp_server_api.ApiException as e:
             raise InputError(f"{where}: {e.status} {e.reason}: {_message(e.body)}") from None
+        except TimeoutError as e:  # the client's word for an answer to its question after health that it can't read
+            raise InputError(f"{where}: does not answer as Kubeflow Pipelines: {e}") from None
         except urllib3.exceptions.HTTPError as e:
             raise InputError(f"{where}: cannot be reached: {' '.join(str(e).split())[:300]}") from None
 

@@ -1,0 +1,125 @@
+"""Submission with the real `kfp` CLI and client, to a server that stands in for a cluster (see kfp_server.py)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kfp_server_api
+import pytest
+import yaml
+
+from pipelines.submit import Cluster
+from tests.conformance.kfp_server import FakeKfp
+from tests.tiny import tiny_run
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KF_PIPELINES_ENDPOINT": "", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with tiny models, texts and spec.yaml (one teacher, nothing evaluated)."""
+    folder = tmp_path_factory.mktemp("run")
+    spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert call("pipelines", "compile", folder / "spec.yaml", "-o", folder / "compiled.yaml").returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with FakeKfp(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def call(program, *arguments, **environment):
+    program = [Path(sys.executable).parent / "kfp"] if program == "kfp" else [sys.executable, "-m", program]
+    command = list(map(str, [*program, *arguments]))
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ENVIRONMENT | environment)
+
+
+def submit(run, server, *arguments, **environment):
+    return call("pipelines", "submit", run / "spec.yaml", "--endpoint", server.url, *arguments, **environment)
+
+
+def kfp(server, *arguments):
+    return call("kfp", "--endpoint", server.url, *arguments)
+
+
+def test_submit_uploads_runs_and_follows(run, server):
+    """A version named by the content; the run's link; its tasks as they end; exit 0, and the student lies at the output."""
+    done = submit(run, server, "--experiment", "new", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    version = next(iter(server.versions.values()))["display_name"]
+    assert version.startswith("tiny-") and f"{version}: uploading" in done.stdout
+    assert f"Run details: {server.url}/#/runs/details/" in done.stdout
+    for task in ("resolve", "overlap", "projection-other", "prepare", "distill", "report"):
+        assert f"{task}: succeeded" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("SUCCEEDED")
+    assert (run / "out" / "student" / "last" / "config.json").exists()
+    assert [experiment["display_name"] for experiment in server.experiments.values()] == ["new"]
+
+    again = submit(run, server, "--set", "student.model=/absent", "--wait")  # overrides go with the run: the same version serves
+    assert f"{version}: reused" in again.stdout and len(server.versions) == 1
+    assert again.returncode == 1
+    assert "resolve: failed" in again.stdout and again.stdout.splitlines()[-1].endswith("FAILED")
+
+
+def test_a_changed_workflow_is_a_new_version(run, server):
+    before = len(server.versions)
+    assert submit(run, server, "--set", "resources.memory=1Gi").returncode == 0
+    assert len(server.versions) == before + 1
+
+
+def test_kfp_runs_the_compiled_file_with_overrides(run, server):
+    submitted = kfp(
+        server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "-t", "250", "overrides=training.max_steps=1"
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    state = list(server.runs.values())[-1]
+    assert state["state"] == "SUCCEEDED", submitted.stdout
+    assert yaml.safe_load((run / "out" / "spec.yaml").read_text())["training"]["max_steps"] == 1
+
+
+def test_an_override_that_the_dag_cannot_follow_fails_before_any_gpu(run, server):
+    kfp(server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "-t", "60", "overrides=data.shards=2")
+    state = list(server.runs.values())[-1]
+    assert state["state"] == "FAILED"
+    assert [task["display_name"] for task in state["run_details"]["task_details"]] == ["resolve"]
+    assert "data.shards: 2 contradicts the compiled pipeline" in (server.folder / state["run_id"] / "log").read_text()
+
+
+def test_unknown_parameters_are_refused(run, server):
+    refused = kfp(server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "overide=training.max_steps=1")
+    assert refused.returncode != 0
+    assert "unknown pipeline parameters: overide" in refused.stdout + refused.stderr
+
+
+def test_a_missing_experiment_is_refused(server):
+    client = Cluster(server.url).client()
+    with pytest.raises(kfp_server_api.ApiException, match="Experiment nowhere not found"):
+        client.run_pipeline("nowhere", "a run", pipeline_id="p", version_id="v")
+    assert kfp(server, "experiment", "get", "nowhere").returncode != 0
+
+
+def test_tokens_are_passed_on(run, tmp_path):
+    with FakeKfp(tmp_path, token="secret") as server:
+        refused = submit(run, server)
+        assert refused.returncode == 2
+        assert refused.stderr == f"{server.url}: 401 Unauthorized: User identity is empty in the request header.\n"
+        assert submit(run, server, KF_PIPELINES_TOKEN="secret").returncode == 0
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(run):
+    gone = call("pipelines", "submit", run / "spec.yaml", "--endpoint", "http://127.0.0.1:9")
+    assert gone.returncode == 2
+    assert gone.stderr.startswith("http://127.0.0.1:9: cannot be reached") and gone.stderr.count("\n") == 1
+
+
+def test_the_server_is_strict(server):
+    """What the stand-in is for: it refuses what the published API does not know."""
+    client = Cluster(server.url).client()
+    with pytest.raises(kfp_server_api.ApiException, match="Additional properties|not a pipeline"):
+        client.pipelines.pipeline_service_create_pipeline(pipeline={"display_name": "p", "displayname": "p"})
+    with pytest.raises(kfp_server_api.ApiException, match="not a experiment"):
+        client.experiments.experiment_service_create_experiment(experiment={"display_name": 7})

@@ -17,7 +17,7 @@ from xtoken_core.losses.kernels.rows import RowStats, empty_rows, room, row_stat
 from xtoken_core.losses.kernels.rowsets import counted_rows
 from xtoken_core.losses.kernels.sources import HiddenGradients, Source
 from xtoken_core.losses.kernels.terms import ChunkTerm, CommonTerm, ProjectedTerm, Term, Tile, WithinTerm, make_term
-from xtoken_core.losses.kernels.tiles import cut
+from xtoken_core.losses.kernels.tiles import Cuts
 from xtoken_core.losses.kernels.totals import batch_totals, weighted_total
 from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens
 from xtoken_core.losses.kernels.whole import WholeGradient
@@ -43,22 +43,23 @@ class Batch:
         for term in self.terms:
             if isinstance(term, ChunkTerm):
                 self.active = self.active | term.active
+        self.chunked = [term for term in self.terms if isinstance(term, ChunkTerm)]
+        formed = [term.source for term in self.chunked if isinstance(term, CommonTerm)]
+        at_once = all(source.dense is not None for source in [self.source, *formed])
+        cuts = None if at_once else Cuts(self.source.rows, [(term.student, term.teacher) for term in self.chunked])
         self.touched, self.placed = self._tables()
         self.stats = RowStats.empty(self.source.rows, spec.temperature, self.counted.device)
         self.saved: tuple[Tile, TileGradient] | None = None
         self.found = torch.empty(0)
-        chunked = [term for term in self.terms if isinstance(term, ChunkTerm)]
-        formed = [term.source for term in chunked if isinstance(term, CommonTerm)]
-        if all(source.dense is not None for source in [self.source, *formed]):
-            self.tiles = [((0, self.source.rows), [term.teacher_range for term in chunked])]
-        else:
-            self.tiles = cut(self.source.rows, [(term.student, term.teacher) for term in chunked])
-        self.chunked = chunked
+        whole = [((0, self.source.rows), [term.teacher_range for term in self.chunked])]
+        self.tiles = whole if cuts is None else cuts.tiles()
 
     def _tables(self) -> tuple[Touched | None, dict[int, Placed]]:
         sparse = {i: t for i, t in enumerate(self.terms) if isinstance(t, ProjectedTerm | WithinTerm)}
         if not sparse:
             return None, {}
+        for term in sparse.values():
+            term.prepare()
         sets = next(iter(sparse.values())).place.shape[0]
         flag = torch.empty(sets, room(self.source.vocab), dtype=torch.int32, device=self.counted.device)
         for number, term in enumerate(sparse.values()):

@@ -114,23 +114,24 @@ class ProjectedTerm(ChunkTerm):
     def __init__(
         self, teacher: TeacherBatch, source: Source, length: int, student_vocab: int, sample_mask: Tensor, spec: LossSpec
     ):
-        columns, place = choose_columns(
-            teacher, source, _scope(teacher, sample_mask, spec), spec
-        )  # first: it keeps the GPU busy while the rest is queued
         super().__init__(teacher, source, sample_mask, spec)
-        projection = teacher.projection
-        assert projection is not None
+        assert teacher.projection is not None
+        self.batch, self.sample_mask, self.projection = teacher, sample_mask, teacher.projection
         self.length, self.teacher_length = length, teacher.logits.shape[1]
-        self.indices = projection.indices[:student_vocab].contiguous()
-        self.weights = projection.weights.detach()[:student_vocab].contiguous()
-        self.learnable = projection.weights
-        self.table = by_teacher(projection, student_vocab, source.vocab)
-        self.by_column = by_column(projection.weights, self.table)
+        self.indices = self.projection.indices[:student_vocab].contiguous()
+        self.weights = self.projection.weights.detach()[:student_vocab].contiguous()
+        self.learnable = self.projection.weights
+        self.table = by_teacher(self.projection, student_vocab, source.vocab)
+        self.kl = torch.empty(self.chunks, device=self.active.device)
+
+    def prepare(self) -> None:
+        """Chooses K; from hidden states that is one product of the teacher's size."""
+        columns, place = choose_columns(self.batch, self.source, _scope(self.batch, self.sample_mask, self.spec), self.spec)
         self.columns = ordered_columns(columns, place, self.table)
+        self.by_column = by_column(self.projection.weights, self.table)
         self.place = self.columns.place
         self.reach = self.table.most[columns.shape[1] - 1]
         """No more of the student's columns can be touched."""
-        self.kl = torch.empty(self.chunks, device=columns.device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Chunks of the tile: their KL and G."""
@@ -140,17 +141,9 @@ class ProjectedTerm(ChunkTerm):
             self.source, first, last, self.teacher.active, self.columns.index, self.teacher_length, spec.temperature
         )
         mass = project(
-            tile.logits,
-            tile.first,
-            self.active,
-            tile.lse_tau,
-            self.columns,
-            self.table,
-            self.by_column,
-            touched,
-            self.length,
+            tile.logits, tile.first, self.active, tile.lse_tau, self.columns, self.table, self.by_column, touched, self.length,
             spec.temperature,
-        )
+        )  # fmt: skip
         return chunk_kl(
             mass, self.student, tile.first, within, lse, self.teacher, first, self.kl, spec.temperature, spec.reverse_kl,
             spec.chunk_distribution == "first",
@@ -165,22 +158,26 @@ class WithinTerm:
     """The same vocabulary, compared within K."""
 
     def __init__(self, teacher: TeacherBatch, source: Source | None, counted: Tensor, scope: Tensor, spec: LossSpec):
-        self.spec, self.source, self.active = spec, source, counted
-        logits = teacher.logits
-        self.top_k = logits if isinstance(logits, TopKLogits) else None
-        _, self.length, vocab = logits.shape
-        device = counted.device
-        if source is None:
-            sets = 1 if spec.topk_scope == "batch" else logits.shape[0]
-            self.index = top_columns(teacher, spec).int().expand(sets, -1).contiguous()
+        self.spec, self.batch, self.source, self.active, self.scope = spec, teacher, source, counted, scope
+        self.top_k = teacher.logits if isinstance(teacher.logits, TopKLogits) else None
+        _, self.length, vocab = teacher.logits.shape
+        self.indices = torch.arange(vocab, device=counted.device)[:, None]
+        self.weights = torch.ones(vocab, 1, device=counted.device)
+        self.kl = torch.empty(counted.shape[0], device=counted.device)
+
+    def prepare(self) -> None:
+        """Chooses K."""
+        spec, device = self.spec, self.active.device
+        if self.source is None:
+            batch, _, vocab = self.batch.logits.shape
+            sets = 1 if spec.topk_scope == "batch" else batch
+            self.index = top_columns(self.batch, spec).int().expand(sets, -1).contiguous()
             position = torch.arange(self.index.shape[1], dtype=torch.int32, device=device).expand(sets, -1)
             self.place = torch.full((sets, vocab), -1, dtype=torch.int32, device=device).scatter_(1, self.index.long(), position)
         else:
-            self.index, self.place = choose_columns(teacher, source, scope if spec.topk_scope == "sequence" else None, spec)
+            mask = self.scope if spec.topk_scope == "sequence" else None
+            self.index, self.place = choose_columns(self.batch, self.source, mask, spec)
         self.reach = self.index.shape[1]
-        self.indices = torch.arange(vocab, device=device)[:, None]
-        self.weights = torch.ones(vocab, 1, device=device)
-        self.kl = torch.empty(counted.shape[0], device=device)
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:
         """Rows of the tile: their KL and its derivative."""

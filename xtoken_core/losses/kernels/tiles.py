@@ -15,29 +15,41 @@ TILE_ROWS = 2048
 Range = tuple[int, int]
 
 
-def cut(rows: int, sides: Sequence[tuple[Rows, Rows]]) -> list[tuple[Range, list[Range]]]:
+class Cuts:
     """Stretches of at most TILE_ROWS student rows where chunks allow it, and each teacher's rows of the chunks inside.
 
-    Chunks may lie in any order; only where they interlace do tiles grow. Waits for the device once, if there is more than one tile.
-
-    Args:
-        rows: R student rows.
-        sides: per cross-tokenizer teacher, its student rows and its teacher rows.
+    Chunks may lie in any order; only where they interlace do tiles grow. Where there is more than one tile the host needs to know where chunks end:
+    that is asked for at once, and waited for when `tiles` is called, with the device's work in between.
     """
-    if rows <= TILE_ROWS or not sides:
-        bounds = [*range(0, rows, TILE_ROWS), rows]
-        whole = [(0, teacher.chunk.shape[0]) for _, teacher in sides]
-        return [((a, b), whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    table = torch.cat([_boundaries(rows, *pair) for pair in sides]).cpu()
-    blocked = table[::3].amax(0) > 0
-    allowed = [r for r in (~blocked).nonzero().squeeze(1).tolist() if r > 0]
-    tiles, begin = [], 0
-    for position, r in enumerate(allowed):
-        if position + 1 == len(allowed) or allowed[position + 1] - begin > TILE_ROWS:
-            ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(sides))]
-            tiles.append(((begin, r), [(low, high) if low < high else (0, 0) for low, high in ranges]))
-            begin = r
-    return tiles
+
+    def __init__(self, rows: int, sides: Sequence[tuple[Rows, Rows]]):
+        """`rows`: R student rows. `sides`: per cross-tokenizer teacher, its student rows and its teacher rows."""
+        self.rows, self.whole = rows, [(0, teacher.chunk.shape[0]) for _, teacher in sides]
+        self.table: Tensor | None = None
+        if rows > TILE_ROWS and sides:
+            table = torch.cat([_boundaries(rows, *pair) for pair in sides])
+            self.table = torch.empty(table.shape, dtype=table.dtype, pin_memory=table.is_cuda).copy_(table, non_blocking=True)
+            self.asked = torch.cuda.Event() if table.is_cuda else None
+            if self.asked is not None:
+                self.asked.record()
+
+    def tiles(self) -> list[tuple[Range, list[Range]]]:
+        """Student rows, and per teacher its rows, of each tile."""
+        if self.table is None:
+            bounds = [*range(0, self.rows, TILE_ROWS), self.rows]
+            return [((a, b), self.whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        if self.asked is not None:
+            self.asked.synchronize()
+        table = self.table
+        blocked = table[::3].amax(0) > 0
+        allowed = [r for r in (~blocked).nonzero().squeeze(1).tolist() if r > 0]
+        tiles, begin = [], 0
+        for position, r in enumerate(allowed):
+            if position + 1 == len(allowed) or allowed[position + 1] - begin > TILE_ROWS:
+                ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(self.whole))]
+                tiles.append(((begin, r), [(low, high) if low < high else (0, 0) for low, high in ranges]))
+                begin = r
+        return tiles
 
 
 def _boundaries(rows: int, student: Rows, teacher: Rows) -> Tensor:

@@ -46,3 +46,12 @@ def test_choice_of_columns(k):
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_agree_with_plain_path(name):
     compare(CASES[name], torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several"])
+def test_tiles_change_nothing(name, monkeypatch):
+    """Cut into tiles of a few rows, never through a chunk."""
+    from xtoken_core.losses.kernels import tiles
+
+    monkeypatch.setattr(tiles, "TILE_ROWS", 5)
+    compare(CASES[name], torch.device("cpu"), torch.float32)

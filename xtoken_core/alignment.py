@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -81,15 +80,21 @@ class _Side:
             raise ValueError(f"token ids: outside the vocabulary of {len(table)} ids")
         return cls(table, ids, np.cumsum([0, *map(len, arrays)]))
 
-    def without_dummy_prefix(self) -> _Side:
-        """Without the space that the tokenizer puts in front of each row (and maybe of text after special tokens)."""
+    def without_dummy_prefix(self, chosen: np.ndarray) -> _Side:
+        """Without the space that the tokenizer puts in front of text (and maybe again after special tokens), in the rows
+        of the mask `chosen` [R]."""
         if not self.table.dummy_prefix:
             return self
-        text = np.flatnonzero(~self.table.special[self.ids])
-        starts = text[np.searchsorted(text, self.rows[:-1]).clip(max=len(text) - 1)] if len(text) else text
+        starts = self.rows[:-1]
         if self.table.dummy_after_special:
-            starts = np.concatenate((starts, np.intersect1d(self.special + 1, text)))
-        return _Side(self.table, self.ids, self.rows, np.unique(starts[self.table.starts_with_space[self.ids[starts]]]))
+            starts = np.concatenate((starts, self.special + 1))
+        starts = np.unique(starts[starts < len(self.ids)])
+        while (leads := self.table.special[self.ids[starts]]).any():  # the text begins after leading special tokens
+            starts = starts + leads
+            starts = np.unique(starts[starts < len(self.ids)])
+        in_row = np.searchsorted(self.rows, starts, side="right") - 1
+        added = chosen[in_row] & self.table.starts_with_space[self.ids[starts]]
+        return _Side(self.table, self.ids, self.rows, starts[added])
 
     @cached_property
     def special(self) -> np.ndarray:
@@ -166,13 +171,20 @@ def _same_text(student: _Side, teacher: _Side) -> bool:
 
 
 def _without_dummy_prefixes(student: _Side, teacher: _Side) -> tuple[_Side, _Side]:
-    """Both sides without the spaces that their tokenizers put in front of text, where that makes them agree.
+    """Both sides without the spaces that their tokenizers put in front of text.
 
-    Llama-2's tokenizer always adds one and Metaspace only if there is none, so what was added shows in the other side.
+    Llama-2's tokenizer always adds one and Metaspace only if there is none, and rows may be cut out of longer ones: that
+    one was added shows in the other side, which is shorter by it.
     """
-    bare = student.without_dummy_prefix(), teacher.without_dummy_prefix()
-    candidates = product((bare[0], student), (bare[1], teacher))
-    return next((pair for pair in candidates if _same_text(*pair)), bare)
+    if not (student.table.dummy_prefix or teacher.table.dummy_prefix):
+        return student, teacher
+    least = 0 if student.table.dummy_prefix and teacher.table.dummy_prefix else 1
+    longer = np.diff(student.row_ends(), prepend=0) - np.diff(teacher.row_ends(), prepend=0)
+    fitting = student.without_dummy_prefix(longer >= least), teacher.without_dummy_prefix(-longer >= least)
+    if _same_text(*fitting):
+        return fitting
+    every = np.ones(len(longer), dtype=bool)
+    return student.without_dummy_prefix(every), teacher.without_dummy_prefix(every)
 
 
 def _align_equal(student: _Side, teacher: _Side) -> list[Alignment]:

@@ -116,11 +116,12 @@ def examine(text: str, ids: list[np.ndarray], tables: list[TokenTable], found: C
     return result
 
 
-def rows(ids: list[np.ndarray], result: Alignment) -> Iterator[list[np.ndarray]]:
-    """Both sides cut at ends of chunks into rows of about `ROW` student tokens."""
-    for low in range(0, len(ids[0]) - ROW, ROW):
-        first, last = result.student_chunk_id[low], result.student_chunk_id[low + ROW]
-        yield [i[(c >= first) & (c < last)] for i, c in zip(ids, (result.student_chunk_id, result.teacher_chunk_id))]
+def rows(text: str, toks: list[Any], tables: list[TokenTable], tokens: int) -> Iterator[list[np.ndarray]]:
+    """Both sides of the pieces of a text that come to about `ROW` student tokens each, of `tokens` in all."""
+    step = len(text) * ROW // tokens
+    pieces = [normalize_for(text[i : i + step], tables) for i in range(0, len(text) - step, step)]
+    for pair in zip(*(encode(tok, pieces) for tok in toks)):
+        yield [np.array(ids, dtype=np.int64) for ids in pair]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -170,8 +171,8 @@ def run_pair(pair: str, corpus: list[tuple[str, str]]) -> dict[str, Any]:
             result = examine(text, ids, tables, counts["normalized"])
             if result is None or not result.exact.all():
                 unequal.append(name)
-            elif len(sample) < 256:
-                sample.extend(rows(ids, result))
+            elif len(sample) < 256 and len(ids[0]) > ROW:
+                sample.extend(rows(text, toks, tables, len(ids[0])))
             if text != raw:
                 sizes["normalized_documents"] += 1
                 ids = [np.array(encode(tok, [raw])[0], dtype=np.int64) for tok in toks]

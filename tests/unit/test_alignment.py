@@ -142,6 +142,15 @@ def test_both_kinds_of_prefix(text: str) -> None:
             assert result.exact.all() and result.student_chunk_id.min() == 0
 
 
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_a_row_cut_out_of_a_longer_one_has_no_prefix(name: str) -> None:
+    tables = assets.table(name), assets.table("llama3")
+    (s, _), (t, _) = tokens_of(name, "first second third"), tokens_of("llama3", "first second third")
+    rows = [s, s[1:], s[2:]], [t, t[1:], t[2:]]  # one token a word on both sides
+    for result, words in zip(align_rows(*rows, *tables), (3, 2, 1), strict=True):
+        assert result.student_chunk_id.tolist() == list(range(words)) and result.exact.all()
+
+
 def test_special_tokens_belong_to_no_chunk() -> None:
     table = make_table([b"a", b"b", b"ab", b"<s>", b"</s>"], special=(3, 4))
     result = align([3, 0, 1, 4, 4], [2, 4], table, table)

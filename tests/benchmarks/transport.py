@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.multiprocessing as mp
 
-from xtoken_core.teachers.transport import Inbox, Outbox, Shape
+from xtoken_core.teachers.transport import Inbox, Outbox, Shape, remove_traces
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def seconds_to_hand_over(payload: Payload, device: torch.device, shared: bool, s
     pipe.send(False)
     inbox.close()
     process.join()
+    remove_traces(process.pid)
     return statistics.median(seconds[1:])
 
 

@@ -7,7 +7,6 @@ through the shared buffers of `transport`, never through the pipe.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import resource
 import signal
@@ -26,7 +25,7 @@ from torch import Tensor
 from xtoken_core.errors import InputError
 from xtoken_core.losses.types import HiddenLogits, TopKLogits
 from xtoken_core.spec import LossSpec
-from xtoken_core.teachers.transport import Inbox, Shape
+from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
 
 Logits = Tensor | HiddenLogits | TopKLogits
 Inputs = dict[str, np.ndarray]
@@ -77,7 +76,8 @@ def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
             started = time.monotonic()
             pipe.send(("done", _stamped(started, getattr(server, command)(*arguments))))
     except (EOFError, BrokenPipeError):
-        return  # the student is gone
+        remove_traces(os.getpid())  # the student is gone and cannot
+        os._exit(0)  # torch would miss its counters
     except InputError as e:
         pipe.send(("bad input", str(e)))
     except BaseException as e:
@@ -156,8 +156,8 @@ class Teacher:
             if self._process.exitcode is not None:
                 break
         self._pipe.close()
-        for left in glob.glob(f"/dev/shm/torch_{self._process.pid}_*"):  # CUDA IPC's counters, if it was killed
-            os.unlink(left)
+        if self._process.pid is not None:
+            remove_traces(self._process.pid)
 
     def _reply(self) -> dict[str, Any]:
         wait([self._pipe, self._process.sentinel])

@@ -2,11 +2,13 @@
 
 The teacher writes into named buffers that both processes map: CUDA IPC memory on a GPU, anonymous shared memory on a
 CPU. A buffer is allocated once and only grows. Its handle crosses the pipe when it is new or has grown; in every other
-step nothing but the shapes does. No buffer has a name in a file system, so nothing can be left behind in /dev/shm.
+step nothing but the shapes does. No buffer has a name in a file system, so none can be left behind in /dev/shm.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +58,14 @@ def _views(memory: Tensor, shapes: Sequence[Shape], dtype: torch.dtype) -> list[
     """Tensors of the given shapes, one behind the other in the buffer."""
     sizes = [prod(shape) * dtype.itemsize for shape in shapes]
     return [part.view(dtype).view(shape) for part, shape in zip(memory[: sum(sizes)].split(sizes), shapes)]
+
+
+def remove_traces(pid: int) -> None:
+    """Removes what a process that shared CUDA memory leaves in /dev/shm when it ends: the driver's file, torch's counters if it was killed."""
+    for pattern in (f"cuda.shm.*.{pid:x}.*", f"torch_{pid}_*"):
+        for left in glob.glob(f"/dev/shm/{pattern}"):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
 
 
 class Outbox:

@@ -31,8 +31,11 @@ T = TypeVar("T")
 INCOMPLETE = "_INCOMPLETE"
 """Object that marks a folder of an object store as half-published: written before the first file, removed after the last."""
 
-RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0)
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between attempts of one transfer, on top of the retries that botocore makes by itself."""
+
+PROGRESS_DELAY = 1.0
+"""Seconds that a transfer must take before its progress is shown."""
 
 _CHUNK = 32 * 2**20
 _THREADS = 8
@@ -73,7 +76,7 @@ def expand(uris: Iterable[str]) -> list[str]:
         fs, path = filesystem(uri)
         with _reported(uri):
             fs.invalidate_cache()
-            paths = _files_below(fs, path)
+            paths = _retried(partial(_files_below, fs, path), uri)
         if not paths:
             raise InputError(f"{uri}: no such file, or nothing in it")
         found.update(dict.fromkeys(fs.unstrip_protocol(p) if is_remote(uri) else p for p in paths))
@@ -94,7 +97,7 @@ def fingerprint(uri: str) -> str:
     """
     fs, path = filesystem(uri)
     with _reported(uri):
-        return _digest(path, _listing(fs, path, uri))
+        return _digest(path, _retried(lambda: _listing(fs, path, uri), uri))
 
 
 def local_copy(uri: str) -> Path:
@@ -109,7 +112,7 @@ def local_copy(uri: str) -> Path:
             raise InputError(f"{uri}: no such file or folder")
         return Path(path)
     with _reported(uri):
-        listing = _listing(fs, path, uri)
+        listing = _retried(lambda: _listing(fs, path, uri), uri)
         target = cache_folder() / _digest(path, listing) / path.rsplit("/", 1)[-1]
         cache_folder().mkdir(parents=True, exist_ok=True)
         with _lock(target.parent.with_suffix(".lock")):  # of the processes of a host, one downloads
@@ -297,7 +300,14 @@ def _transfer(verb: str, uri: str, work: Callable[..., int], items: list[tuple[A
 
     interactive = sys.stderr.isatty()
     with (
-        tqdm(total=size, desc=f"{verb} {uri}", unit="B", unit_scale=True, mininterval=0.5 if interactive else 15, delay=1) as bar,
+        tqdm(
+            total=size,
+            desc=f"{verb} {uri}",
+            unit="B",
+            unit_scale=True,
+            mininterval=0.5 if interactive else 15,
+            delay=PROGRESS_DELAY,
+        ) as bar,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         futures = [pool.submit(work, *item) for item in items]

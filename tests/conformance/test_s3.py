@@ -1,0 +1,212 @@
+"""Storage and a whole run on a real S3 server, SeaweedFS, which is also killed in the middle of things."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import s3fs
+import yaml
+
+from tests.conformance.weed import Weed
+from tests.tiny import tiny_run
+from xtoken_core import storage
+from xtoken_core.dataset import load_rows, prepare_rows
+from xtoken_core.errors import InputError
+from xtoken_core.shards import StreamedRows
+from xtoken_core.spec import DistillationSpec
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def weed(tmp_path_factory):
+    server = Weed(tmp_path_factory.mktemp("weed")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def s3(weed, tmp_path, monkeypatch):
+    """The server's file system, a bucket in it, and this process set up as a user's would be."""
+    for name, value in weed.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "RETRY_DELAYS", (0.5, 1.0, 2.0, 4.0, 8.0))
+    s3fs.S3FileSystem.clear_instance_cache()
+    fs = s3fs.S3FileSystem()
+    if not fs.exists("bucket"):
+        fs.mkdir("bucket")
+    return fs
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is asked of S3, as (method, arguments), in order."""
+    made: list[tuple[str, dict]] = []
+    ask = s3fs.S3FileSystem._call_s3
+
+    async def spy(self, method, *args, **kwargs):
+        made.append((method, kwargs))
+        return await ask(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", spy)
+    return made
+
+
+def model(folder: Path, size: int, text: str = "one") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(os.urandom(size))
+    (folder / "config").write_text(text)
+    return folder
+
+
+def same(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("weights", "config"))
+
+
+def test_big_files_go_in_parts_and_come_in_ranges_with_progress(tmp_path, calls, capfd, monkeypatch):
+    monkeypatch.setattr(storage, "PROGRESS_DELAY", 0)
+    source = model(tmp_path / "model", 100 * MIB)
+    storage.publish(source, "s3://bucket/parts")
+    methods = [method for method, _ in calls]
+    assert methods.count("upload_part") == 7  # of 16 MiB
+    calls.clear()
+    assert same(storage.local_copy("s3://bucket/parts"), source)
+    assert sum("Range" in arguments for method, arguments in calls if method == "get_object") == 5  # 4 of 32 MiB, and the config
+    told = capfd.readouterr().err
+    assert "publishing s3://bucket/parts: 100%" in told and "reading s3://bucket/parts: 100%" in told
+
+
+def test_a_reader_never_sees_half_a_model(tmp_path, s3):
+    versions = [model(tmp_path / str(n), 3 * MIB, str(n) * 10) for n in (0, 1)]
+    target, done, seen = "s3://bucket/atomic", threading.Event(), []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                seen.append(storage.local_copy(target))
+            except InputError as e:
+                assert any(reason in str(e) for reason in ("no such file", "half-published", "changed while"))
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for n in (0, 1, 0, 1, 0):
+            storage.publish(versions[n], target)
+        time.sleep(0.5)
+        done.set()
+        reader.result()
+    assert seen and all(same(copy, versions[0]) or same(copy, versions[1]) for copy in seen)
+    assert sorted(s3.find("bucket/atomic")) == ["bucket/atomic/config", "bucket/atomic/weights"]
+    assert not [path for path in s3.find("bucket") if "partial" in path]
+
+
+def interrupted(weed: Weed, calls, method: str, seconds: float | None):
+    """A thread that kills the server once `method` has been asked of it, and starts it again `seconds` later (None: never)."""
+
+    def watch() -> None:
+        while not any(name == method for name, _ in calls):
+            time.sleep(0.005)
+        weed.kill()
+        if seconds is not None:
+            time.sleep(seconds)
+            weed.start()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_server_that_dies_and_returns_is_tried_again(tmp_path, weed, calls, capfd):
+    source = model(tmp_path / "model", 100 * MIB)
+    watcher = interrupted(weed, calls, "upload_part", 0.5)
+    storage.publish(source, "s3://bucket/returned")
+    watcher.join()
+    assert "; again in" in capfd.readouterr().err
+    assert same(storage.local_copy("s3://bucket/returned"), source)
+
+
+def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_path, weed, calls, monkeypatch, s3):
+    monkeypatch.setattr(storage, "RETRY_DELAYS", (0.1, 0.1))
+    old = model(tmp_path / "old", MIB)
+    storage.publish(old, "s3://bucket/kept")
+    calls.clear()
+    watcher = interrupted(weed, calls, "upload_part", None)
+    with pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
+        storage.publish(model(tmp_path / "new", 100 * MIB), "s3://bucket/kept")
+    watcher.join()
+    assert "\n" not in str(caught.value)
+    weed.start()
+    assert same(storage.local_copy("s3://bucket/kept"), old)
+
+
+def test_what_is_not_there_and_what_is_not_allowed(monkeypatch):
+    with pytest.raises(InputError, match="^s3://bucket/absent: no such file"):
+        storage.local_copy("s3://bucket/absent")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(InputError, match="^s3://bucket/x: not allowed"):
+        storage.check_writable("s3://bucket/x")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run, whose models and texts `in_bucket` moves."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, tiny_run(folder)
+
+
+def in_bucket(s3, folder: Path, spec: dict) -> dict:
+    for name in ("student", "other", "same", "train"):
+        storage.publish(folder / name, f"s3://bucket/in/{name}")
+    s3.put_file(str(folder / "held-out.jsonl"), "bucket/in/held-out.jsonl")
+    return json.loads(json.dumps(spec).replace(str(folder), "s3://bucket/in"))
+
+
+def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
+    spec = in_bucket(s3, *run)
+    spec["output"]["uri"] = "s3://bucket/out"
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    command = [sys.executable, "-m", "pipelines", "run", str(tmp_path / "spec.yaml"), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "s3://bucket/out/report.html" in done.stdout
+    assert {path.split("/")[2] for path in s3.find("bucket/out")} == {
+        "report.html", "run.json", "spec.yaml", "student", "logs", "projections"
+    }  # fmt: skip
+    from xtoken_core.models import load_model
+
+    assert load_model("s3://bucket/out/student/best").config.num_hidden_layers == 2
+
+
+def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):
+    """Three prepare tasks, in any order, make the rows of one; training reads a shard when it comes to it."""
+    spec = DistillationSpec.from_text(json.dumps(run[1]))
+    sharded = DistillationSpec.from_text(json.dumps(run[1]), ["data.shards=3"])
+    prepare_rows(spec, tmp_path / "whole", "train")
+    for shard in (2, 0, 1):
+        prepare_rows(sharded, tmp_path / "shards" / str(shard), "train", shard)
+        storage.publish(tmp_path / "shards" / str(shard), f"s3://bucket/rows/{shard}/train")
+    rows = StreamedRows([f"s3://bucket/rows/{shard}/train" for shard in range(3)])
+
+    def key(row):
+        return int(row["document"]), tuple(int(i) for i in row["student_ids"])
+
+    import torch
+
+    whole = sorted(key(row) for row in load_rows(tmp_path / "whole"))
+    order = rows.order(torch.Generator().manual_seed(1)).tolist()
+    assert sorted(order) == list(range(len(whole)))
+    cached = list((tmp_path / "cache").glob("*.lock"))
+    first = key(rows[order[0]])
+    rows._pool.shutdown()  # the one that follows is under way
+    fetched = len(list((tmp_path / "cache").glob("*.lock"))) - len(cached)
+    assert fetched <= 2
+    rows = StreamedRows([f"s3://bucket/rows/{shard}/train" for shard in range(3)])
+    streamed = [key(rows[i]) for i in order]
+    assert streamed[0] == first and sorted(streamed) == whole

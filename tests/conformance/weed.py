@@ -1,0 +1,87 @@
+"""SeaweedFS, an S3 server that KFP ships itself, started on free ports of this machine."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "tester-secret"}
+
+
+class Weed:
+    """`start`, `kill` (as by a power cut) and `stop` of one server over one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "s3.json").write_text(
+            json.dumps(
+                {
+                    "identities": [
+                        {
+                            "name": "tester",
+                            "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],
+                            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+                        }
+                    ]
+                }
+            )
+        )
+        free = iter(_free_ports(8))
+        self.ports = {
+            name: next(free)
+            for server in ("master", "volume", "filer", "s3")
+            for name in (f"{server}.port", f"{server}.port.grpc")
+        }
+        self.endpoint = f"http://127.0.0.1:{self.ports['s3.port']}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> "Weed":
+        weed = Path(sys.executable).parent / "weed"
+        ports = [f"-{name}={port}" for name, port in self.ports.items()]
+        command = [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}", "-s3", *ports]
+        command += [
+            f"-s3.config={self.folder}/s3.json",
+            "-volume.max=20",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-master.electionTimeout=1s",
+            "-master.heartbeatInterval=100ms",
+            "-master.volumeSizeLimitMB=128",
+        ]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
+        for _ in range(240):
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.ports['filer.port']}/", timeout=2).close()
+                urllib.request.urlopen(f"{self.endpoint}/status", timeout=2).close()
+                return self
+            except OSError as e:
+                if getattr(e, "code", None) in (400, 403, 404):
+                    return self
+                time.sleep(0.25)
+        raise RuntimeError((self.folder / "log").read_text()[-2000:])
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def environment(self) -> dict[str, str]:
+        return KEYS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2"}
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

@@ -15,6 +15,7 @@
     totals.py      sums over rows and chunks
     tiles.py       where a batch may be cut
     terms.py       one teacher's term, put together
+    launch.py      cheaper launches
     autograd.py    `term_sums`: all of it, differentiable
 
 Sums are formed in a fixed order: the same inputs give the same bits. Nothing waits for the device, except that from hidden states of more than

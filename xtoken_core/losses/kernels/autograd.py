@@ -140,7 +140,6 @@ class _Terms(torch.autograd.Function):
         ctx: Any, batch: Batch, coefficients: Coefficients | None, wanted: bool, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.batch, ctx.coefficients, ctx.ready = batch, coefficients, None
-        ctx.save_for_backward(*inputs)
         if isinstance(batch.student, HiddenLogits):
             if wanted and coefficients is not None:
                 ctx.ready = _hidden_gradients(batch, coefficients.ce, coefficients.kd)
@@ -155,6 +154,8 @@ class _Terms(torch.autograd.Function):
         else:
             batch.run()
         ctx.set_materialize_grads(False)
+        if ctx.ready is None:
+            ctx.save_for_backward(*inputs)
         batch.found = batch.totals()
         ce, kd = batch.found[0], batch.found[2::3]
         if coefficients is None:
@@ -165,9 +166,9 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         batch: Batch = ctx.batch
         if ctx.ready is not None:
-            gradients, ctx.ready = ctx.ready, None
+            gradients, ctx.ready = ctx.ready, None  # a second backward would find them scaled: it forms them anew
             return None, None, None, *(scale_(x, upstream[0]) for x in gradients)
-        _ = ctx.saved_tensors  # complains if they changed since
+        _ = ctx.saved_tensors  # complains if one was changed since
         if ctx.coefficients is None:
             found = batch.found[0], batch.found[2::3]
             ce, kd = (torch.zeros_like(y) if x is None else x.contiguous() for x, y in zip(upstream, found, strict=True))
@@ -215,7 +216,8 @@ def _hidden_gradients(batch: Batch, ce: Tensor, kd: Tensor) -> list[Tensor | Non
         batch.gradient(tile, parts, out, ce, kd, None)
         gradients.add(out, tile.first)
 
-    batch.run(use)
+    with torch.autocast(batch.student.device.type, enabled=False):
+        batch.run(use)
     return [*gradients.finished(), *_by_weights(batch, weights)]
 
 
@@ -242,11 +244,12 @@ def term_sums(
     coefficients: Coefficients | None = None,
 ) -> TermSums:
     """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16."""
-    batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec)
-    inputs = [student] if isinstance(student, Tensor) else [student.hidden, student.weight, student.bias]
-    inputs += [weights for _, weights in _learnable(batch)]
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    sums = _Terms.apply(batch, coefficients, wanted, *inputs)
-    found = batch.found
-    ce, kd = sums if coefficients is None else (found[0], found[2::3])
-    return TermSums(ce, kd, found[1], found[3::3], found[4::3], None if coefficients is None else sums[0])
+    with torch.autocast(student.device.type, enabled=False):  # products are formed in the dtype of the hidden states
+        batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec)
+        inputs = [student] if isinstance(student, Tensor) else [student.hidden, student.weight, student.bias]
+        inputs += [weights for _, weights in _learnable(batch)]
+        wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        sums = _Terms.apply(batch, coefficients, wanted, *inputs)
+        found = batch.found
+        ce, kd = sums if coefficients is None else (found[0], found[2::3])
+        return TermSums(ce, kd, found[1], found[3::3], found[4::3], None if coefficients is None else sums[0])

@@ -112,8 +112,9 @@ class HiddenGradients:
         assert self.source.hidden is not None and self.source.weight is not None
         rows = slice(first, first + gradient.shape[0])
         torch.mm(gradient, self.source.weight, out=self.hidden[rows])
-        self._add_weight(gradient.T, self.source.hidden[rows])
-        if self.like.bias is not None:
+        if self.like.weight.requires_grad:
+            self._add_weight(gradient.T, self.source.hidden[rows])
+        if self.like.bias is not None and self.like.bias.requires_grad:
             total = gradient.sum(0, dtype=torch.float32)
             self.bias = total if self.bias is None else self.bias + total
 

@@ -130,7 +130,7 @@ class ProjectedTerm(ChunkTerm):
         self.columns = ordered_columns(columns, place, self.table)
         self.by_column = by_column(self.projection.weights, self.table)
         self.place = self.columns.place
-        self.reach = self.table.most[columns.shape[1] - 1]
+        self.reach = int(self.table.most[columns.shape[1] - 1])
         """No more of the student's columns can be touched."""
 
     def tile(self, tile: Tile, touched: Touched | None) -> SparseGradient:

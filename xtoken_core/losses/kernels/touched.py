@@ -33,8 +33,8 @@ class ByTeacher:
     """[n] int32."""
     slot: Tensor
     """[n] int64: where its weight is in `projection.weights.flatten()`."""
-    most: list[int]
-    """most[k - 1]: the most entries that any k columns have between them."""
+    most: Tensor
+    """[V_t] int64 on the CPU: most[k - 1] is the most entries that any k columns have between them."""
 
 
 _BY_TEACHER: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -48,7 +48,7 @@ def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -
         entries = projection_entries(projection, student_vocab)
         column, order = entries.teacher.sort(stable=True)
         start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
-        most = start.diff().sort(descending=True).values.cumsum(0).tolist()
+        most = start.diff().sort(descending=True).values.cumsum(0).cpu()
         tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order], most)
     return tables[key]
 
@@ -61,8 +61,8 @@ def by_column(weights: Tensor, table: ByTeacher) -> Tensor:
     if weights.requires_grad or weights.is_inference():
         return weights.detach().flatten()[table.slot].float()
     kept = _BY_COLUMN.get(weights)
-    if kept is None or kept[:2] != (weights._version, id(table)):
-        kept = weights._version, id(table), weights.flatten()[table.slot].float()
+    if kept is None or kept[0] != weights._version or kept[1] is not table:
+        kept = weights._version, table, weights.flatten()[table.slot].float()
         _BY_COLUMN[weights] = kept
     return kept[2]
 

@@ -17,7 +17,7 @@ def mixture(parts, strides, weights, local, column, inside):
     """The weighted sum of the parts' logits at a row's columns; -inf outside."""
     total = tl.zeros(column.shape, tl.float32)
     for i in tl.static_range(len(parts)):
-        z = tl.load(parts[i] + local * strides[i] + column, mask=inside, other=0.0)
+        z = tl.load(parts[i] + tl.cast(local, tl.int64) * strides[i] + column, mask=inside, other=0.0)
         total += weights[i] * z.to(tl.float32)
     return tl.where(inside, total, float("-inf"))
 

@@ -336,6 +336,7 @@ class DistillationTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             best, log = self.out_dir / "best", self.out_dir / "log.jsonl"
             if best.exists():  # with the checkpoint, in case the run goes on elsewhere
+                shutil.rmtree(folder / "best", ignore_errors=True)  # of a run that was killed while it saved
                 shutil.copytree(best, folder / "best", copy_function=os.link)
             shutil.copy(log, folder / log.name)
             self.progress.seconds["save"] += time.monotonic() - started

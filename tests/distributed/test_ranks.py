@@ -1,0 +1,86 @@
+"""Two processes over gloo, started by torchrun, train as one does: DDP and FSDP, each rank with teachers of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.training_run import changed, losses, prepare, run
+from xtoken_core.models import load_model
+from xtoken_core.projection import Projection
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def values(base):
+    settings = {
+        "max_steps": 3,
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "scheduler": "constant",
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    spec = prepare(base, loss={"weight_metric": "ce", "dynamic_scaling": True}, training=settings)
+    spec["teachers"][0]["projection"] = {"learnable": True}
+    return spec
+
+
+@pytest.fixture(scope="module")
+def alone(base, values):
+    return base / "alone", run(values, base, base / "alone")
+
+
+def torchrun(values, base, out):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "tests.unit.training_run", json.dumps(values), str(base), str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one(base, values, alone, sharding):
+    out, (reference, summary) = base / sharding, alone
+    torchrun(changed(values, training={"sharding": sharding}), base, out)
+    for ours, theirs in zip(losses(out), losses(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    two = json.loads((out / "summary.json").read_text())
+    assert two["ranks"] == 2
+    assert two["tokens"] == summary["tokens"]
+    assert two["best_validation_bits_per_byte"] == pytest.approx(summary["best_validation_bits_per_byte"], rel=1e-4)
+    for name in ("last", "best"):
+        load_model(str(out / name))
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, reference))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
+    learned = [Projection.load(folder / "last" / "projection-other.safetensors").weights for folder in (out, reference)]
+    assert torch.allclose(*learned, atol=1e-3)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_resume(base, values, alone, sharding):
+    """From the checkpoint of step 2 that the test above has left, as if killed after it."""
+    out = base / sharding
+    if not (out / "checkpoints" / "checkpoint-2").exists():
+        torchrun(changed(values, training={"sharding": sharding}), base, out)
+    unbroken = losses(out)
+    for left in (out / "checkpoints").glob("checkpoint-3/distillation.json"):
+        left.unlink()
+    torchrun(changed(values, training={"sharding": sharding}), base, out)
+    assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
+    assert losses(out) == unbroken

@@ -1,10 +1,15 @@
-"""Compare the vocabularies of the student and its teachers, and settle each teacher's loss mode."""
+"""Compare the vocabularies of the student and its teachers, and settle each teacher's loss mode.
 
+Without a spec, `python -m components.overlap compare TOKENIZER... --output FOLDER` compares any number of tokenizers.
+"""
+
+import sys
 from typing import NamedTuple
 
+import click
 from kfp.dsl import Artifact, Output
 
-from components.cli import component, main
+from components.cli import component, main, run_command
 
 
 @component
@@ -31,5 +36,22 @@ def overlap(spec: str, report: Output[Artifact]) -> NamedTuple("Outputs", [("mod
         return ({teacher: result["mode"] for teacher, result in audit["teachers"].items()},)
 
 
+@click.command()
+@click.argument("tokenizers", nargs=-1, required=True)
+@click.option("--output", required=True, metavar="FOLDER", help="For overlap.json and the heat map, overlap.png.")
+def compare(tokenizers: tuple[str, ...], output: str) -> None:
+    """Compare the vocabularies of any number of tokenizers, each with each."""
+    from xtoken_core.overlap import compare_tokenizers
+
+    found = compare_tokenizers(tokenizers, output)
+    width = max(map(len, found["names"]))
+    for name, row in zip(found["names"], found["coefficient"]):
+        click.echo(f"{name:{width}} " + " ".join(f"{value:.4f}" for value in row))
+
+
 if __name__ == "__main__":
-    main(overlap)
+    if sys.argv[1:2] == ["compare"]:
+        del sys.argv[1]
+        run_command(compare, "python -m components.overlap compare")
+    else:
+        main(overlap)

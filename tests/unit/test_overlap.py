@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from components.overlap import compare
 from tests import assets
 from tests.unit.test_alignment import make_table
 from xtoken_core.errors import InputError
@@ -169,3 +171,11 @@ def test_many_tokenizers_at_once(tmp_path: Path) -> None:
     pairs = [[vocabulary_overlap(assets.table(a), assets.table(b)).coefficient for a in names] for b in names]
     assert found["coefficient"] == [[round(c, 4) for c in row] for row in pairs]
     assert (tmp_path / "out/overlap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_that_compares(tmp_path: Path) -> None:
+    folders = [str(assets.tokenizer_folder(name)) for name in ("mistral", "gpt2")]
+    result = CliRunner().invoke(compare, [*folders, "--output", str(tmp_path)], catch_exceptions=False)
+    coefficient = vocabulary_overlap(assets.table("mistral"), assets.table("gpt2")).coefficient
+    assert result.output == f"mistral 1.0000 {coefficient:.4f}\ngpt2    {coefficient:.4f} 1.0000\n"
+    assert (tmp_path / "overlap.png").exists()

@@ -69,12 +69,23 @@ def distill(
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
         return _distill(*arguments)
+    return _on_every_gpu(gpus, arguments)
+
+
+def _on_every_gpu(gpus: int, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Runs `_distill` in one process per GPU of this host, as torchrun would; the first rank's summary."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
-    return elastic_launch(config, _distill)(*arguments)[0]
+    config = LaunchConfig(1, 1, gpus, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    try:
+        return elastic_launch(config, _distill)(*arguments)[0]
+    except ChildFailedError as e:
+        words = e.get_first_failure()[1].error_file_data["message"]
+        kind, _, text = words["message"].partition(": ") if isinstance(words, dict) else ("", "", "")
+        if kind == InputError.__name__:
+            raise InputError(text) from None
+        raise
 
 
 def _distill(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.unit.training_run import changed, losses, prepare, run
+from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
 
@@ -84,3 +85,23 @@ def test_two_ranks_resume(base, values, alone, sharding):
     torchrun(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
     assert losses(out) == unbroken
+
+
+def test_distill_starts_a_process_per_gpu_by_itself(base, values, alone, monkeypatch):
+    """On CPUs here: what counts as GPUs is made up, the processes are not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    out = base / "launched"
+    summary = run(changed(values, training={"max_steps": 1}), base, out, baseline=True)
+    assert summary["ranks"] == 2
+    (step, loss, _), (_, first, _) = losses(out)[0], losses(alone[0])[0]
+    assert step == 1
+    assert loss == pytest.approx(first / 2, rel=1e-4)  # CE alone: the other half was KD, scaled to its size
+
+
+def test_bad_input_of_a_rank_is_bad_input_of_the_run(base, values, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    uneven = changed(values, training={"global_batch_size": 3})
+    with pytest.raises(
+        InputError, match=r"^training\.global_batch_size: 3 rows do not divide over 2 ranks by micro-batches of 1$"
+    ):
+        run(uneven, base, base / "uneven", baseline=True)

@@ -98,9 +98,10 @@ def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str
     returned = function(**{name: value for name, value in arguments.items() if value is not None})
     for name, value in values.items():
         if value and type_annotations.is_artifact_wrapped_in_Output(kinds[name]) and storage.is_remote(value):
-            if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, the one that writes
-                storage.publish(arguments[name].path, value)
-            shutil.rmtree(arguments[name].path, ignore_errors=True)
+            path = Path(arguments[name].path)
+            if path.exists() and os.environ.get("RANK", "0") == "0":  # of the processes of a torchrun, the one that writes
+                storage.publish(path, value)
+            shutil.rmtree(path.parent, ignore_errors=True)
     for artifact in arguments.values():
         if isinstance(artifact, dsl.Metrics):  # which KFP keeps as metadata, and not as a file
             Path(artifact.path).write_text(json.dumps(artifact.metadata), encoding="utf-8")
@@ -117,12 +118,18 @@ def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any
     if type_annotations.is_artifact_wrapped_in_Output(kind):
         path = Path(tempfile.mkdtemp()) / name if storage.is_remote(value) else Path(value)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return get_args(kind)[0](name=name, uri=str(path))
+        return _artifact(kind, name, value, path)
     if type_annotations.is_artifact_wrapped_in_Input(kind):
-        return get_args(kind)[0](name=name, uri=str(storage.local_copy(value)))
+        return _artifact(kind, name, value, storage.local_copy(value))
     if _is_json(kind):
         try:
             return json.loads(value)
         except ValueError:
             raise InputError(f"--{name.replace('_', '-')}: not JSON") from None
     return value
+
+
+def _artifact(kind: Any, name: str, uri: str, path: Path) -> dsl.Artifact:
+    artifact: dsl.Artifact = get_args(kind)[0](name=name, uri=uri)
+    artifact.custom_path = str(path)
+    return artifact

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from xtoken_core.errors import InputError
 from xtoken_core.losses.types import HiddenLogits
@@ -34,6 +34,16 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "s
     except (OSError, ValueError, ImportError) as e:
         raise InputError(f"{ref}: cannot load the model: {str(e).strip().splitlines()[0]}") from e
     return model.eval()
+
+
+def weight_bytes(ref: str, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights, from its configuration alone."""
+    path = Path(_local(ref))
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    config = AutoConfig.from_pretrained(str(path.parent) if gguf else str(path) if path.exists() else ref, **gguf)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sum(p.nbytes for p in model.parameters())
 
 
 def _local(ref: str) -> str:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
@@ -25,17 +27,20 @@ from xtoken_core.environment import describe_environment
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import decoder_layers, load_model, prune_layers, vocabulary_rows
+from xtoken_core.models import decoder_layers, load_model, prune_layers, vocabulary_rows, weight_bytes
 from xtoken_core.projection import Projection
 from xtoken_core.runlog import RunLog
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
 from xtoken_core.student import Student
-from xtoken_core.teachers.process import TeacherSetup
+from xtoken_core.teachers.process import Shards, TeacherSetup
 from xtoken_core.teachers.schedule import TeacherPool
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.trainer import LEARNABLE_FILE, STATE_FILE, DistillationTrainer, Progress
 
 logger = logging.getLogger(__name__)
+
+LARGEST_SHARE = 0.6
+"""Of a GPU's memory: a teacher whose weights take more is sharded over the ranks, where there are several."""
 
 
 def distill(
@@ -243,6 +248,7 @@ def _teacher(
         if teacher.projection.learnable:
             learnable = LearnableProjection(projection)
     scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     setup = TeacherSetup(
         name=name,
         model=teacher.model,
@@ -251,16 +257,31 @@ def _teacher(
         transport=teacher.transport,
         top_k=teacher.top_k,
         residency=teacher.residency,
-        dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        dtype=dtype,
         attention=training.attention,
         device=device,
         threads=torch.get_num_threads(),
+        shards=_shards(teacher.model, dtype, device),
         scores=_loss(spec, baseline=False) if scored else None,
     )
     on_device = None if projection is None else projection.to(device)
     weight = teacher.weight if spec.fixed_weights else 1.0
     template = TeacherBatch(logits=torch.empty(0), projection=on_device, weight=weight, mode=mode)
     return _Teacher(setup, template, table.fingerprint, projection, learnable)
+
+
+def _shards(model: str, dtype: torch.dtype, device: torch.device) -> Shards | None:
+    """A meeting point for the teacher's processes on all ranks, if the model is too large for one GPU. All ranks call it."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1 or device.type != "cuda":
+        return None
+    if weight_bytes(model, dtype) <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return None
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = [f"{os.environ['MASTER_ADDR']}:{free.getsockname()[1]}"]
+    dist.broadcast_object_list(address, src=0)
+    return Shards(address[0], dist.get_rank(), ranks)
 
 
 # ----------------------------------------------------------------------------------------------- transformers' settings

@@ -34,6 +34,16 @@ scored_input_ids, scored_token_mask and scored_token_bytes [B, T], and of packed
 
 
 @dataclass(frozen=True)
+class Shards:
+    """The process group of one teacher's processes, one on each rank: each holds a share of the weights (FSDP2)."""
+
+    address: str
+    """host:port at which they meet."""
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
 class TeacherSetup:
     """Everything a teacher process needs to begin."""
 
@@ -51,6 +61,8 @@ class TeacherSetup:
     attention: str
     device: torch.device
     threads: int
+    shards: Shards | None = None
+    """Set where the weights are spread over the teachers of all ranks."""
     scores: LossSpec | None = None
     """Set where the loss weights or selects teachers: what to score the teacher by."""
 

@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.types import HiddenLogits
 from xtoken_core.models import check_head, decoder_layers, final_hidden, head_logits, load_model, vocabulary_rows
-from xtoken_core.teachers.process import Inputs, TeacherSetup
+from xtoken_core.teachers.process import Inputs, Shards, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape
 
 
@@ -29,8 +32,10 @@ class TeacherServer:
         if setup.transport == "hidden":
             check_head(self.model, setup.name)
         self.outbox = Outbox(setup.device)
-        pinned = self._share_head() if setup.transport == "hidden" else []
-        self.weights = Weights(self.model, setup.device, stay=pinned)
+        shared = self._share_head() if setup.transport == "hidden" or setup.shards is not None else []
+        if setup.shards is not None:
+            shard(self.model, setup.shards, setup.device, whole=shared)
+        self.weights = Weights(self.model, setup.device, stay=shared, movable=setup.shards is None)
         if setup.residency == "resident":
             self.settle(resident=True)
 
@@ -69,7 +74,7 @@ class TeacherServer:
             self.weights.pin_host()
         return {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, micro_batches: Sequence[Inputs]) -> dict[str, Any]:
         """Runs all micro-batches into the buffers: `shapes` per micro-batch, `scores` [n][2], `working_bytes` on a GPU."""
         device, transport = self.setup.device, self.setup.transport
@@ -111,6 +116,20 @@ class TeacherServer:
         return teacher_scores(logits, ids, mask, inputs["sample_mask"], self.setup.scores, widths)
 
 
+def shard(model: PreTrainedModel, shards: Shards, device: torch.device, whole: Sequence[nn.Parameter]) -> None:
+    """Spreads the weights of all layers over the processes of `shards`; those of `whole` stay so. Each still runs its own samples."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{shards.address}",
+        rank=shards.rank,
+        world_size=shards.size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    mesh = init_device_mesh(device.type, (shards.size,))
+    for module in (*decoder_layers(model), model.base_model):
+        fully_shard(module, mesh=mesh, ignored_params=set(whole))
+
+
 class Weights:
     """Where a model's weights are: on the device, or in host memory.
 
@@ -118,19 +137,20 @@ class Weights:
     own, layer by layer; each layer's forward waits for its own copy alone, so copying overlaps with compute.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, stay: Sequence[nn.Parameter] = ()):
-        """`stay`: parameters that live on the device already and are left alone."""
+    def __init__(self, model: PreTrainedModel, device: torch.device, stay: Sequence[nn.Parameter] = (), movable: bool = True):
+        """`stay`: parameters that live on the device already and are left alone; none move on a CPU, or where they are sharded."""
         self.device = device
-        self.on_device = device.type == "cpu"
+        self.host: list[list[Tensor]] | None = None
+        self.nbytes = 0
+        self.on_device = device.type == "cpu" or not movable
         if self.on_device:
-            self.nbytes = 0
             return
         self.stream = torch.cuda.Stream(device)
         layers = decoder_layers(model)
         apart = {id(p) for p in stay} | {id(p) for layer in layers for p in layer.parameters()}
         others = [p for p in model.parameters() if id(p) not in apart]
         self.groups = [others, *(list(layer.parameters()) for layer in layers)]
-        self.host: list[list[Tensor]] | None = [[p.data for p in group] for group in self.groups]
+        self.host = [[p.data for p in group] for group in self.groups]
         self.nbytes = sum(t.nbytes for group in self.host for t in group)
         self.arrived = [torch.cuda.Event() for _ in self.groups]
         model.base_model.register_forward_pre_hook(lambda *_: self._wait(0))
@@ -158,7 +178,7 @@ class Weights:
 
     def offload(self) -> None:
         """Frees the weights' device memory, and what the allocator keeps."""
-        if self.device.type == "cpu" or self.host is None:
+        if self.host is None:
             return
         torch.cuda.synchronize(self.device)
         self.on_device = False

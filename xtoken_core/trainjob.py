@@ -39,7 +39,7 @@ def worker_command(
     options += ["--run", run_uri, "--checkpoints", checkpoints]
     options += [text for index, uri in projections.items() for text in (f"--projection-{index}", uri)]
     options += ["--baseline"] if baseline else []
-    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
+    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
     return ["sh", "-c", script, "distill", *options]
 
 

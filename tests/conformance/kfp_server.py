@@ -56,6 +56,7 @@ class FakeKfp:
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
+        self.server.server_close()
 
     # ------------------------------------------------------------------------------------------- operations of the API
 

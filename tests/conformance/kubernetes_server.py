@@ -58,6 +58,7 @@ class FakeKubernetes:
         for name in list(self.jobs):
             self.stop(name)
         self.server.shutdown()
+        self.server.server_close()
 
     def start(self, job: dict[str, Any]) -> None:
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]

@@ -13,6 +13,7 @@ import yaml
 
 from tests.conformance.kubernetes_server import FakeKubernetes
 from tests.conformance.schemas import check_resource
+from tests.conformance.test_manifests import rights
 from tests.tiny import tiny_run
 from xtoken_core import trainjob
 from xtoken_core.dataset import prepare_rows
@@ -39,7 +40,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     with FakeKubernetes(tmp_path) as cluster:
-        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))  # which the client reads when it is imported
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
         yield cluster
 
 
@@ -76,6 +78,7 @@ def test_a_job_that_fails_fails_its_launcher_with_the_log(run, cluster, capfd):
     launched = set(cluster.jobs)
     with pytest.raises(trainjob.TrainJobError):  # tried again, it is made anew
         launch(run, folder / "failed", rows=[str(folder / "absent")])
+    assert cluster.asked == rights()  # every right that manifests/trainer gives is used, and no other
     assert set(cluster.jobs) == launched and "created again" in capfd.readouterr().out
     assert not (folder / "failed" / "last").exists()
 
@@ -95,6 +98,7 @@ def test_a_launcher_that_is_cancelled_deletes_its_job(run, cluster):
     processes = next(iter(cluster.hosts.values()))
     launcher.send_signal(signal.SIGTERM)
     told, _ = launcher.communicate(timeout=60)
+    assert cluster.asked <= rights()  # the least that manifests/trainer gives the launcher
     assert launcher.returncode == 143 and "deleted, since this step was cancelled" in told
     assert cluster.jobs == {} and all(process.poll() is not None for process in processes)
 

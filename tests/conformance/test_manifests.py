@@ -1,0 +1,102 @@
+"""The manifests: kustomize renders them, strictly checked against the published types; the linter passes the Dockerfile."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes import client
+
+from tests.conformance.schemas import check_resource
+from xtoken_core import trainjob
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+OVERLAYS = sorted(path.parent for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
+
+
+def rendered(overlay: Path) -> list[dict]:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not here (Debian: kubernetes-client)")
+    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def check_core(resource: dict) -> None:
+    """Strictly against the types of the Kubernetes client, which are generated from the cluster's own API."""
+    group, _, version = resource["apiVersion"].rpartition("/")
+    name = {"": "V1", "rbac.authorization.k8s.io": "V1", "networking.k8s.io": "V1"}[group] + resource["kind"]
+    assert version == "v1"
+    _check(resource, name, resource["kind"])
+
+
+def _check(value, kind: str, where: str) -> None:
+    if found := re.fullmatch(r"list\[(.*)\]", kind):
+        assert isinstance(value, list), f"{where}: a list"
+        for index, item in enumerate(value):
+            _check(item, found[1], f"{where}[{index}]")
+    elif found := re.fullmatch(r"dict\((?:.*), (.*)\)", kind):
+        for key, item in value.items():
+            _check(item, found[1], f"{where}.{key}")
+    elif hasattr(client, kind):
+        model = getattr(client, kind)
+        fields = {json: (python, model.openapi_types[python]) for python, json in model.attribute_map.items()}
+        for key, item in value.items():
+            assert key in fields, f"{where}: no field {key}"
+            _check(item, fields[key][1], f"{where}.{key}")
+    else:
+        python = {"str": str, "int": int, "bool": bool, "object": (str, int, dict)}[kind]
+        assert isinstance(value, python), f"{where}: {value!r} is no {kind}"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_overlays_render_and_are_valid(overlay):
+    resources = rendered(overlay)
+    assert {"PersistentVolumeClaim", "NetworkPolicy"} <= {resource["kind"] for resource in resources}
+    for resource in resources:
+        if resource["apiVersion"].startswith("trainer.kubeflow.org"):
+            check_resource(resource, "clustertrainingruntimes")
+        else:
+            check_core(resource)
+
+
+def test_the_check_is_strict():
+    claim = yaml.safe_load((MANIFESTS / "base" / "models-claim.yaml").read_text())
+    claim["spec"]["accessMode"] = ["ReadWriteOnce"]
+    with pytest.raises(AssertionError, match="no field accessMode"):
+        check_core(claim)
+
+
+def test_several_hosts_get_the_runtime_that_the_launcher_names():
+    resources = {
+        (resource["kind"], resource["metadata"]["name"]): resource for resource in rendered(MANIFESTS / "overlays" / "multi-node")
+    }
+    runtime = resources["ClusterTrainingRuntime", trainjob.RUNTIME]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+    assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert ("ServiceAccount", pod["serviceAccountName"]) in resources
+    assert resources["PersistentVolumeClaim", "xtoken-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def rights() -> set[tuple[str, str]]:
+    role = next(yaml.safe_load_all((MANIFESTS / "trainer" / "launcher-role.yaml").read_text()))
+    return {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
+
+
+def test_secret_templates_hold_no_secret():
+    for path in (MANIFESTS / "secrets").glob("*.yaml"):
+        secret = yaml.safe_load(path.read_text())
+        check_core(secret)
+        assert set(secret["stringData"].values()) <= {"REPLACE", "https://s3.example.org"}
+
+
+def test_the_dockerfile_passes_the_linter_and_is_no_root():
+    linter = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([linter, MANIFESTS / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"^USER (.*)$", (MANIFESTS / "Dockerfile").read_text(), re.M)[-1] == "1000"

@@ -99,9 +99,14 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
                 f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
     storage.check_writable(spec.output.uri)
+    if spec.evaluation.tasks:
+        from xtoken_core.benchmarks import plan_tasks
+
+        plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
     versions, student = _Versions(), spec.student
     models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
-    texts = spec.evaluation.texts or spec.data.validation
+    folders = [task for task in spec.evaluation.tasks if "/" in task]
+    texts = (*(spec.evaluation.texts or spec.data.validation), *folders)
     views: dict[str, Any] = {
         "overlap": view(spec, "overlap", versions.of(models)),
         "prepare": view(spec, "prepare", versions.of(models, (*spec.data.train, *spec.data.validation))),

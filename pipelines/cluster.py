@@ -11,7 +11,7 @@ def on_cluster(task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool 
     """Sets up one task. `heavy`: it gets the spec's CPU and memory; `gpu`: also accelerators, shared memory and their nodes."""
     task.set_container_image(resources.image)
     kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
-    if resources.retries:
+    if resources.retries and task.name != "resolve":  # which fails for bad input, and that stays bad
         task.set_retry(resources.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})

@@ -47,6 +47,7 @@ def distill(
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):
         from xtoken_core.spec import DistillationSpec
+        from xtoken_core.storage import remove
         from xtoken_core.training import distill
 
         parsed = DistillationSpec.from_text(spec)
@@ -54,6 +55,9 @@ def distill(
         used = [rows.uri, *more_rows, *(slot.uri for slot in slots if slot)]
         own = own_folder(checkpoints, spec, str(modes), str(baseline), *used)
         distill(parsed, modes, [rows.path, *more_rows], matrices, run.path, baseline=baseline, checkpoint_uri=own)
+        for leftover in (f"{run.path}/checkpoints", own):  # the state of optimizers, of no use from here on
+            if leftover:
+                remove(leftover)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,16 @@ def test_the_dag_is_unrolled_over_teachers_under_their_ids():
     assert unrolled["report"]["inputs"]["artifacts"]["teacher_1"]["taskOutputArtifact"]["producerTask"] == "evaluate-teacher-same"
 
 
+def test_shards_are_tasks_and_several_hosts_a_launcher():
+    sharded = tasks(spec_of("data.shards=3"))
+    assert {name for name in sharded if name.startswith("prepare")} == {"prepare-0", "prepare-1", "prepare-2"}
+    assert {"prepare-0", "prepare-1", "prepare-2"} <= set(sharded["distill"]["dependentTasks"])
+    pipeline, platform = documents(compile_spec(spec_of("resources.nodes=2")))
+    launcher = pipeline["deploymentSpec"]["executors"]["exec-distill"]["container"]
+    assert launcher["args"][-1] == "launch" and "resources" not in launcher  # its GPUs are those of the job's hosts
+    assert "emptyDirMounts" not in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-distill"]
+
+
 def test_the_report_is_told_the_edges():
     unrolled = tasks(spec_of())
     told = unrolled["report"]["inputs"]["parameters"]["tasks"]["runtimeValue"]["constant"]
@@ -264,16 +274,25 @@ def steps(output, ending):
 
 def test_a_run_reuses_what_has_not_changed(run):
     """Everything the first time; then nothing but what publishes; then training alone, when only its steps change."""
-    command = ("run", run / "spec.yaml", "--runs", run / "runs", "--set", "evaluation.bits_per_byte=false")
+    command = (
+        "run",
+        run / "spec.yaml",
+        "--runs",
+        run / "runs",
+        "--set",
+        "evaluation.bits_per_byte=false",
+        "--set",
+        "data.shards=2",
+    )
     first = pipelines(*command)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout.count(": done after") == 6 and "unchanged" not in first.stdout
+    assert first.stdout.count(": done after") == 7 and "unchanged" not in first.stdout
     assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
 
     second = pipelines(*command)
-    assert steps(second.stdout, "unchanged") == {"overlap", "prepare", "projection-other", "distill"}
+    assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
     third = pipelines(*command, "--set", "training.max_steps=3")
-    assert steps(third.stdout, "unchanged") == {"overlap", "prepare", "projection-other"}
+    assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other"}
     assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels themselves", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import interpreter  # noqa: E402

@@ -13,11 +13,11 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         for name in ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
         + tuple(f"{step}_{i}" for step in ("projection", "evaluate_teacher") for i in range(8))
     ]
-    + [("inputs", list)],
+    + [("inputs", list), ("times", dict)],
 ):
     """Check a spec with its overrides, that its models and data are there and that its output can be written.
 
-    Prints the view of the spec that each step is given.
+    Prints the view of the spec that each step is given, and when the step began.
 
     Args:
         spec: The whole spec.
@@ -26,11 +26,11 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
     """
     from xtoken_core.workflow import resolve, step
 
-    with step("resolve"):
+    with step("resolve") as times:
         views = resolve(spec, overrides, compiled)
         names = ["overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints"]
         names += [f"{name}_{i}" for name in ("projection", "evaluate_teacher") for i in range(8)]
-        return tuple(views[name] for name in [*names, "inputs"])
+        return (*(views[name] for name in [*names, "inputs"]), times())
 
 
 if __name__ == "__main__":

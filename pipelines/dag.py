@@ -85,6 +85,7 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
         spec=views["report"],
         tasks=edges,
         inputs=views["inputs"],
+        resolved=views["times"],
         overlap=audit["report"],
         rows=rows,
         **kept,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,15 @@ def finish(
     artifacts: Mapping[str, Artifact],
     tasks: Sequence[Mapping[str, Any]],
     inputs: Sequence[Mapping[str, str]],
+    resolved: Mapping[str, float],
     page: str | Path,
 ) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
     `artifacts`: by the name of the task that wrote them: overlap, prepare, distill, distill-baseline, projection-<id>,
     evaluate-<who>. `tasks`: `{"name", "after"}` of every task of the workflow. `inputs`:
-    `{"field", "uri", "version"}` of what was read. Published: student/best and student/last
+    `{"field", "uri", "version"}` of what was read. `resolved`: `started` and `seconds` of the run's first step, which no
+    cache ever holds: what started before it was taken from the cache. Published: student/best and student/last
     (Hugging Face folders), report.html, run.json (what the report was made from), spec.yaml, logs/, projections/<id>/.
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
     """
@@ -45,7 +48,7 @@ def finish(
         projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},
         results=[a.path for name, a in artifacts.items() if name.startswith("evaluate-")],
         inputs=inputs,
-        tasks=[_timed(task, artifacts.get(task["name"])) for task in tasks],
+        tasks=[_timed(task, artifacts.get(task["name"]), resolved) for task in tasks],
         **_training("", artifacts["distill"]),
         **_training("baseline_", artifacts.get("distill-baseline")),
     )
@@ -75,9 +78,10 @@ def _training(prefix: str, artifact: Artifact | None) -> dict[str, Any]:
     return {f"{prefix}log": f"{artifact.path}/log.jsonl", f"{prefix}summary": f"{artifact.path}/summary.json"} if artifact else {}
 
 
-def _timed(task: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
-    times = artifact.metadata if artifact else {}
-    return {**task, "start": times.get("started"), "seconds": times.get("seconds"), "status": "done"}
+def _timed(task: Mapping[str, Any], artifact: Artifact | None, resolved: Mapping[str, float]) -> dict[str, Any]:
+    times = resolved if task["name"] == "resolve" else artifact.metadata if artifact else {}
+    cached = times.get("started", math.inf) < resolved.get("started", -math.inf)
+    return {**task, "start": times.get("started"), "seconds": times.get("seconds"), "status": "cached" if cached else "done"}
 
 
 def _kept(artifacts: Mapping[str, Artifact]) -> dict[str, Path]:

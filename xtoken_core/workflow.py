@@ -242,25 +242,29 @@ def code_digest() -> str:
 
 
 @contextlib.contextmanager
-def step(name: str, *outputs: Any) -> Iterator[None]:
+def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
     """Runs a step's body: says when it begins and ends, and turns bad input into one line on stderr and exit code 2.
 
-    `outputs`: the step's artifacts, whose metadata are given `started` (unix seconds) and `seconds`.
+    `outputs`: the step's artifacts, whose metadata are given `started` (unix seconds) and `seconds`. Yields a function that
+    tells the two so far, for a step that has no artifacts.
     """
     start = time.time()
+
+    def times() -> dict[str, float]:
+        return {"started": round(start, 1), "seconds": round(time.time() - start, 1)}
+
     print(f"{name}: started", flush=True)
     try:
-        yield
+        yield times
     except InputError as e:
         _stop(str(e))
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _stop(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}")
-    seconds = round(time.time() - start, 1)
     for output in outputs:
-        output.metadata |= {"started": round(start, 1), "seconds": seconds}
-    print(f"{name}: done in {seconds} s", flush=True)
+        output.metadata |= times()
+    print(f"{name}: done in {times()['seconds']} s", flush=True)
 
 
 def _stop(line: str) -> None:

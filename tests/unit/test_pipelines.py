@@ -7,7 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import yaml
 from google.protobuf import json_format
@@ -272,6 +274,13 @@ def steps(output, ending):
     return {found[1] for line in output.splitlines() if ending in line and (found := re.match(r"\[ *\d+/\d+\] ([\w-]+)", line))}
 
 
+def reported(run):
+    """Tasks that the run's report marks as taken from the cache; all have a duration but the report itself. Shards are left out."""
+    told = [t for t in json.loads((run / "out" / "run.json").read_text())["tasks"] if not t["name"].startswith("prepare-")]
+    assert all(task["seconds"] is not None for task in told if task["name"] != "report")
+    return {task["name"] for task in told if task["status"] == "cached"}
+
+
 def test_a_run_reuses_what_has_not_changed(run):
     """Everything the first time; then nothing but what publishes; then training alone, when only its steps change."""
     command = (
@@ -286,13 +295,16 @@ def test_a_run_reuses_what_has_not_changed(run):
     )
     first = pipelines(*command)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert reported(run) == set()
     assert first.stdout.count(": done after") == 7 and "unchanged" not in first.stdout
     assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
 
     second = pipelines(*command)
     assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
+    assert reported(run) == {"overlap", "projection-other", "distill"}
     third = pipelines(*command, "--set", "training.max_steps=3")
     assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other"}
+    assert reported(run) == {"overlap", "projection-other"}
     assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
 
 
@@ -303,6 +315,37 @@ def test_bad_input_inside_a_run_is_its_last_line(run, tmp_path):
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1 and "must have the student's vocabulary" in bad.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
+    """In the middle of training, with its teacher running; the next run takes what was done and goes on from the checkpoint."""
+    command = ["run", run / "spec.yaml", "--runs", tmp_path / "runs", "--set", f"output.uri={tmp_path}/out"]
+    command += ["--set", "evaluation.bits_per_byte=false", "--set", "training.max_steps=400", "--set", "training.save_steps=5"]
+    before = set(os.listdir("/dev/shm"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "pipelines", *map(str, command)]
+    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        for line in started.stdout:
+            if "step 20/" in line:
+                break
+        processes = psutil.Process(started.pid).children(recursive=True)
+        asked = time.monotonic()
+        started.terminate()
+        told, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert len(processes) >= 3  # KFP's executor, the student and its teacher among them
+    assert time.monotonic() - asked < 20
+    assert not [process for process in processes if process.is_running()]
+    assert (started.returncode, errors) == (143, "tiny: ended by SIGTERM; the next run goes on from what was done\n")
+    assert set(os.listdir("/dev/shm")) <= before
+    assert not (tmp_path / "out").exists()
+
+    resumed = pipelines(*command)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert steps(resumed.stdout, "unchanged") == {"overlap", "prepare", "projection-other"}
+    assert json.loads((tmp_path / "out" / "logs" / "summary.json").read_text())["resumed_from"] >= 5
 
 
 def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):

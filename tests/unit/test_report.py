@@ -354,8 +354,17 @@ def test_long_logs_are_thinned(tmp_path):
 def test_bars_of_time(run):
     phases = {bar.label: bar for bar in phase_bars(run)}
     assert list(phases)[:2] == ["student", "gemma"] and phases["gemma"].text == "1 min 01 s" and phases["student"].length == 100
-    tasks = [bar.label for bar in task_bars(run)]
-    assert tasks[0] == "distill" and "overlap" not in tasks  # reused: it took no time in this run
+    tasks = task_bars(run)
+    assert tasks[0].label == "distill" and not any(bar.pale for bar in tasks[:-2])
+    assert [(bar.label, bar.text, bar.note) for bar in tasks[-2:]] == [  # they took no time in this run
+        ("projection-gemma", "5.9 s", "from cache"),
+        ("overlap", "4.8 s", "from cache"),
+    ]
+
+
+def test_the_dag_tells_what_came_from_the_cache(run):
+    lines = {box.name: box.lines[-1] for box in dag_picture(run.tasks).boxes}
+    assert lines["overlap"] == "from cache, 4.8 s" and lines["distill"] == "3 min 34 s" and lines["report"] == "running"
 
 
 def test_comparison(run, tmp_path):

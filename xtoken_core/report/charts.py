@@ -259,6 +259,7 @@ class Bar:
     length: float
     text: str
     note: str = ""
+    pale: bool = False
 
 
 def duration_bars(rows: Sequence[tuple[str, float, str]]) -> list[Bar]:

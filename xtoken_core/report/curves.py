@@ -65,9 +65,11 @@ def phase_bars(run: Run) -> list[Bar]:
 
 
 def task_bars(run: Run) -> list[Bar]:
-    """How long each task of the DAG took, longest first."""
-    timed = [task for task in run.tasks if task.get("seconds") and task.get("status") != "cached"]
-    return duration_bars([(task["name"], task["seconds"], "") for task in sorted(timed, key=lambda task: -task["seconds"])])
+    """How long each task of the DAG took, longest first; after them those from the cache, which took no time in this run."""
+    timed = [task for task in run.tasks if task.get("seconds")]
+    timed.sort(key=lambda task: (task.get("status") == "cached", -task["seconds"]))
+    bars = duration_bars([(t["name"], t["seconds"], "from cache" if t.get("status") == "cached" else "") for t in timed])
+    return [replace(bar, pale=bool(bar.note)) for bar in bars]
 
 
 def _validation(run: Run) -> Chart | None:

@@ -122,9 +122,9 @@ def _edge(stops: list[tuple[int, float]]) -> str:
 def _task_lines(task: dict[str, Any]) -> list[str]:
     status, seconds = task.get("status", "done"), task.get("seconds")
     kind, _, rest = task["name"].partition("-")
-    time = duration(seconds) if seconds is not None and status != "cached" else ""
-    words = {"done": "", "cached": "reused"}.get(status, status)
-    return [kind, *([_shortened(rest)] if rest else []), f"{words} {time}".strip() or "done"]
+    time = [duration(seconds)] if seconds is not None else []
+    words = {"done": [], "cached": ["from cache"]}.get(status, [status])
+    return [kind, *([_shortened(rest)] if rest else []), ", ".join([*words, *time]) or "done"]
 
 
 def _shortened(name: str, length: int = 21) -> str:

@@ -34,7 +34,8 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
 
 `inputs` (every model and corpus that was read): [{`field` (of the spec), `uri`, `version` (commit of a hub id, else fingerprint)}].
 
-`tasks` (the DAG): [{`name`, `after` [names], `seconds`, `start` (unix time), `status` (`done`, `cached`, `failed`, `running`)}].
+`tasks` (the DAG): [{`name`, `after` [names], `seconds`, `start` (unix time), `status` (`done`, `cached`, `failed`, `running`)}]; of a cached
+    one, when it ran and how long it took then.
 """
 
 from __future__ import annotations

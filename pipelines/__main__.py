@@ -63,11 +63,12 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
 )
 def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     """Run a spec on this machine, through KFP's local runner."""
-    from pipelines.local import RunFailed, answer, run_locally
+    from pipelines.local import RunFailed, answer, ended_by_sigterm, run_locally
 
     parsed = DistillationSpec.from_yaml(spec, overrides)
     try:
-        finished = run_locally(parsed, runs)
+        with ended_by_sigterm(parsed.name):
+            finished = run_locally(parsed, runs)
     except RunFailed as e:
         click.echo(str(e), err=True)
         sys.exit(1)

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import yaml
 from kfp import components, local
 
@@ -35,6 +37,9 @@ QUIET = {
 """Environment of the steps: their lines arrive as they are printed, libraries draw no bars into the log."""
 
 TRAINING = ("distill", "distill-baseline")
+
+GRACE = 10.0
+"""Seconds that the processes of a run have to end in by themselves."""
 
 
 class RunFailed(Exception):
@@ -77,6 +82,28 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
                     f"{progress.current}: the step failed; its last lines are above and in {os.path.relpath(log)}"
                 ) from e
     return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(name: str) -> Iterator[None]:
+    """Within it, SIGTERM ends the run `name` as Ctrl-C in a terminal does, its processes with it; exit code 143 (128 + 15)."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        started = psutil.Process().children(recursive=True)
+        for kill, patience in ((lambda process: process.send_signal(signal.SIGINT), GRACE), (psutil.Process.kill, 1.0)):
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    kill(process)
+            _, started = psutil.wait_procs(started, patience)
+        print(f"{name}: ended by SIGTERM; the next run goes on from what was done", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answer(spec: DistillationSpec, run: Run) -> str:

@@ -43,5 +43,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP_INSTALL) -e ".[test,eval]"
+	$(PIP_INSTALL) -e ".[test,eval,tracking]"
 	@touch $@

@@ -182,7 +182,9 @@ class TrainingSpec(_Section):
     log_steps: PositiveInt = 1
     eval_steps: PositiveInt | None = Field(None, description="validate this often; default: only at the end")
     save_steps: PositiveInt | None = Field(None, description="checkpoint this often; default: only at the end")
-    report_to: Strings = Field(("tensorboard",), description="trackers by transformers' names: tensorboard, wandb, mlflow")
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = Field(
+        ("tensorboard",), description="trackers; their servers and credentials come from the environment (WANDB_*, MLFLOW_*)"
+    )
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

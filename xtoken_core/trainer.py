@@ -299,7 +299,8 @@ class DistillationTrainer(Trainer):
             logs = {**self.step_metrics, "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
             if self.run_log is not None:
                 self.run_log.step({"step": self.state.global_step, **logs})
-        super().log(dict(logs), start_time)
+        numbers = {name: value for name, value in logs.items() if not isinstance(value, str)}  # trackers take nothing else
+        super().log(numbers, start_time)
 
     def save_student(self, folder: Path) -> None:
         """Saves the student so that it appears in `folder` whole or not at all. All ranks call it."""

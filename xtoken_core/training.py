@@ -35,6 +35,7 @@ from xtoken_core.student import Student
 from xtoken_core.teachers.process import Shards, TeacherSetup
 from xtoken_core.teachers.schedule import TeacherPool
 from xtoken_core.tokenization import TokenTable, load_tokenizer
+from xtoken_core.trackers import trackers
 from xtoken_core.trainer import LEARNABLE_FILE, STATE_FILE, DistillationTrainer, Progress
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def _distill(
 
     resumed = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     with contextlib.ExitStack() as stack:
+        callbacks = stack.enter_context(trackers(spec, out_dir, baseline)) if first_rank else []
         log = stack.enter_context(RunLog(out_dir / "log.jsonl", args.max_steps, resumed)) if first_rank else None
         pool = stack.enter_context(TeacherPool([teacher.setup for teacher in teachers])) if teachers else None
         trainer = DistillationTrainer(
@@ -160,7 +162,7 @@ def _distill(
             log=log,
             save_projections=save_projections,
             publish_checkpoint=lambda folder: _publish(folder, checkpoint_uri),
-            callbacks=_trackers(spec, out_dir) if first_rank else [],
+            callbacks=callbacks,
         )
         ready = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -323,7 +325,7 @@ def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArgumen
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or training.max_steps,
         save_total_limit=2,
-        report_to=[name for name in training.report_to if name != "tensorboard"],
+        report_to="none",  # see `trackers`
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=workers,
@@ -334,16 +336,6 @@ def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArgumen
 
 def _scheduler(training: TrainingSpec) -> str:
     return "constant_with_warmup" if training.scheduler == "constant" and training.warmup_steps else training.scheduler
-
-
-def _trackers(spec: DistillationSpec, out_dir: Path) -> list[Any]:
-    """TensorBoard into the run's folder; others are transformers' own affair."""
-    if "tensorboard" not in spec.training.report_to:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(str(out_dir / "tensorboard")))]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

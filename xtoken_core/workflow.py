@@ -24,6 +24,7 @@ from typing import Any
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.spec import MAX_TEACHERS, DistillationSpec, StudentSpec, TeacherSpec
+from xtoken_core.trackers import check_trackers
 
 ERROR_FILE = "XTOKEN_ERROR_FILE"
 """Environment variable: where a step that stops for bad input leaves its line, for the program that started it."""
@@ -99,6 +100,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
                 f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
     storage.check_writable(spec.output.uri)
+    check_trackers(spec.training.report_to)
     if spec.evaluation.tasks:
         from xtoken_core.benchmarks import plan_tasks
 

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -230,8 +231,10 @@ def publish(folder: str | Path, uri: str) -> None:
 
     Locally: a copy beside the target, then a rename. On an object store, which has no renames: an upload beside the target
     (multipart, several files at a time, retried), then a copy within the store under an `_INCOMPLETE` marker, which every
-    reader of this project heeds. Raises InputError (no space left, not allowed, not reachable) with nothing left behind.
-    A single file is taken as well.
+    reader of this project heeds. For other readers: what was there goes before anything new comes, config.json goes first
+    and comes last, so that in between there is no model to load, and files of two publications never lie side by side.
+    (One who reads a file before that and the next one after it gets both; no store can prevent it under one name.)
+    Raises InputError (no space left, not allowed, not reachable) with nothing left behind. A single file is taken as well.
     """
     fs, target = filesystem(uri)
     if Path(folder).is_file() and is_remote(uri):  # an object is there whole or not at all
@@ -279,16 +282,24 @@ def _commit_by_rename(fs: AbstractFileSystem, staging: str, target: str, files: 
 
 def _commit_by_copy(fs: AbstractFileSystem, staging: str, target: str, files: list[str]) -> None:
     fs.invalidate_cache()
-    stale = set(fs.find(target)) if fs.exists(target) else set()
     marker = f"{target}/{INCOMPLETE}"
+    earlier = [name[len(target) + 1 :] for name in fs.find(target) if name != marker] if fs.exists(target) else []
     _retried(lambda: fs.pipe_file(marker, b""), target)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        copies = [pool.submit(_retried, partial(fs.cp_file, f"{staging}/{name}", f"{target}/{name}"), target) for name in files]
-        for copy in copies:
-            copy.result()
-    for name in stale - {f"{target}/{name}" for name in files} - {marker}:
-        _retried(partial(fs.rm_file, name), target)
+    _by_rank(earlier, lambda name: fs.rm_file(f"{target}/{name}"), target, reverse=True)
+    _by_rank(files, lambda name: fs.cp_file(f"{staging}/{name}", f"{target}/{name}"), target)
     _retried(lambda: fs.rm_file(marker), target)
+
+
+def _by_rank(names: Iterable[str], action: Callable[[str], Any], uri: str, reverse: bool = False) -> None:
+    """Runs `action` on several names at a time, those of one rank after those of the rank before."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _, group in groupby(sorted(names, key=_rank, reverse=reverse), _rank):
+            list(pool.map(lambda name: _retried(partial(action, name), uri), group))
+
+
+def _rank(name: str) -> int:
+    """2 for a model's config.json, without which nothing loads it; 1 for the indices through which files are found; 0 for the rest."""
+    return 2 if os.path.basename(name) == "config.json" else 1 if name.endswith(".json") else 0
 
 
 # ------------------------------------------------------------------------------------------------ transfers and errors

@@ -1,5 +1,7 @@
 """Storage and a whole run on a real S3 server, SeaweedFS, which is also killed in the middle of things."""
 
+import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 import s3fs
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conformance.weed import Weed
-from tests.tiny import tiny_run
+from tests.tiny import tiny_model, tiny_run
 from xtoken_core import storage
 from xtoken_core.dataset import load_rows, prepare_rows
 from xtoken_core.errors import InputError
@@ -104,6 +107,85 @@ def test_a_reader_never_sees_half_a_model(tmp_path, s3):
     assert seen and all(same(copy, versions[0]) or same(copy, versions[1]) for copy in seen)
     assert sorted(s3.find("bucket/atomic")) == ["bucket/atomic/config", "bucket/atomic/weights"]
     assert not [path for path in s3.find("bucket") if "partial" in path]
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    """Two versions of a model in shards, of which the first one has more; every file of a version differs from the other's."""
+    root = tmp_path_factory.mktemp("students")
+    for version, vocabulary in enumerate((400, 500)):
+        tiny_model(root / f"{version}.whole", vocabulary, seed=version)
+        loaded = AutoModelForCausalLM.from_pretrained(root / f"{version}.whole")
+        loaded.config.version = version
+        loaded.save_pretrained(root / str(version), max_shard_size=("20KB", "60KB")[version])
+        AutoTokenizer.from_pretrained(root / f"{version}.whole").save_pretrained(root / str(version))
+    shards = [len(list((root / str(version)).glob("*.safetensors"))) for version in (0, 1)]
+    assert shards[0] > shards[1] > 1
+    return [root / "0", root / "1"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_other_readers_never_load_half_a_model(students, s3, tmp_path, monkeypatch):
+    """A reader that knows nothing of markers, fsspec and transformers alone, polls while two versions replace each other slowly."""
+    ask = s3fs.S3FileSystem._call_s3
+
+    async def slow(self, method, *args, **kwargs):
+        if method in ("copy_object", "delete_object"):
+            await asyncio.sleep(0.6 if method == "copy_object" else 0.02)
+        return await ask(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", slow)
+    versions, done, missing, loaded = [files_of(student) for student in students], threading.Event(), 0, []
+
+    def read() -> None:
+        nonlocal missing
+        for attempt in itertools.count():
+            if done.is_set():
+                return
+            reader, copy = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False), tmp_path / str(attempt)
+            try:
+                reader.get("bucket/llama/student/best", str(copy), recursive=True)
+                model, tokenizer = AutoModelForCausalLM.from_pretrained(copy), AutoTokenizer.from_pretrained(copy)
+            except (OSError, ValueError):  # gone under its hands, or transformers finds no model there
+                missing += 1
+                continue
+            assert files_of(copy) == versions[model.config.version]
+            assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+            loaded.append(model.config.version)
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for version in (0, 1, 0, 1):
+            root = tmp_path / f"in-{version}" / "student"
+            root.mkdir(parents=True, exist_ok=True)
+            if not (root / "best").exists():
+                (root / "best").symlink_to(students[version])
+            storage.publish(root.parent, "s3://bucket/llama")
+            time.sleep(1)
+        done.set()
+        reader.result()
+    assert missing > 3 and set(loaded) == {0, 1}
+
+
+def test_config_goes_first_and_comes_last(students, s3, calls):
+    """In the order of what is asked of the store: so that no reader finds config.json and not the rest."""
+    storage.publish(students[0], "s3://bucket/ordered")
+    calls.clear()
+    storage.publish(students[1], "s3://bucket/ordered")
+    asked = [
+        (method.removesuffix("_object"), arguments["Key"].removeprefix("ordered/"))
+        for method, arguments in calls
+        if method in ("copy_object", "delete_object") and arguments["Key"].startswith("ordered/")
+    ]
+    assert asked.pop() == ("delete", storage.INCOMPLETE)
+    assert asked[0] == ("delete", "config.json") and asked[-1] == ("copy", "config.json")
+    changes = [method for method, _ in asked]
+    assert changes == ["delete"] * len(list(students[0].iterdir())) + ["copy"] * len(list(students[1].iterdir()))
+    shards = [number for number, (_, name) in enumerate(asked) if name.endswith(".safetensors")]
+    assert shards == list(range(shards[0], shards[-1] + 1))  # the last to go and the first to come
 
 
 def interrupted(weed: Weed, calls, method: str, seconds: float | None):

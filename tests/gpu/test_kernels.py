@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: tests/unit/test_kernels_interpreter.py runs the kernels' logic here", allow_module_level=True)
 
-from tests.unit.kernel_cases import CASES, Case, build, compare, distance, evaluate  # noqa: E402
+from tests.unit.kernel_cases import CASES, Case, build, compare, compare_in_place, distance, evaluate  # noqa: E402
 from tests.unit.losses_cases import oracle_case  # noqa: E402
 from xtoken_core.losses import distillation_loss, plain  # noqa: E402
 from xtoken_core.losses.kernels import term_sums, tiles  # noqa: E402
@@ -86,6 +86,12 @@ def test_bitwise_equal_on_repeat(name):
         again, repeated = evaluate(term_sums, LARGE[name], CUDA, torch.bfloat16)
         assert torch.equal(first.kd, again.kd) and torch.equal(first.ce, again.ce)
         assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
+
+
+@pytest.mark.parametrize("name", ["large_p_kl", "large_p_kl_heavy", "large_same", "large_several", "averaged", "two_p_kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_in_place(name, dtype):
+    compare_in_place(EVERY[name], CUDA, dtype)
 
 
 @pytest.mark.parametrize("kind", ["coarse", "flat", "alike", "peaked", "steps"])

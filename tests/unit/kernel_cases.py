@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from tests.unit.losses_cases import random_batch, random_projection, random_teacher
@@ -114,7 +115,7 @@ def _moved(x, device, dtype):
 
 
 def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtype, inputs_dtype: torch.dtype | None = None):
-    """(TermSums, gradients) in `dtype`; inputs are rounded to `inputs_dtype` first."""
+    """(TermSums, gradients) in `dtype`; inputs are rounded to `inputs_dtype` first. The graph is retained."""
     student, ids, mask, samples, teachers, spec, coefficients = build(case)
     if inputs_dtype is not None:
         student = _moved(student, "cpu", inputs_dtype)
@@ -144,7 +145,7 @@ def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtyp
         value = sums.total
     else:
         value = 0.7 * sums.ce + sum(0.3 * (i + 1) * kd for i, kd in enumerate(sums.kd))
-    (1.3 * value).backward()
+    (1.3 * value).backward(retain_graph=True)
     return sums, [leaf.grad for leaf in leaves]
 
 
@@ -168,3 +169,28 @@ def compare(case: Case, device: torch.device, dtype: torch.dtype, tolerance: flo
     for i, (a, b, c) in enumerate(zip(gradients, expected, plainly, strict=True)):
         assert a.isfinite().all()
         assert distance(a, b) < max(tolerance, 1.5 * distance(c, b)), (i, distance(a, b), distance(c, b))
+
+
+def compare_in_place(case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    """`overwrite`: bit for bit the same gradient, in the memory of the logits unless a gold or h_kl teacher reads them; then no second backward."""
+    from functools import partial
+
+    from xtoken_core.losses.kernels import term_sums
+
+    _, [expected] = evaluate(term_sums, case, device, dtype)
+    seen = []
+
+    def overwriting(student, *rest):
+        sums = partial(term_sums, overwrite=True)(student, *rest)
+        seen.append((student, sums))
+        return sums
+
+    _, [found] = evaluate(overwriting, case, device, dtype)
+    assert torch.equal(found, expected)
+    [(student, sums)] = seen
+    if any(mode in ("gold", "h_kl") for mode in case.modes):
+        assert student.data_ptr() != found.data_ptr()
+        return
+    assert student.data_ptr() == found.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (sums.ce if sums.total is None else sums.total).backward()

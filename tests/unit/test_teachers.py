@@ -79,7 +79,7 @@ def own_logits(folder, batch):
 
 def dense(logits):
     if isinstance(logits, TopKLogits):
-        return torch.zeros(logits.shape).scatter_(-1, logits.indices.long(), logits.values)
+        return torch.zeros(logits.shape, device=logits.values.device).scatter_(-1, logits.indices.long(), logits.values)
     return logits.dense() if isinstance(logits, HiddenLogits) else logits
 
 

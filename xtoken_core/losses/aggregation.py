@@ -169,6 +169,7 @@ def distillation_loss(
     teachers: Sequence[TeacherBatch],
     spec: LossSpec,
     totals: StepTotals | None = None,
+    overwrite_logits: bool = False,
 ) -> LossOutput:
     """The distillation loss of a batch: kd_weight * KD + ce_weight * CE, or with dynamic scaling sg(CE / KD) * KD + CE.
 
@@ -183,6 +184,8 @@ def distillation_loss(
         spec: the loss. `mode: auto` must have been resolved.
         totals: of the global batch that this batch is a part of. The loss is then this part's share: shares add up over
             micro-batches and ranks to the loss of the global batch, and so do their gradients. None: this batch is the global batch.
+        overwrite_logits: backward may write the gradient over `student_logits`, which saves their size again. The kernels do it for
+            contiguous logits, unless a gold or h_kl teacher has to read them meanwhile. A second backward then raises RuntimeError.
 
     Raises:
         InputError (a ValueError): teachers and spec contradict each other, or `mode` is `auto`.
@@ -198,13 +201,13 @@ def distillation_loss(
     batch = student_logits, input_ids, token_mask, sample_mask, active, spec
 
     if spec.dynamic_scaling and totals.scale is None:
-        terms = term_sums(*batch)
+        terms = term_sums(*batch, overwrite=overwrite_logits)
         sums = _vector(terms, slots, len(teachers))
         totals = totals.with_scale(dynamic_scale(sums, totals, spec))
         coefficients = _coefficients(totals, spec, slots)
         loss = (coefficients.ce * terms.ce + (coefficients.kd * terms.kd).sum()).to(terms.ce.dtype)
     else:
-        terms = term_sums(*batch, _coefficients(totals, spec, slots))
+        terms = term_sums(*batch, _coefficients(totals, spec, slots), overwrite_logits)
         sums = _vector(terms, slots, len(teachers))
         assert terms.total is not None
         loss = terms.total

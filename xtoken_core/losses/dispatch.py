@@ -34,11 +34,14 @@ def term_sums(
     teachers: Sequence[TeacherBatch],
     spec: LossSpec,
     coefficients: Coefficients | None = None,
+    overwrite: bool = False,
 ) -> TermSums:
-    """See `plain.term_sums`. float64 logits always take the plain path: the kernels compute in float32."""
+    """See `plain.term_sums`; `overwrite`: see `distillation_loss`. float64 logits always take the plain path: the kernels compute in float32."""
     dtype = student.dtype if isinstance(student, Tensor) else student.hidden.dtype
     fast = _kernels() if student.device.type == "cuda" and dtype != torch.float64 else None
-    return (fast or plain).term_sums(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients)
+    if fast is None:
+        return plain.term_sums(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients)
+    return fast.term_sums(student, input_ids, token_mask, sample_mask, teachers, spec, coefficients, overwrite)
 
 
 def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor:

@@ -76,6 +76,7 @@ class TeacherError(RuntimeError):
 
 def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
     """Body of a teacher process: serves commands until it is told to close or the student is gone."""
+    student = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
     try:
@@ -88,7 +89,8 @@ def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
             started = time.monotonic()
             pipe.send(("done", _stamped(started, getattr(server, command)(*arguments))))
     except (EOFError, BrokenPipeError):
-        remove_traces(os.getpid())  # the student is gone and cannot
+        for process in (student, os.getpid()):
+            remove_traces(process)  # the student is gone and cannot
         os._exit(0)  # torch would miss its counters
     except InputError as e:
         pipe.send(("bad input", str(e)))

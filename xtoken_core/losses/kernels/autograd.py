@@ -30,9 +30,10 @@ class Batch:
 
     def __init__(
         self, student: Tensor | HiddenLogits, input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor, teachers: Sequence[TeacherBatch],
-        spec: LossSpec,
+        spec: LossSpec, overwrite: bool,
     ):  # fmt: skip
-        self.student, self.spec = student, spec
+        """`overwrite`: the gradient may take the place of the student's logits."""
+        self.student, self.spec, self.overwrite = student, spec, overwrite
         self.source = Source.of(student)
         self.counted, self.targets, scope = counted_rows(input_ids, token_mask, sample_mask)
         self.length = student.shape[1]
@@ -186,7 +187,14 @@ def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor, factor: Tensor | None
     """By the student's logits and the weights of W; from what forward kept, or by another run."""
     assert isinstance(batch.student, Tensor)
     shape = batch.student.shape
-    out = torch.empty(shape, dtype=batch.student.dtype, device=batch.student.device).flatten(0, 1)
+    reads_other_rows = any(isinstance(term, CommonTerm) for term in batch.terms)
+    if batch.overwrite and not reads_other_rows and batch.student.is_contiguous():
+        out = batch.student.detach().flatten(0, 1)
+        torch.autograd.graph.increment_version(
+            batch.student
+        )  # who has saved the logits, ourselves included, is told that they are gone
+    else:
+        out = torch.empty(shape, dtype=batch.student.dtype, device=batch.student.device).flatten(0, 1)
     weights: dict[int, Tensor] = {}
 
     def use(tile: Tile, parts: TileGradient) -> None:
@@ -242,10 +250,11 @@ def term_sums(
     teachers: Sequence[TeacherBatch],
     spec: LossSpec,
     coefficients: Coefficients | None = None,
+    overwrite: bool = False,
 ) -> TermSums:
-    """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16."""
+    """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16; `overwrite`: see `distillation_loss`."""
     with torch.autocast(student.device.type, enabled=False):  # products are formed in the dtype of the hidden states
-        batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec)
+        batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec, overwrite)
         inputs = [student] if isinstance(student, Tensor) else [student.hidden, student.weight, student.bias]
         inputs += [weights for _, weights in _learnable(batch)]
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -22,17 +22,17 @@ from xtoken_core.losses.kernels.rowsets import mean_log_prob
 from xtoken_core.losses.kernels.touched import Placed, Touched
 from xtoken_core.losses.kernels.whole import WholeGradient, mixture
 
-PROGRAMS = 3168
-"""Persistent programs: several times as many as an H100 holds at a time, so that they end together."""
+PROGRAMS = 6336
+"""Persistent programs: many times as many as an H100 holds at a time, so that they end together. Each has a stash of two blocks."""
 
 BLOCK, FEW = 2048, 256
 """Columns of a block; touched columns at a time."""
 
-PARTS = 2
-"""Programs that share a row."""
+PARTS = 8
+"""Programs that share a row: few rows at a time, so that what is gathered for a row stays in the cache."""
 
 PARTS_GATHERED = 16
-"""The same where columns of a teacher's rows are gathered: with few rows at a time, these stay in the cache."""
+"""The same where columns of a teacher's rows are gathered."""
 
 
 class _Sparse(NamedTuple):

@@ -99,6 +99,7 @@ CASES = {
     "cuda": [
         Case("qwen_llama", LLAMA_1B, (QWEN_4B, LLAMA_3B)),
         Case("phi_llama", LLAMA_1B, (PHI_4_MINI, LLAMA_3B)),
+        Case("phi_llama_compile", LLAMA_1B, (PHI_4_MINI, LLAMA_3B), compile=True),
         Case("qwen_llama_offload", LLAMA_1B, (QWEN_4B, LLAMA_3B), residency="offload"),
         Case("qwen_llama_compile", LLAMA_1B, (QWEN_4B, LLAMA_3B), compile=True),
     ],

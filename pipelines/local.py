@@ -33,8 +33,10 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DELAY": "10",
+    "TQDM_MININTERVAL": "10",
 }
-"""Environment of the steps: their lines arrive as they are printed, libraries draw no bars into the log."""
+"""Environment of the steps: their lines arrive as they are printed; libraries' bars become a line now and then, and only where it takes long."""
 
 TRAINING = ("distill", "distill-baseline")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.bits_per_byte import opener_of
 from xtoken_core.errors import InputError
+from xtoken_core.intervals import Z95, share_interval
 from xtoken_core.spec import EvaluationSpec
 from xtoken_core.tokenization import row_bos
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
 
 PREFERRED_METRICS = ("acc_norm,none", "acc,none", "exact_match,flexible-extract", "exact_match,none")
-"""Which metric stands for a task that has several."""
+"""Which metric stands for a task that has several; all are shares of right answers."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Runs `evaluation.tasks`: names of the harness, suites of `SUITES`, folders (also fsspec URIs) of tasks and their data.
 
-    Per task or group of tasks: metric, value, stderr, low, high (95 %), samples, shots, higher_is_better, and metrics, all
-    the harness has.
+    Per task or group of tasks: metric, value, stderr (the harness's), low, high (95 %, None where none is known), samples, shots (None where a
+    group's tasks differ), higher_is_better, metrics, all the harness has, and of a group parts: the same for what it consists of.
 
     Args:
         evaluation: tasks, num_fewshot and limit are read.
@@ -129,7 +130,15 @@ def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, di
     except (OSError, ConnectionError, ValueError) as e:  # what datasets raises for data that is not there
         raise InputError(f"evaluation.tasks: {', '.join(job.names)}: {str(e).strip().splitlines()[0]}") from e
     assert found is not None  # only ranks other than 0 get nothing
-    return {name: _summary(name, found) for name in found["results"] if _metrics(found["results"][name])}
+    members = {
+        name: [m for m in inside if _metrics(found["results"].get(m, {}))] for name, inside in found["group_subtasks"].items()
+    }
+    parts = {part for inside in members.values() for part in inside}
+    return {
+        name: _summary(name, found) | {"parts": {part: _summary(part, found) for part in members.get(name, [])}}
+        for name in found["results"]
+        if _metrics(found["results"][name]) and name not in parts
+    }
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
@@ -137,20 +146,33 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    result = found["results"][name]
+    result, tasks = found["results"][name], _tasks_of(name, found)
     metrics = _metrics(result)
     metric = next((m for m in PREFERRED_METRICS if m in metrics), next(iter(metrics)))
     value, (measure, _, kind) = metrics[metric], metric.partition(",")
-    stderr = result.get(f"{measure}_stderr,{kind}")
-    stderr = stderr if isinstance(stderr, float) else None
+    error = result.get(f"{measure}_stderr,{kind}")
+    stderr = error if isinstance(error, float) else None
+    samples = sum(found["n-samples"][task]["effective"] for task in tasks)
+    shots = {found["n-shot"][task] for task in tasks}
+    low, high = None, None
+    if metric in PREFERRED_METRICS:
+        low, high = share_interval(value, samples)
+    elif stderr is not None:
+        low, high = value - Z95 * stderr, value + Z95 * stderr
     return {
         "metric": metric,
         "value": value,
         "stderr": stderr,
-        "low": None if stderr is None else value - 1.96 * stderr,
-        "high": None if stderr is None else value + 1.96 * stderr,
-        "samples": found.get("n-samples", {}).get(name, {}).get("effective"),
-        "shots": found["n-shot"].get(name),
+        "low": low,
+        "high": high,
+        "samples": samples,
+        "shots": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": found["higher_is_better"].get(name, {}).get(measure, True),
         "metrics": metrics,
     }
+
+
+def _tasks_of(name: str, found: dict[str, Any]) -> list[str]:
+    """The tasks of a group, of its groups too; a task's own name."""
+    inside = found["group_subtasks"].get(name)
+    return [name] if not inside else [task for part in inside for task in _tasks_of(part, found)]

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.agreement import agreement
 from xtoken_core.bits_per_byte import opener_of, token_nats
-from xtoken_core.bootstrap import ratio_interval
 from xtoken_core.chat import ChatTokenizer
 from xtoken_core.documents import Document, read_documents
 from xtoken_core.errors import InputError
+from xtoken_core.intervals import ratio_interval
 from xtoken_core.models import load_model, prune_layers
 from xtoken_core.rows import Side
 from xtoken_core.spec import DistillationSpec

@@ -146,7 +146,6 @@ def _result(who: str, level: float, rng: np.random.Generator) -> dict:
         "arc_easy": {
             "metric": "acc",
             "value": 0.61 - 0.09 * level,
-            "stderr": 0.015,
             "samples": 1000,
             "shots": 0,
             "higher_is_better": True,
@@ -154,12 +153,14 @@ def _result(who: str, level: float, rng: np.random.Generator) -> dict:
         "winogrande": {
             "metric": "acc",
             "value": 0.53 - 0.01 * level,
-            "stderr": 0.014,
             "samples": 1267,
             "shots": 3,
             "higher_is_better": True,
         },
     }
+    tasks["mmlu"] = tasks["arc_easy"] | {"shots": 3, "samples": 14042, "parts": {}}
+    for part, samples in {"mmlu_stem": 3153, "mmlu_humanities": 4705}.items():
+        tasks["mmlu"]["parts"][part] = tasks["winogrande"] | {"samples": samples, "low": 0.3, "high": 0.6}
     return {
         "who": who,
         "model": who,

@@ -92,7 +92,7 @@ def test_one_document_proves_nothing(run):
 
 def test_benchmark_difference_knows_which_way_is_better():
     def scored(value: float, **about: object) -> dict:
-        return {"who": "x", "tasks": {"t": {"value": value, "stderr": 0.01, **about}}}
+        return {"who": "x", "tasks": {"t": {"value": value, "low": value - 0.02, "high": value + 0.02, **about}}}
 
     assert task_difference("t", scored(0.6), scored(0.5)).tone == "good"
     assert task_difference("t", scored(0.6, higher_is_better=False), scored(0.5)).tone == "bad"
@@ -110,7 +110,7 @@ def test_verdict_of_a_run_that_helped(run):
     assert "At its best checkpoint the student is ahead of its twin" in said
     assert "At its last checkpoint the student is ahead of its twin" in said
     assert re.search(r"best teacher, gemma, stands at 1\.\d+: 6\d % of the gap", said)
-    assert "1 improved beyond the noise" in said
+    assert "Of 3 benchmarks 2 improved beyond the noise" in said
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,19 @@ def test_bars_of_time(run):
 def test_the_dag_tells_what_came_from_the_cache(run):
     lines = {box.name: box.lines[-1] for box in dag_picture(run.tasks).boxes}
     assert lines["overlap"] == "from cache, 4.8 s" and lines["distill"] == "3 min 34 s" and lines["report"] == "running"
+
+
+def test_the_dag_shows_shards_as_one_box():
+    shards = [{"name": f"prepare-{k}", "after": ["overlap"], "seconds": 60.0 * k + 1, "status": "cached"} for k in range(12)]
+    trained = {"name": "distill", "after": ["overlap", *(shard["name"] for shard in shards)], "seconds": 5.0}
+    overlap = {"name": "overlap", "after": [], "seconds": 1.0}
+    picture = dag_picture([overlap, *shards, trained])
+    assert [box.lines for box in picture.boxes] == [
+        ["overlap", "1.0 s"], ["prepare", "12 shards", "from cache, 11 min 01 s"], ["distill", "5.0 s"]
+    ]  # fmt: skip
+    assert len(picture.edges) == 2
+    partly = dag_picture([overlap, *shards[:2], {**shards[2], "status": "done"}, trained])
+    assert partly.boxes[1].lines == ["prepare", "3 shards", "2 min 01 s"]
 
 
 def test_comparison(run, tmp_path):

@@ -11,8 +11,8 @@ from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import Chart, Measured, Series, interval_plot, line_chart
 from xtoken_core.report.page import render
 from xtoken_core.report.run import Run
-from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, short_name, task_difference
-from xtoken_core.report.verdict import Difference, bits_difference, bits_per_byte, interval, label, verdict
+from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, short_name
+from xtoken_core.report.verdict import Difference, bits_difference, bits_per_byte, interval, label, task_difference, verdict
 
 CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),

@@ -43,6 +43,7 @@ def render_report(run: Run) -> str:
         standing=standing(run),
         cautions=cautions(run),
         results=[table for table in (tables.bits_table(run), tables.tasks_table(run), tables.agreement_table(run)) if table],
+        parts_of_groups=tables.parts_table(run),
         chart_groups=charts(run),
         dag=dag_picture(run.tasks),
         task_bars=task_bars(run),

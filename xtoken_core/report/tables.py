@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from xtoken_core.report.run import Run
-from xtoken_core.report.verdict import Difference, bits_difference, everybody, label, task_difference
+from xtoken_core.report.verdict import Difference, bits_difference, everybody, label, score_difference
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,37 @@ def bits_table(run: Run) -> Table | None:
 
 def tasks_table(run: Run) -> Table | None:
     """Benchmarks side by side, with the student's change."""
-    who = [w for w in everybody(run) if run.result(w).get("tasks")]
-    tasks = list(dict.fromkeys(task for w in who for task in run.result(w)["tasks"]))
-    after = next((w for w in ("student_after_best", "student_after_last") if w in who), None)
+    caption = (
+        "Benchmark scores, 0 to 1, with 95 % intervals; the last column compares the student after with before, as if on different "
+        "questions, which makes its interval rather too wide."
+    )
+    return _tasks_table(run, {who: run.result(who).get("tasks") or {} for who in everybody(run)}, caption)
+
+
+def parts_table(run: Run) -> Table | None:
+    """What groups of benchmarks consist of, as MMLU of its fields."""
+
+    def parts(who: str) -> dict[str, Any]:
+        groups = (run.result(who).get("tasks") or {}).values()
+        return {name: part for group in groups for name, part in group.get("parts", {}).items()}
+
+    return _tasks_table(run, {who: parts(who) for who in everybody(run)}, "What groups of benchmarks consist of.")
+
+
+def _tasks_table(run: Run, scores: Mapping[str, Mapping[str, Any]], caption: str) -> Table | None:
+    """Of each one's entries by task, those who have none left out."""
+    scores = {who: entries for who, entries in scores.items() if entries}
+    after = next((who for who in ("student_after_best", "student_after_last") if who in scores), None)
     rows = []
-    for task in tasks:
-        entries = [run.result(w)["tasks"].get(task) for w in who]
-        about = next(e for e in entries if e)
-        change = task_difference(task, run.result(after), run.result("student_before")) if after else None
-        rows.append([Cell(task, note=_about_task(about)), *map(_score, entries), _difference(change)])
-    caption = "Scores with 95 % intervals; the last column compares the student after with before."
-    return Table(["benchmark", *map(label, who), "change"], rows, caption) if tasks else None
+    for task in dict.fromkeys(task for entries in scores.values() for task in entries):
+        entries = [of.get(task) for of in scores.values()]
+        change = (
+            score_difference(after, "student_before", scores[after].get(task), scores.get("student_before", {}).get(task))
+            if after
+            else None
+        )
+        rows.append([Cell(task, note=_about_task(next(filter(None, entries)))), *map(_score, entries), _difference(change)])
+    return Table(["benchmark", *map(label, scores), "change"], rows, caption) if rows else None
 
 
 def agreement_table(run: Run) -> Table | None:
@@ -220,7 +240,9 @@ def _score(entry: dict[str, Any] | None) -> Cell:
 
 def _about_task(entry: dict[str, Any]) -> str:
     shots, samples = entry.get("shots"), entry.get("samples")
-    parts = [entry.get("metric"), f"{shots}-shot" if shots is not None else None, f"n = {samples:,}" if samples else None]
+    measure, _, kind = entry.get("metric", "").partition(",")
+    metric = measure.replace("_", " ") + (f" ({kind})" if kind not in ("", "none") else "")
+    parts = [metric, f"{shots}-shot" if shots is not None else None, f"n = {samples:,}" if samples else None]
     return ", ".join(part for part in parts if part)
 
 

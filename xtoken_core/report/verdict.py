@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xtoken_core.bootstrap import ratio_interval
+from xtoken_core.intervals import Estimate, difference_interval, ratio_interval
 from xtoken_core.report.run import Run
 
 WHO = {
@@ -21,8 +21,6 @@ WHO = {
 }
 """Names for people of everybody who is evaluated, in the order of tables; teachers follow. Best: the checkpoint with the best
 validation. CE twin: the same student trained on cross-entropy alone, with the same rows and steps."""
-
-Z95 = 1.96
 
 OVERFIT = 0.02
 """Share of its score that the last checkpoint must lose to the best one for a word on overfitting."""
@@ -73,8 +71,8 @@ def bits_per_byte(result: dict[str, Any]) -> float | None:
 def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
     """Difference in bits per byte of two evaluations; None unless both were measured.
 
-    On the same held-out documents the interval is a paired one, over documents (see `ratio_interval`); otherwise the widths of the
-    two intervals are added in quadrature.
+    On the same held-out documents the interval is a paired one, over documents (see `ratio_interval`); otherwise that of
+    independent estimates.
     """
     a, b = bits_per_byte(of), bits_per_byte(against)
     if a is None or b is None:
@@ -84,26 +82,33 @@ def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference |
     if paired:
         low, high = ratio_interval(np.subtract(documents_a["bits"], documents_b["bits"]), documents_a["bytes"])
     else:
-        half = np.hypot(_half_width(of["bits_per_byte"]), _half_width(against["bits_per_byte"]))
-        low, high = a - b - half, a - b + half
-    return Difference(of["who"], against["who"], a - b, float(low), float(high), paired=paired)
+        low, high = difference_interval(_estimate(a, of["bits_per_byte"]), _estimate(b, against["bits_per_byte"]))
+    return Difference(of["who"], against["who"], a - b, low, high, paired=paired)
 
 
 def task_difference(task: str, of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
-    """Difference in a benchmark's score of two evaluations, from their standard errors; None unless both have it."""
-    a, b = (result.get("tasks", {}).get(task) for result in (of, against))
-    if not a or not b or a.get("value") is None or b.get("value") is None:
+    """Difference in a benchmark's score of two evaluations, from their intervals; None unless both have it.
+
+    The two are taken as independent, though the questions are the same: the interval is rather too wide than too narrow.
+    """
+    entries = (result.get("tasks", {}).get(task) for result in (of, against))
+    return score_difference(of["who"], against["who"], *entries) if of and against else None
+
+
+def score_difference(of: str, against: str, a: dict[str, Any] | None, b: dict[str, Any] | None) -> Difference | None:
+    """Difference of two entries of a benchmark; None unless both are there."""
+    if not a or not b:
         return None
-    value = a["value"] - b["value"]
-    half = float(np.hypot(_half_width(a), _half_width(b)))
-    return Difference(of["who"], against["who"], value, value - half, value + half, not a.get("higher_is_better", True))
+    low, high = difference_interval(_estimate(a["value"], a), _estimate(b["value"], b))
+    lower_is_better = not a.get("higher_is_better", True)
+    return Difference(of, against, a["value"] - b["value"], low, high, lower_is_better)
 
 
-def _half_width(measured: dict[str, Any]) -> float:
-    """Half of a 95 % interval; infinite where none was measured, as for a single document."""
-    if measured.get("low") is not None and measured.get("high") is not None:
-        return (measured["high"] - measured["low"]) / 2
-    return Z95 * measured["stderr"] if measured.get("stderr") is not None else math.inf
+def _estimate(value: float, measured: dict[str, Any]) -> Estimate:
+    """With the ends of its interval, infinite where none was measured, as for a single document."""
+    if measured.get("low") is None or measured.get("high") is None:
+        return value, -math.inf, math.inf
+    return value, measured["low"], measured["high"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+"""The paper's benchmarks end to end: the harness's own task files, a stand-in for the hub, the table of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import tiny_model
+from tests.unit.hub_server import Hub
+from tests.unit.paper_suite import MATH, paper_data
+from xtoken_core.intervals import difference_interval, share_interval
+from xtoken_core.report.verdict import task_difference
+
+lm_eval = pytest.importorskip("lm_eval")
+
+ROOT = Path(__file__).parents[2]
+METRICS = {
+    "gsm8k": "exact_match,flexible-extract",
+    "mmlu": "acc,none",
+    "hendrycks_math": "exact_match,none",
+    "winogrande": "acc,none",
+    "hellaswag": "acc_norm,none",
+}
+DOCUMENTS = {"gsm8k": 2, "mmlu": 2 * 57, "hendrycks_math": 2 * len(MATH), "winogrande": 2, "hellaswag": 2}
+
+
+def with_hub(arguments: list[str], folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """Runs a Python module against a hub, with empty caches in `folder`."""
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with room for three examples and a question."""
+    folder = tiny_model(tmp_path_factory.mktemp("model") / "student", 400)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(model):
+    """What the suite tells of the tiny model and of one that knows."""
+    tasks = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
+    subjects = [yaml.load(path.read_text(), yaml.BaseLoader)["dataset_name"] for path in tasks]
+    with Hub(paper_data(subjects)) as hub:
+        done = with_hub(["tests.unit.paper_suite", str(model / "told.json"), str(model)], model, hub.endpoint)
+        assert done.returncode == 0, done.stderr
+    return json.loads((model / "told.json").read_text())
+
+
+def test_the_five_have_their_metrics_documents_and_shots(told):
+    for name in ("model", "oracle"):
+        tasks = told[name]["tasks"]
+        assert {task: entry["metric"] for task, entry in tasks.items()} == METRICS
+        assert {task: entry["samples"] for task, entry in tasks.items()} == DOCUMENTS
+        assert all(entry["shots"] == 3 and entry["stderr"] is not None for entry in tasks.values())
+        assert all(0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1 for entry in tasks.values())
+        assert all(entry["high"] - entry["low"] > 0.01 for entry in tasks.values())  # also where all answers are right
+
+
+def test_right_answers_are_seen_to_be_right(told):
+    """Every filter that takes an answer out of a text, and every choice."""
+    assert all(entry["value"] == 1 for entry in told["oracle"]["tasks"].values())
+    assert told["oracle"]["tasks"]["gsm8k"]["metrics"] == {"exact_match,strict-match": 1, "exact_match,flexible-extract": 1}
+    assert told["model"]["tasks"]["gsm8k"]["value"] == told["model"]["tasks"]["hendrycks_math"]["value"] == 0
+
+
+def test_groups_are_those_of_their_parts(told):
+    mmlu = told["model"]["tasks"]["mmlu"]
+    assert set(mmlu["parts"]) == {"mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"}
+    assert sum(part["samples"] for part in mmlu["parts"].values()) == mmlu["samples"]
+    mean = sum(part["value"] * part["samples"] for part in mmlu["parts"].values()) / mmlu["samples"]
+    assert mmlu["value"] == pytest.approx(mean)
+    assert len(told["model"]["tasks"]["hendrycks_math"]["parts"]) == len(MATH)
+    assert told["model"]["tasks"]["gsm8k"]["parts"] == {}
+
+
+def test_three_examples_are_in_every_prompt(told):
+    prompts = told["model"]["prompts"]
+    assert sorted(set(prompts)) == sorted(set(told["oracle"]["prompts"]))
+    marks = {"Question:": "Question: Ann", "Problem:": "Problem: What", "The following are": "\nA. ", "Baking": "A cook takes"}
+    for start, mark in marks.items():
+        chosen = [prompt for prompt in prompts if prompt.startswith(start)]
+        assert chosen and {prompt.count(mark) for prompt in chosen} == {4}
+    winogrande = [prompt for prompt in prompts if prompt.startswith("The ") and "cups" in prompt]
+    assert winogrande and {prompt.count("did not fit") for prompt in winogrande} == {4}
+
+
+def test_differences_and_the_noise(told):
+    before, after = ({"who": who, "tasks": told[who]["tasks"]} for who in ("model", "oracle"))
+    found = {task: task_difference(task, after, before) for task in METRICS}
+    assert found["mmlu"].tone == "good" and found["mmlu"].value == 1 - before["tasks"]["mmlu"]["value"]
+    assert task_difference("mmlu", before, before).tone == "even"
+    again = {"who": "again", "tasks": {"mmlu": before["tasks"]["mmlu"] | {"value": 0.5, "low": 0.41, "high": 0.59}}}
+    near = {"who": "near", "tasks": {"mmlu": before["tasks"]["mmlu"] | {"value": 0.55, "low": 0.46, "high": 0.64}}}
+    assert not task_difference("mmlu", near, again).exceeds_noise
+
+
+def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
+    spec = {
+        "name": "gone",
+        "student": {"model": str(model)},
+        "teachers": [{"id": "t", "model": str(model)}],
+        "data": {"train": ["unused"]},
+        "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]},
+        "output": {"uri": "unused"},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    arguments = ["components.evaluate", "--spec", str(tmp_path / "spec.yaml"), "--who", "student_before", "--result", "r"]
+    with Hub({}) as hub:
+        refused = with_hub(arguments, tmp_path, hub.endpoint)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.strip().splitlines()[-1].startswith("evaluation.tasks: winogrande: Couldn't find")
+
+
+def test_intervals_of_shares():
+    """Against published figures: 81 of 263 and 56/70 - 48/80 (Newcombe, 1998)."""
+    assert share_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert share_interval(0.0, 10)[0] == 0 and share_interval(0.0, 10)[1] == pytest.approx(0.2775, abs=5e-5)
+    a, b = ((right / count, *share_interval(right / count, count)) for right, count in ((56, 70), (48, 80)))
+    assert difference_interval(a, b) == pytest.approx((0.0524, 0.3339), abs=5e-5)

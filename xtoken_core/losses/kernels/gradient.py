@@ -31,9 +31,6 @@ BLOCK, FEW = 2048, 256
 PARTS = 8
 """Programs that share a row: few rows at a time, so that what is gathered for a row stays in the cache."""
 
-PARTS_GATHERED = 16
-"""The same where columns of a teacher's rows are gathered."""
-
 
 class _Sparse(NamedTuple):
     """A p_kl or same-vocabulary teacher, as the kernel takes it: SparseGradient and Placed. (Triton's tuples have a `values` of their own.)"""
@@ -280,8 +277,7 @@ def write_gradient(
     sets = room = 1
     if touched is not None:
         token, rank, (sets, room) = touched.token, touched.rank, touched.token.shape
-    parts_of_row = PARTS_GATHERED if common else PARTS
-    programs = min(n * parts_of_row, PROGRAMS) if sparse else n * parts_of_row
+    programs = min(n * PARTS, PROGRAMS) if sparse else n * PARTS
     stash = torch.empty(programs * 2 * BLOCK if sparse else 0, dtype=out.dtype, device=out.device)
     launch(
         _gradient_kernel, (programs,), logits, logits.stride(0), out, out.stride(0), first, n, vocab, limit, readable(out), rows(active),
@@ -289,5 +285,5 @@ def write_gradient(
         rows_per_set, sets, stash, 1.0 / temperature, scale, 0.0 if cap is None else 1.0 / cap, TEMPERED=temperature != 1.0, REVERSE=reverse,
         CAPPED=cap is not None, SCALED=factor is not None, SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse), PROJECTED=tuple(x for *_, x in parts.sparse),
         SPARSE=tuple(i for i, *_ in parts.sparse), WHOLE=tuple(i for i, _ in parts.whole), COMMON=tuple(i for i, _ in parts.common),
-        PARTS=parts_of_row, BLOCK=BLOCK, FEW=FEW, num_warps=8,
+        PARTS=PARTS, BLOCK=BLOCK, FEW=FEW, num_warps=8,
     )  # fmt: skip

@@ -17,6 +17,7 @@ def report(
     tasks: list = [],  # noqa: B006 - KFP reads the default
     inputs: list = [],  # noqa: B006
     resolved: dict = {},  # noqa: B006
+    shards: list = [],  # noqa: B006
     baseline: Input[Model] = None,
     student_before: Input[Artifact] = None,
     student_after_best: Input[Artifact] = None,
@@ -53,6 +54,7 @@ def report(
         tasks: The tasks of the workflow: name, after.
         inputs: What was read: field, uri, version, as resolve prints them.
         resolved: When the run's first step began and how long it took, as resolve prints them in times.
+        shards: URIs of the other shards' rows.
         baseline: What distill wrote with --baseline.
         student_before: What evaluate wrote; so for the other results.
         student_after_best: Result.
@@ -103,7 +105,7 @@ def report(
         for teacher, projection, result in zip(parsed.teachers, projections, teachers):
             artifacts |= {f"projection-{teacher.id}": projection, f"evaluate-teacher-{teacher.id}": result}
         there = {name: artifact for name, artifact in artifacts.items() if artifact}
-        finished = finish(parsed, there, tasks, inputs, resolved, page.path)
+        finished = finish(parsed, there, tasks, inputs, resolved, page.path, shards)
         Path(summary.path).write_text(markdown(finished), encoding="utf-8")
         for name, value in figures(finished).items():
             metrics.log_metric(name, value)

@@ -88,6 +88,7 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
         resolved=views["times"],
         overlap=audit["report"],
         rows=rows,
+        **({"shards": uris[1:]} if uris[1:] else {}),
         **kept,
         **matrices,
         **results,

@@ -56,7 +56,7 @@ def prepare_rows(
     """
     from tqdm import tqdm
 
-    folder, started = Path(folder), time.perf_counter()
+    folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec)
     uris, shards = (spec.data.train, spec.data.shards) if split == "train" else (spec.data.validation, 1)
@@ -68,7 +68,8 @@ def prepare_rows(
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `training_rows`
         stats.check(f"data.{split}")
-    result = stats.summary() | {"seconds": round(time.perf_counter() - started, 3)}
+    seconds = round(time.time() - started, 3)
+    result = stats.summary() | {"started": round(started, 1), "seconds": seconds}
     record = {"pads": {side.column: side.pad for side in sides}, "stats": result}
     (folder / "rows.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return result
@@ -205,6 +206,23 @@ class Statistics:
                 for side in self.sides[1:]
             },
         }
+
+
+def all_shards(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Statistics of several shards (each as `prepare_rows` returns them) as those of one: sums, with shares and means made anew."""
+    total = _added(statistics)
+    for counts in total["teachers"].values():
+        counts["exact_share"] = counts["exact_chunks"] / max(counts["chunks"], 1)
+        counts["chunk_bytes_mean"] = total["bytes"] / max(counts["chunks"], 1)
+    return total | {"started": min(part["started"] for part in statistics)}
+
+
+def _added(parts: Sequence[Any]) -> Any:
+    """Numbers added up, through nested dicts; a key may be missing in some."""
+    if not isinstance(parts[0], dict):
+        return sum(parts)
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: _added([part[key] for part in parts if key in part]) for key in keys}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
 from xtoken_core import storage
+from xtoken_core.dataset import all_shards
 from xtoken_core.errors import InputError
 from xtoken_core.report import Run, write_report
 from xtoken_core.spec import DistillationSpec
@@ -31,27 +34,32 @@ def finish(
     inputs: Sequence[Mapping[str, str]],
     resolved: Mapping[str, float],
     page: str | Path,
+    shards: Sequence[str] = (),
 ) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
     `artifacts`: by the name of the task that wrote them: overlap, prepare, distill, distill-baseline, projection-<id>,
     evaluate-<who>. `tasks`: `{"name", "after"}` of every task of the workflow. `inputs`:
     `{"field", "uri", "version"}` of what was read. `resolved`: `started` and `seconds` of the run's first step, which no
-    cache ever holds: what started before it was taken from the cache. Published: student/best and student/last
+    cache ever holds: what started before it was taken from the cache. `shards`: where the other shards of the rows lie, whose
+    tasks and statistics are read there. Published: student/best and student/last
     (Hugging Face folders), report.html, run.json (what the report was made from), spec.yaml, logs/, projections/<id>/.
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
     """
+    rows = _statistics(spec, [artifacts["prepare"].path, *shards])
+    times = {name: artifact.metadata for name, artifact in artifacts.items()} | {"resolve": resolved}
+    times |= {f"prepare-{shard}": counts for shard, counts in enumerate(rows["train"])}
     run = Run.collect(
         spec,
         overlap=artifacts["overlap"].path,
-        prepare=_prepared(artifacts),
         projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},
         results=[a.path for name, a in artifacts.items() if name.startswith("evaluate-")],
         inputs=inputs,
-        tasks=[_timed(task, artifacts.get(task["name"]), resolved) for task in tasks],
+        tasks=[_timed(task, times.get(task["name"], {}), resolved) for task in tasks],
         **_training("", artifacts["distill"]),
         **_training("baseline_", artifacts.get("distill-baseline")),
     )
+    run = replace(run, prepare={split: all_shards(counts) for split, counts in rows.items()})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(write_report(run, folder), page)
@@ -69,17 +77,22 @@ def finish(
     return run
 
 
-def _prepared(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    rows = Path(artifacts["prepare"].path)
-    return {split: str(rows / split / "rows.json") for split in ("train", "validation") if (rows / split).exists()}
+def _statistics(spec: DistillationSpec, shards: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What prepare counted, by split: of the training rows in every shard, of the validation rows in the first one, which has them."""
+
+    def counted(shard: str, split: str) -> dict[str, Any]:
+        statistics: dict[str, Any] = json.loads(storage.open_text(f"{shard}/{split}/rows.json").read())["stats"]
+        return statistics
+
+    held_out = {"validation": [counted(shards[0], "validation")]} if spec.data.validation else {}
+    return {"train": [counted(shard, "train") for shard in shards]} | held_out
 
 
 def _training(prefix: str, artifact: Artifact | None) -> dict[str, Any]:
     return {f"{prefix}log": f"{artifact.path}/log.jsonl", f"{prefix}summary": f"{artifact.path}/summary.json"} if artifact else {}
 
 
-def _timed(task: Mapping[str, Any], artifact: Artifact | None, resolved: Mapping[str, float]) -> dict[str, Any]:
-    times = resolved if task["name"] == "resolve" else artifact.metadata if artifact else {}
+def _timed(task: Mapping[str, Any], times: Mapping[str, float], resolved: Mapping[str, float]) -> dict[str, Any]:
     cached = times.get("started", math.inf) < resolved.get("started", -math.inf)
     return {**task, "start": times.get("started"), "seconds": times.get("seconds"), "status": "cached" if cached else "done"}
 

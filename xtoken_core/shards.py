@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
     """The rows to train on, map-style, of the shards in `folders` (paths or URIs of what prepare wrote).
 
-    Several shards are streamed. With `max_rows` or `packing`, which look at all rows together, they are fetched first.
+    Several shards are streamed. With `max_rows` or `packing` they are fetched first: documents are dealt out to the shards in
+    turn, so that the first rows of all, and the rows that fill one row together, lie in many shards at once.
     """
     shards = [f"{folder}/train" for folder in folders]
     if len(shards) == 1 or data.max_rows is not None or data.packing:

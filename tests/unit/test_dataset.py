@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import assets
 from tests.tiny import tiny_tokenizer
 from xtoken_core.collate import Collator
-from xtoken_core.dataset import PackedRows, load_rows, pack, prepare_rows, row_lengths, training_rows
+from xtoken_core.dataset import PackedRows, all_shards, load_rows, pack, prepare_rows, row_lengths, training_rows
 from xtoken_core.errors import InputError
 from xtoken_core.rows import Side, common_cuts, document_rows, spans, tokenize_texts
 from xtoken_core.spec import DistillationSpec
@@ -203,6 +203,15 @@ def test_shards_hold_the_rows_of_one(corpus, tmp_path, packing, max_rows):
     assert prepared(3) == one
     assert prepared(11) == one  # more shards than documents
     assert max_rows is None or len(one) == max_rows
+
+
+def test_statistics_of_shards_are_those_of_one(corpus, tmp_path):
+    one = prepare_rows(make_spec([corpus]), tmp_path / "one")
+    for shards in (3, 11):
+        spec = make_spec([corpus], shards=shards)
+        total = all_shards([prepare_rows(spec, tmp_path / f"{shards}-{k}", shard=k) for k in range(shards)])
+        assert total.pop("started") >= one["started"] and total.pop("seconds") > 0
+        assert total == {name: value for name, value in one.items() if name not in ("started", "seconds")}
 
 
 def test_shards_without_any_row(corpus, tmp_path):

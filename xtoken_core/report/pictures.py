@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
     """
     if not tasks:
         return None
-    known = {task["name"]: task for task in tasks}
+    known = {task["name"]: task for task in _shards_joined(tasks)}
     graph = nx.DiGraph()
     graph.add_nodes_from(known)
     graph.add_edges_from((before, name) for name, task in known.items() for before in task.get("after", []) if before in known)
@@ -72,6 +73,21 @@ def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
     ]
     edges = [_edge([(column[n] if n in column else n[1], center[n]) for n in chain]) for chain in chains]
     return Dag(len(layers) * (BOX_WIDTH + GAP_X) - GAP_X, height, boxes, edges)
+
+
+def _shards_joined(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks with all shards of prepare as one, which takes as long as the longest of them."""
+    shards = {task["name"]: task for task in tasks if re.fullmatch(r"prepare-\d+", task["name"])}
+    name, kept = f"prepare-{len(shards)} shards", []
+    for task in tasks:
+        if task["name"] not in shards:
+            after = dict.fromkeys(name if before in shards else before for before in task.get("after", []))
+            kept.append({**task, "after": list(after)})
+        elif task is next(iter(shards.values())):
+            seconds = [shard["seconds"] for shard in shards.values() if shard.get("seconds") is not None]
+            status = next((s for shard in shards.values() if (s := shard.get("status", "done")) != "cached"), "cached")
+            kept.append({**task, "name": name, "seconds": max(seconds, default=None), "status": status})
+    return kept
 
 
 def _chain(edge: tuple[str, str], column: dict[str, int]) -> list[Any]:

@@ -58,7 +58,7 @@ def run_tasks(
         evaluation: tasks, num_fewshot and limit are read.
         model: on its device.
         tok: its tokenizer.
-        folder: where the model lies as a Hugging Face folder, for vLLM; None: only `model` will do.
+        folder: Hugging Face folder or hub id of this very model and tokenizer, for vLLM; None: only `model` will do.
 
     Raises InputError, also for data that cannot be had.
     """
@@ -98,17 +98,16 @@ def _job(task: str) -> Job:
 
 def _language_model(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: str | Path | None) -> LM:
     """The harness's view of the model: in vLLM where that is installed and there are a GPU and a folder to load."""
-    begins_with_bos = row_bos(tok) is not None
+    begin: dict[str, Any] = {"add_bos_token": row_bos(tok) is not None, "prefix_token_id": opener_of(tok)}
     if folder is not None and torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
         from lm_eval.models.vllm_causallms import VLLM
 
         model.cpu()  # vLLM loads its own copy
         torch.cuda.empty_cache()
-        return VLLM(str(folder), dtype="bfloat16", gpu_memory_utilization=0.8, add_bos_token=begins_with_bos)
+        return VLLM(pretrained=str(folder), dtype="bfloat16", gpu_memory_utilization=0.8, **begin)
     from lm_eval.models.huggingface import HFLM
 
-    batch = 16 if torch.cuda.is_available() else 4
-    return HFLM(model, tokenizer=tok, batch_size=batch, add_bos_token=begins_with_bos, prefix_token_id=opener_of(tok))
+    return HFLM(model, tokenizer=tok, batch_size=16 if torch.cuda.is_available() else 4, **begin)
 
 
 def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from xtoken_core import storage
 from xtoken_core.agreement import agreement
 from xtoken_core.bits_per_byte import opener_of, token_nats
 from xtoken_core.chat import ChatTokenizer
@@ -74,8 +75,7 @@ def evaluate(
     if spec.evaluation.tasks:
         from xtoken_core.benchmarks import run_tasks
 
-        as_it_lies = Path(reference).is_dir() and not (who == "student_before" and spec.student.keep_layers)
-        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, reference if as_it_lies else None)
+        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, reference if _as_it_lies(spec, who, reference) else None)
     result["seconds"] = time.perf_counter() - started
     Path(out_path).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     return result
@@ -100,6 +100,15 @@ def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tupl
         loaded = prune_layers(loaded, layers)
     loaded.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     return loaded, tok, reference
+
+
+def _as_it_lies(spec: DistillationSpec, who: str, reference: str) -> bool:
+    """Whether another program that loads the reference gets the same model and tokenizer."""
+    changed: tuple[Any, ...] = {
+        "student_before": (spec.student.tokenizer, spec.student.keep_layers),
+        **{f"teacher-{teacher.id}": (teacher.tokenizer,) for teacher in spec.teachers},
+    }.get(who, ())
+    return not any(changed) and not storage.is_remote(reference) and not reference.endswith(".gguf")
 
 
 def held_out(spec: DistillationSpec) -> list[Document]:

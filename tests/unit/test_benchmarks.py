@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_model
 from tests.unit.hub_server import Hub
 from tests.unit.paper_suite import MATH, paper_data
+from xtoken_core import benchmarks
+from xtoken_core.bits_per_byte import opener_of
+from xtoken_core.evaluation import _as_it_lies
 from xtoken_core.intervals import difference_interval, share_interval
 from xtoken_core.report.verdict import task_difference
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.tokenization import load_tokenizer, row_bos
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -26,6 +35,13 @@ METRICS = {
     "hendrycks_math": "exact_match,none",
     "winogrande": "acc,none",
     "hellaswag": "acc_norm,none",
+}
+SPEC = {
+    "name": "benchmarked",
+    "student": {"model": "org/small"},
+    "teachers": [{"id": "t", "model": "org/big"}, {"id": "u", "model": "org/other", "tokenizer": "org/its"}],
+    "data": {"train": ["unused"]},
+    "output": {"uri": "unused"},
 }
 DOCUMENTS = {"gsm8k": 2, "mmlu": 2 * 57, "hendrycks_math": 2 * len(MATH), "winogrande": 2, "hellaswag": 2}
 
@@ -106,14 +122,7 @@ def test_differences_and_the_noise(told):
 
 
 def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
-    spec = {
-        "name": "gone",
-        "student": {"model": str(model)},
-        "teachers": [{"id": "t", "model": str(model)}],
-        "data": {"train": ["unused"]},
-        "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]},
-        "output": {"uri": "unused"},
-    }
+    spec = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     arguments = ["components.evaluate", "--spec", str(tmp_path / "spec.yaml"), "--who", "student_before", "--result", "r"]
     with Hub({}) as hub:
@@ -128,3 +137,39 @@ def test_intervals_of_shares():
     assert share_interval(0.0, 10)[0] == 0 and share_interval(0.0, 10)[1] == pytest.approx(0.2775, abs=5e-5)
     a, b = ((right / count, *share_interval(right / count, count)) for right, count in ((56, 70), (48, 80)))
     assert difference_interval(a, b) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_what_vllm_is_given(model, monkeypatch):
+    """The harness's own adapter takes our arguments and hands them on; its engine alone is replaced, for it needs a GPU."""
+    engine = {}
+    names = ("vllm", "vllm.lora", "vllm.lora.request", "vllm.renderers", "vllm.renderers.hf", "vllm.tokenizers")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    llm = type(
+        "LLM", (), {"__init__": lambda self, **given: engine.update(given), "llm_engine": types.SimpleNamespace(model_config=0)}
+    )
+    vars(sys.modules["vllm"]).update(LLM=llm, SamplingParams=None, TokensPrompt=None)
+    sys.modules["vllm.lora.request"].LoRARequest = None
+    sys.modules["vllm.renderers.hf"].resolve_chat_template = lambda **given: None
+    sys.modules["vllm.tokenizers"].get_tokenizer = lambda name, tokenizer_mode, trust_remote_code, revision, **given: (
+        load_tokenizer(name)
+    )
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
+    plain = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0" if name == "vllm" else plain(name))
+    monkeypatch.setattr(benchmarks.torch.cuda, "is_available", lambda: True)
+    tok = load_tokenizer(str(model))
+    lm = benchmarks._language_model(AutoModelForCausalLM.from_pretrained(model), tok, model)
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
+    assert type(lm).__name__ == "VLLM" and lm.batch_size == "auto"
+    assert (engine["model"], engine["dtype"], engine["gpu_memory_utilization"]) == (str(model), "bfloat16", 0.8)
+    assert engine.keys() >= {"tokenizer", "max_model_len", "tensor_parallel_size", "seed"}
+    assert lm.prefix_token_id == opener_of(tok) and lm.add_bos_token is (row_bos(tok) is not None)
+
+
+def test_a_changed_model_is_not_left_to_others_to_load():
+    spec = DistillationSpec.from_text(json.dumps(SPEC | {"student": {"model": "org/small", "keep_layers": [0]}}))
+    assert not _as_it_lies(spec, "student_before", "org/small") and _as_it_lies(spec, "student_after_last", "out/last")
+    assert _as_it_lies(spec, "teacher-t", "org/big") and not _as_it_lies(spec, "teacher-t", "s3://models/big")
+    assert not _as_it_lies(spec, "teacher-u", "org/other")  # with a tokenizer from elsewhere

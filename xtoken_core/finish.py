@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +51,7 @@ def finish(
     run = Run.collect(
         spec,
         overlap=artifacts["overlap"].path,
+        prepare={split: all_shards(counts) for split, counts in rows.items()},
         projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},
         results=[a.path for name, a in artifacts.items() if name.startswith("evaluate-")],
         inputs=inputs,
@@ -59,7 +59,6 @@ def finish(
         **_training("", artifacts["distill"]),
         **_training("baseline_", artifacts.get("distill-baseline")),
     )
-    run = replace(run, prepare={split: all_shards(counts) for split, counts in rows.items()})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shutil.copyfile(write_report(run, folder), page)

@@ -67,7 +67,7 @@ def write_files(folder: Path, *, seed: int = 0, shift: float = 0.0, steps: int =
         "results": results,
         "overlap": put("overlap.json", _overlap()),
         "projections": {"gemma": put("projection.json", _projection(rng))},
-        "prepare": {split: put(f"prepare-{split}.json", _prepare(split)) for split in ("train", "validation")},
+        "prepare": {split: _prepare(split) for split in ("train", "validation")},
         "inputs": _inputs(),
         "tasks": _tasks(),
     }
@@ -265,7 +265,7 @@ def _prepare(split: str) -> dict:
         "dropped_documents": {},
         "seconds": 2.1,
     }
-    return {"pads": {"student": 2}, "stats": {**numbers, "corpora": corpora, "teachers": teachers}}
+    return {**numbers, "corpora": corpora, "teachers": teachers}
 
 
 def _inputs() -> list[dict]:

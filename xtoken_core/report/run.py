@@ -30,7 +30,7 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
     over tokens that people know), `examples` [{`student`, `pieces` [[text, weight]]}]}}.
 
 `prepare` {`train`|`validation`: {`documents`, `rows`, `bytes`, `student_tokens`, `dropped_documents` {reason: documents}, `seconds`, `corpora`
-    {name: {`documents`, `bytes`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}: `stats` in the rows.json of each.
+    {name: {`documents`, `bytes`}}, `teachers` {id: {`tokens`, `chunks`, `exact_chunks`}}}}: `stats` in the rows.json of each, of all shards together.
 
 `inputs` (every model and corpus that was read): [{`field` (of the spec), `uri`, `version` (commit of a hub id, else fingerprint)}].
 
@@ -92,7 +92,7 @@ class Run:
         results: Iterable[PathLike] = (),
         overlap: PathLike | None = None,
         projections: Mapping[str, PathLike] | None = None,
-        prepare: Mapping[str, PathLike] | None = None,
+        prepare: Mapping[str, Mapping[str, Any]] | None = None,
         inputs: Sequence[Mapping[str, str]] = (),
         tasks: Sequence[Mapping[str, Any]] = (),
     ) -> Self:
@@ -111,7 +111,7 @@ class Run:
             results=[read_json(path, {}) for path in results],
             overlap=read_json(overlap, {}),
             projections={teacher: read_json(path, {}) for teacher, path in (projections or {}).items()},
-            prepare={split: read_json(path, {}).get("stats", {}) for split, path in (prepare or {}).items()},
+            prepare={split: dict(counts) for split, counts in (prepare or {}).items()},
             inputs=[dict(entry) for entry in inputs],
             tasks=[dict(task) for task in tasks],
         )

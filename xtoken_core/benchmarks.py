@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def run_tasks(
     Raises InputError, also for data that cannot be had.
     """
     jobs = plan_tasks(evaluation.tasks)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells at length what it was told
     lm = _language_model(model, tok, folder)
     results: dict[str, dict[str, Any]] = {}
     for job in jobs:

@@ -170,7 +170,10 @@ def _tokens(
 
 
 def bits_interval(bits: np.ndarray, sizes: np.ndarray) -> dict[str, float | None]:
-    """Bits per byte over documents [N] with its 95 % bootstrap interval over them: total, low, high (None for one document)."""
+    """Bits per byte over documents [N] with its 95 % bootstrap interval over them: total, low, high.
+
+    None for one document: how much its parts differ tells how even it is, and not how other documents would come out.
+    """
     low, high = ratio_interval(bits, sizes) if len(bits) > 1 else (None, None)
     return {"total": float(bits.sum() / sizes.sum()), "low": low, "high": high}
 

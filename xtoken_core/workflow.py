@@ -107,11 +107,12 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
     versions, student = _Versions(), spec.student
     models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
-    folders = [task for task in spec.evaluation.tasks if "/" in task]
-    texts = (*(spec.evaluation.texts or spec.data.validation), *folders)
+    train, held_out = _named("data.train", spec.data.train), _named("data.validation", spec.data.validation)
+    folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
+    texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
     views: dict[str, Any] = {
         "overlap": view(spec, "overlap", versions.of(models)),
-        "prepare": view(spec, "prepare", versions.of(models, (*spec.data.train, *spec.data.validation))),
+        "prepare": view(spec, "prepare", versions.of(models, [*train, *held_out])),
         "distill": view(spec, "distill", versions.of(models)),
         "baseline": view(spec, "baseline", versions.of([student])),
         "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
@@ -178,6 +179,10 @@ def own_folder(root: str, *inputs: str) -> str | None:
     return f"{root.rstrip('/')}/{digest}" if root else None
 
 
+def _named(field: str, uris: Iterable[str]) -> list[tuple[str, str]]:
+    return [(field, uri) for uri in uris]
+
+
 # -------------------------------------------------------------------------------------------------------- cache keys
 
 
@@ -187,8 +192,8 @@ class _Versions:
     def __init__(self) -> None:
         self.known: list[dict[str, str]] = []
 
-    def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[str] = ()) -> str:
-        """Digest of the code, of models with their tokenizers and W, and of texts."""
+    def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[tuple[str, str]] = ()) -> str:
+        """Digest of the code, of models with their tokenizers and W, and of texts (field, URI)."""
         parts = [code_digest()]
         for model in models:
             field = f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
@@ -197,7 +202,7 @@ class _Versions:
                 parts.append(self._lookup(f"{field}.tokenizer", model.tokenizer, model_version))
             if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
                 parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
-        parts += [self._lookup("data", uri, storage.fingerprint) for uri in texts]
+        parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in texts]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:

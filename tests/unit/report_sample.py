@@ -269,7 +269,7 @@ def _prepare(split: str) -> dict:
 
 
 def _inputs() -> list[dict]:
-    models = {"student.model": "models/SmolLM2-135M-Instruct", "teachers.0 (gemma).model": "models/gemma-3-270m"}
+    models = {"student.model": "models/SmolLM2-135M-Instruct", "teachers.gemma.model": "models/gemma-3-270m"}
     read = models | {"data.train": "texts/train", "data.validation": "texts/validation"}
     return [{"field": name, "uri": uri, "version": "c0ffee12deadbeef"} for name, uri in read.items()]
 

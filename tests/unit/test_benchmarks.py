@@ -55,11 +55,7 @@ def with_hub(arguments: list[str], folder: Path, endpoint: str) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model with room for three examples and a question."""
-    folder = tiny_model(tmp_path_factory.mktemp("model") / "student", 400)
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2048}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("model") / "student", 400)
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,7 @@ def test_views_follow_the_files_that_a_step_reads(run):
         ("training.max_steps='", "overrides: No closing quotation"),
         ("teachers.other.model=/absent", "teachers.other.model: /absent: no such file or folder"),
         ("student.model=/absent.gguf", "student.model: /absent.gguf: no such file or folder"),
-        ("data.train=[/absent.txt]", "data: /absent.txt: no such file"),
+        ("data.train=[/absent.txt]", "data.train: /absent.txt: no such file"),
         ("output.uri=/proc/none/out", "/proc/none/out: "),
     ],
 )

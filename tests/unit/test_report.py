@@ -19,7 +19,7 @@ from xtoken_core.report.facts import teacher_facts
 from xtoken_core.report.page import render_report
 from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import MAX_LINES
-from xtoken_core.report.tables import bits_table, settings_that_differ, tasks_table
+from xtoken_core.report.tables import bits_table, parts_table, settings_that_differ, tasks_table
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
 
 
@@ -85,9 +85,9 @@ def test_one_document_proves_nothing(run):
     difference = bits_difference(alone[1], alone[0])
     assert difference.value == -1 and not difference.exceeds_noise
     single = dataclasses.replace(run, results=alone)
-    assert verdict(single).headline.startswith("One text says little: from 3.000 to 2.000")
+    assert verdict(single).headline.startswith("One document says little: from 3.000 to 2.000")
     for text in (answer_table(single), render_report(single), markdown(single)):
-        assert "noise unknown" in text and not re.search(r"[+-]?inf\b|nan", text)
+        assert "noise unknown" in text and "one document: none" in text and not re.search(r"[+-]?inf\b|nan", text)
 
 
 def test_benchmark_difference_knows_which_way_is_better():
@@ -117,7 +117,7 @@ def test_verdict_of_a_run_that_helped(run):
     ("levels", "tone", "words"),
     [
         ({"student_after_best": 3.8}, "bad", "made the student worse"),
-        ({"baseline_best": 1.5}, "mixed", "helped"),
+        ({"baseline_best": 1.5}, "mixed", "The student improved, but cross-entropy alone does better: from"),
         ({"student_after_last": 3.0}, "mixed", "helped"),  # behind its twin at the last checkpoint
     ],
 )
@@ -185,8 +185,19 @@ def test_tables_hold_the_results(run):
     assert [row[0].text for row in table.rows][:2] == ["student before", "student after, best"] and len(table.rows) == 7
     assert table.columns[3:5] == ["kjv", "carroll"] and table.rows[1][2].tone == "good"
     scores = tasks_table(run)
-    assert scores.rows[0][-1].tone == "good" and scores.rows[1][-1].tone == "even"
-    assert "within the noise" in scores.rows[1][-1].note
+    assert scores.columns[:4] == ["benchmark", "student before", "student after, best", "change"]
+    changes = [row[3] for row in scores.rows]
+    assert [change.tone for change in changes] == ["good", "even", "good"]
+    assert "within the noise" in changes[1].note
+
+
+def test_groups_of_benchmarks_unfold(run):
+    table = parts_table(run)
+    assert [row[0].text for row in table.rows] == ["mmlu_stem", "mmlu_humanities"] and table.rows[0][
+        0
+    ].note == "acc, 3-shot, n = 3,153"
+    assert "mmlu_stem" not in [row[0].text for row in tasks_table(run).rows]
+    assert parts_table(dataclasses.replace(run, results=[])) is None
 
 
 def test_settings_that_differ():
@@ -349,6 +360,18 @@ def test_long_logs_are_thinned(tmp_path):
     kept = Run.collect(write_files(tmp_path / "run")["spec"], log=log).log
     assert sum("loss" in line for line in kept) <= MAX_LINES and sum("loss" not in line for line in kept) == 200
     assert [line["step"] for line in kept] == sorted(line["step"] for line in kept) and kept[-1]["step"] > 19_900
+
+
+def test_a_prompt_of_two_corpora_is_shown_once(run):
+    doubled = [r | {"samples": 2 * r.get("samples", [])} for r in run.results]
+    assert render_report(dataclasses.replace(run, results=doubled)).count('class="prompt"') == 3
+    assert render_report(dataclasses.replace(run, results=doubled)).count("<h4>student before</h4>") == 3
+
+
+def test_losses_below_zero_are_explained(run):
+    words = "below 0 where only the tokens in common count"
+    log = [line | ({"kd_gemma": -0.2} if "loss" in line else {}) for line in run.log]
+    assert words in render_report(dataclasses.replace(run, log=log)) and words not in render_report(run)
 
 
 def test_bars_of_time(run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtoken_core.report.run import Run
-from xtoken_core.report.verdict import bits_difference, bits_per_byte, everybody, label, verdict
+from xtoken_core.report.verdict import bits_difference, bits_limits, bits_per_byte, everybody, label, verdict
 
 COLUMNS = ("", "bits per byte", "95 % interval", "against before", "tokens/s")
 
@@ -59,7 +59,7 @@ def _rows(run: Run) -> list[list[str]]:
             [
                 label(who),
                 f"{measured['total']:.3f}" if measured.get("total") is not None else "-",
-                f"{measured['low']:.3f} to {measured['high']:.3f}" if measured.get("low") is not None else "-",
+                bits_limits(measured) if measured else "-",
                 f"{gain.value:+.3f}" + ("" if gain.exceeds_noise else " (noise)") if gain else "-",
                 f"{result['tokens_per_second']:,.0f}" if result.get("tokens_per_second") else "-",
             ]

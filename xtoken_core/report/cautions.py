@@ -72,17 +72,19 @@ def _on_numbers(run: Run) -> Iterator[Caution]:
 
 
 def _on_teachers(run: Run) -> Iterator[Caution]:
-    """Teachers that have nothing to teach."""
-    for state, words in (("student_before", "the student was before it began"), ("student_after_best", "the student is now")):
-        student = bits_per_byte(run.result(state))
-        for teacher in run.teachers:
-            score = bits_per_byte(run.result(f"teacher-{teacher}"))
+    """Teachers that have nothing to teach, or no more."""
+    states = (("student_before", "the student was before it began"), ("student_after_best", "the student is now"))
+    for teacher in run.teachers:
+        score = bits_per_byte(run.result(f"teacher-{teacher}"))
+        for state, words in states:
+            student = bits_per_byte(run.result(state))
             if student is not None and score is not None and score >= student:
                 yield Caution(
                     f"Teacher {teacher} is no better than {words}",
                     f"{score:.3f} against {student:.3f} bits per byte on the held-out text: it can hardly help there, and its weight may "
                     "be better spent on another.",
                 )
+                break
 
 
 def _on_selection(run: Run) -> Iterator[Caution]:
@@ -130,7 +132,7 @@ def _on_data(run: Run) -> Iterator[Caution]:
             f"Reasons: {'; '.join(f'{reason} ({count:,})' for reason, count in dropped.items())}.",
         )
     documents = (run.result("student_after_best").get("bits_per_byte") or {}).get("documents", {}).get("bits", [])
-    if 0 < len(documents) < 10:
+    if 1 < len(documents) < 10:
         yield Caution(
             f"Measured on {len(documents)} held-out documents",
             "Intervals over so few documents are rough; more held-out text (evaluation.texts) makes the verdict firm.",

@@ -18,7 +18,7 @@ CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),
     ("Training loss, cross-entropy part", "nats per token", "ce"),
     ("Distillation loss, all teachers", "KL, nats", "kd"),
-    ("Next token right", "share of training tokens, 0 to 1", "accuracy"),
+    ("Next token right", "% of training tokens", "accuracy"),
     ("Learning rate", "step size of AdamW", "learning_rate"),
     ("Throughput", "student tokens per second", "tokens_per_second"),
     ("Memory", "GiB, student and teachers", "memory_gib"),
@@ -117,11 +117,13 @@ def _tasks_table(runs: Sequence[Run]) -> Table | None:
 def _cell(value: float | None, difference: Difference | None) -> Cell:
     if value is None:
         return MISSING
-    note = interval(difference) + ("" if difference.exceeds_noise else ", within the noise") if difference else ""
+    note = interval(difference) + ("" if difference.exceeds_noise else "\nwithin the noise") if difference else ""
     return Cell(f"{value:.3f}", value, difference.tone if difference else "", note=note)
 
 
 def _curve(runs: Sequence[Run], title: str, unit: str, key: str) -> Chart | None:
     validation = key.startswith("validation")
     series = [Series(run.name, *run.steps(key), color, points=validation) for color, run in enumerate(runs)]
+    if unit.startswith("%"):
+        series = [replace(one, values=[100 * value for value in one.values]) for one in series]
     return line_chart(title, unit, series, wide=validation)

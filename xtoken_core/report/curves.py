@@ -24,7 +24,9 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
             "The distillation loss",
             [
                 _twinned(run, "Total loss", "KD + CE, nats per token", "loss"),
-                _per_teacher(run, "Distillation loss of each teacher", "KL, nats, unweighted", "kd_", may_be_log=True),
+                _per_teacher(
+                    run, "Distillation loss of each teacher", f"KL, nats, unweighted{_partial(run)}", "kd_", may_be_log=True
+                ),
                 _weights(run),
                 _selected(run),
                 _scale(run),
@@ -58,7 +60,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
 
 def phase_bars(run: Run) -> list[Bar]:
     """Where the time of the training went, longest phase first."""
-    phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds}
+    phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds and seconds >= 0.05}
     total = sum(phases.values())
     rows = sorted(phases.items(), key=lambda phase: -phase[1])
     return duration_bars([(name, seconds, f"{100 * seconds / total:.0f} %") for name, seconds in rows])
@@ -106,6 +108,12 @@ def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]
 
 def _per_teacher(run: Run, title: str, unit: str, prefix: str, may_be_log: bool = False) -> Chart | None:
     return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), may_be_log=may_be_log)
+
+
+def _partial(run: Run) -> str:
+    """A word on losses below zero: h_kl and gold sum over a part of the vocabulary."""
+    below = any(value < 0 for teacher in run.teachers for value in run.steps(f"kd_{teacher}")[1])
+    return ", below 0 where only the tokens in common count" if below else ""
 
 
 def _weights(run: Run) -> Chart | None:

@@ -20,12 +20,12 @@ def run_facts(run: Run) -> Iterator[Fact]:
     yield from _machine(run.summary.get("environment") or {})
     yield "published at", run.spec["output"]["uri"]
     if run.created:
-        yield "report made", run.created.replace("T", " ").replace("+00:00", " UTC")
+        yield "report made", run.made
 
 
 def _training(summary: dict[str, Any]) -> Iterator[Fact]:
     if summary.get("parameters"):
-        yield "parameters", f"{summary['parameters'] / 1e6:,.1f} million"
+        yield "parameters", f"{summary['parameters']:,}"
     if summary.get("steps"):
         tokens = f", {number(summary['tokens'])} student tokens" if summary.get("tokens") else ""
         yield "trained", f"{summary['steps']:,} steps{tokens}"

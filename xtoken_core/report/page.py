@@ -52,7 +52,7 @@ def render_report(run: Run) -> str:
         coverage=tables.coverage_table(run.overlap),
         teachers=[_teacher(run, teacher) for teacher in run.spec["teachers"]],
         samples=_samples(run),
-        settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100),
+        settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=54),
         facts=list(run_facts(run)),
         sources=[table for table in (tables.inputs_table(run), tables.corpora_table(run)) if table],
     )
@@ -109,7 +109,7 @@ def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Prompts with everybody's continuation."""
+    """Prompts with everybody's continuation; a prompt that is there twice, as of a document in two corpora, counts once."""
     groups = (*SAMPLED, *((f"teacher-{teacher}",) for teacher in run.teachers))
     sampled = [there[0] for group in groups if (there := [who for who in group if run.result(who).get("samples")])]
     prompts: dict[str, dict[str, Any]] = {}
@@ -118,5 +118,6 @@ def _samples(run: Run) -> list[dict[str, Any]]:
             entry = prompts.setdefault(
                 sample["prompt"], {"prompt": sample["prompt"], "texts": [], "reference": (sample.get("reference") or "").strip()}
             )
-            entry["texts"].append((label(who), color_of(run, who), sample["text"].strip()))
+            text = (label(who), color_of(run, who), sample["text"].strip())
+            entry["texts"] += [text] if text not in entry["texts"] else []
     return list(prompts.values())

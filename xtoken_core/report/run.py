@@ -137,6 +137,11 @@ class Run:
         """Ids of the teachers, in the spec's order."""
         return [teacher["id"] for teacher in self.spec["teachers"]]
 
+    @property
+    def made(self) -> str:
+        """When the report was made, for people."""
+        return self.created.replace("T", " ").replace("+00:00", " UTC")
+
     def result(self, who: str) -> dict[str, Any]:
         """The evaluation of `who`; empty where it wasn't evaluated."""
         return next((result for result in self.results if result.get("who") == who), {})

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from xtoken_core.report.run import Run
-from xtoken_core.report.verdict import Difference, bits_difference, everybody, label, score_difference
+from xtoken_core.report.verdict import Difference, bits_difference, bits_limits, everybody, label, score_difference
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def bits_table(run: Run) -> Table | None:
 def tasks_table(run: Run) -> Table | None:
     """Benchmarks side by side, with the student's change."""
     caption = (
-        "Benchmark scores, 0 to 1, with 95 % intervals; the last column compares the student after with before, as if on different "
-        "questions, which makes its interval rather too wide."
+        "Benchmark scores, 0 to 1, with 95 % intervals. Change: the student after against before, as if on different questions, which "
+        "makes its interval rather too wide."
     )
-    return _tasks_table(run, {who: run.result(who).get("tasks") or {} for who in everybody(run)}, caption)
+    return _tasks_table({who: run.result(who).get("tasks") or {} for who in everybody(run)}, caption)
 
 
 def parts_table(run: Run) -> Table | None:
@@ -87,23 +87,23 @@ def parts_table(run: Run) -> Table | None:
         groups = (run.result(who).get("tasks") or {}).values()
         return {name: part for group in groups for name, part in group.get("parts", {}).items()}
 
-    return _tasks_table(run, {who: parts(who) for who in everybody(run)}, "What groups of benchmarks consist of.")
+    return _tasks_table({who: parts(who) for who in everybody(run)}, "What groups of benchmarks consist of.")
 
 
-def _tasks_table(run: Run, scores: Mapping[str, Mapping[str, Any]], caption: str) -> Table | None:
-    """Of each one's entries by task, those who have none left out."""
+def _tasks_table(scores: Mapping[str, Mapping[str, Any]], caption: str) -> Table | None:
+    """Of each one's entries by task, those who have none left out; the change stands beside the student that it is of."""
     scores = {who: entries for who, entries in scores.items() if entries}
-    after = next((who for who in ("student_after_best", "student_after_last") if who in scores), None)
-    rows = []
-    for task in dict.fromkeys(task for entries in scores.values() for task in entries):
-        entries = [of.get(task) for of in scores.values()]
-        change = (
-            score_difference(after, "student_before", scores[after].get(task), scores.get("student_before", {}).get(task))
-            if after
-            else None
-        )
-        rows.append([Cell(task, note=_about_task(next(filter(None, entries)))), *map(_score, entries), _difference(change)])
-    return Table(["benchmark", *map(label, scores), "change"], rows, caption) if rows else None
+    before, after = "student_before", next((who for who in ("student_after_best", "student_after_last") if who in scores), None)
+    tasks = list(dict.fromkeys(task for entries in scores.values() for task in entries))
+    about = {task: next(of[task] for of in scores.values() if task in of) for task in tasks}
+    columns = {"benchmark": [Cell(task, note=_about_task(about[task])) for task in tasks]}
+    for who, entries in scores.items():
+        columns[label(who)] = [_score(entries.get(task)) for task in tasks]
+        if who == after and before in scores:
+            columns["change"] = [
+                _difference(score_difference(after, before, entries.get(t), scores[before].get(t))) for t in tasks
+            ]
+    return Table(list(columns), [list(row) for row in zip(*columns.values())], caption) if tasks else None
 
 
 def agreement_table(run: Run) -> Table | None:
@@ -124,7 +124,8 @@ def agreement_table(run: Run) -> Table | None:
         Table(
             columns,
             rows,
-            "Agreement with each teacher on validation text, per chunk, or per token with the student's vocabulary.",
+            "Agreement with each teacher on validation text, per chunk, or per token with the student's vocabulary. The KL is that of the "
+            "teacher's loss mode; with h_kl and gold, over the tokens in common alone, it can be below 0.",
         )
         if rows
         else None
@@ -217,15 +218,14 @@ def short_name(uri: str) -> str:
 def _bits(measured: dict[str, Any] | None) -> Cell:
     if not measured or measured.get("total") is None:
         return MISSING
-    note = f"{measured['low']:.3f} to {measured['high']:.3f}" if measured.get("low") is not None else ""
-    return Cell(f"{measured['total']:.3f}", measured["total"], note=note)
+    return Cell(f"{measured['total']:.3f}", measured["total"], note=bits_limits(measured))
 
 
 def _difference(difference: Difference | None) -> Cell:
     if difference is None:
         return MISSING
     if math.isfinite(difference.low):
-        note = f"{difference.low:+.3f} to {difference.high:+.3f}" + ("" if difference.exceeds_noise else ", within the noise")
+        note = f"{difference.low:+.3f} to {difference.high:+.3f}" + ("" if difference.exceeds_noise else "\nwithin the noise")
     else:
         note = "noise unknown"
     return Cell(f"{difference.value:+.3f}", difference.value, difference.tone, note=note)

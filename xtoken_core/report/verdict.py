@@ -68,6 +68,13 @@ def bits_per_byte(result: dict[str, Any]) -> float | None:
     return (result.get("bits_per_byte") or {}).get("total")
 
 
+def bits_limits(measured: dict[str, Any]) -> str:
+    """The interval of bits per byte in words."""
+    if measured.get("low") is None:
+        return "one document: none"
+    return f"{measured['low']:.3f} to {measured['high']:.3f}"
+
+
 def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
     """Difference in bits per byte of two evaluations; None unless both were measured.
 
@@ -131,16 +138,22 @@ def verdict(run: Run) -> Verdict:
         return Verdict("unknown", "Held-out bits per byte of the student before and after were not both measured.", sentences)
     a, b = bits_per_byte(after) or 0.0, bits_per_byte(before) or 0.0
     change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({100 * (a - b) / b:+.0f} %)"
+    against_twin = [d for d in _twin_differences(run) if d is not None]
+    helped = {
+        "bad": "The student improved, but cross-entropy alone does better",
+        "even": "The student improved, but cross-entropy alone does as well",
+    }.get(against_twin[0].tone if against_twin else "", "Distillation helped")
     answer = {
-        "good": f"Distillation helped: {change}.",
+        "good": f"{helped}: {change}.",
         "bad": f"Distillation made the student worse: {change}.",
         "even": f"No difference beyond the noise: {change}."
         if math.isfinite(gain.low)
-        else f"One text says little: {change}, noise unknown.",
+        else f"One document says little: {change}, noise unknown.",
     }[gain.tone]
-    against_twin = [d for d in _twin_differences(run) if d is not None]
     sentences = [
-        f"95 % interval of the change: {interval(gain)} bits per byte.",
+        f"95 % interval of the change: {interval(gain)} bits per byte."
+        if math.isfinite(gain.low)
+        else "Only more held-out documents (evaluation.texts) would give intervals, and tell a difference from the noise.",
         *_on_checkpoints(best, last),
         *_on_twin(run, against_twin),
         *_on_teachers(run, b, a),

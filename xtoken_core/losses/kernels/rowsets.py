@@ -104,7 +104,7 @@ def _extend(ids, extents, length, rows, chunks, per_row, FIRST: tl.constexpr, BL
     if not FIRST:
         use = use & (position % length > 0)
     chunk += position // length * per_row
-    tl.atomic_max(extents + chunk, _FAR - position, mask=use, sem="relaxed")
+    tl.atomic_max(extents + chunk, -position + _FAR, mask=use, sem="relaxed")
     tl.atomic_max(extents + chunks + chunk, position + 1, mask=use, sem="relaxed")
     tl.atomic_add(extents + 2 * chunks + chunk, 1, mask=use, sem="relaxed")
 
@@ -112,7 +112,7 @@ def _extend(ids, extents, length, rows, chunks, per_row, FIRST: tl.constexpr, BL
 @triton.jit
 def _side(extents, chunks, chunk, inside, length, FIRST: tl.constexpr):
     """First and last predictor row of chunks, and how many."""
-    first = _FAR - tl.load(extents + chunk, mask=inside, other=0) - 1
+    first = -tl.load(extents + chunk, mask=inside, other=0) + _FAR - 1
     last = tl.load(extents + chunks + chunk, mask=inside, other=0) - 2
     count = tl.load(extents + 2 * chunks + chunk, mask=inside, other=0)
     if FIRST:

@@ -49,18 +49,17 @@ def batch_counts(
         [2 + 3n] float64, additive: counted tokens, samples, then per teacher the count its KD is divided by (valid chunks; same
         vocabulary: counted tokens), the sum of its scores and their count.
     """
-    counts = torch.zeros(2 + 3 * len(teachers), dtype=torch.float64, device=input_ids.device)
-    counts[0] = counted_tokens(token_mask, sample_mask)
-    counts[1].fill_(input_ids.shape[0])
+    device = input_ids.device
+    tokens, nothing = counted_tokens(token_mask, sample_mask).double()[None], _constant((0.0, 0.0), device)
+    parts = [tokens, _constant((float(input_ids.shape[0]),), device)]
     for i, teacher in enumerate(resolve_teachers(teachers, input_ids, token_mask, spec)):
-        counts[2 + 3 * i] = counts[0] if teacher.projection is None else valid_chunks(teacher, sample_mask, spec)
         score = None if scores is None else scores[i]
         if score is None and score_metric(spec) is not None:
             assert teacher.input_ids is not None and teacher.token_mask is not None
             score = teacher_scores(teacher.logits, teacher.input_ids, teacher.token_mask, sample_mask, spec, teacher.token_bytes)
-        if score is not None:
-            counts[3 + 3 * i : 5 + 3 * i] = score
-    return counts
+        count = tokens if teacher.projection is None else valid_chunks(teacher, sample_mask, spec).double()[None]
+        parts += [count, nothing if score is None else score.to(device, torch.float64)]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,20 @@ class StepTotals:
         modes = tuple(None if t.projection is None else t.mode or spec.mode for t in teachers)
         growth = [math.log(_vocabulary(t)) if spec.normalize_by_vocab else 1.0 for t in teachers]
         factors = _constant(tuple(g / min(growth) for g in growth), sums.device)
-        scores = per_teacher[:, 1] / per_teacher[:, 2].clamp(min=1)
+
+        def scores() -> Tensor:
+            return per_teacher[:, 1] / per_teacher[:, 2].clamp(min=1)
+
         selected = None
         if spec.aggregation == "select_teacher" and teachers:
-            costs = scores.tolist()
+            costs = scores().tolist()
             selected = costs.index(min(costs))
             weights = _constant(tuple(float(i == selected) for i in range(len(teachers))), sums.device)
         elif spec.aggregation == "averaged_logits":  # one KD, that of the average, which counts as teacher 0's
             weights = _constant(tuple(float(i == 0) for i in range(len(teachers))), sums.device)
         elif spec.weight_metric is not None:
             sign = 1.0 if spec.weight_metric == "max_prob" else -1.0
-            weights = (spec.alpha * sign * scores * factors).softmax(0)
+            weights = (spec.alpha * sign * scores() * factors).softmax(0)
         else:
             weights = _constant(tuple(float(t.weight) for t in teachers), sums.device)
         if scale is not None:
@@ -145,11 +147,17 @@ class LossOutput:
 
     loss: Tensor
     """0-dim, differentiable."""
-    sums: Tensor
-    """[2 + 3n] float64, additive, without gradient: what the metrics are made of, for `loss_metrics` over a whole step."""
+    terms: TermSums
+    slots: slice
+    """The teachers that have a term."""
     totals: StepTotals
     """What the loss was made with."""
     spec: LossSpec
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
+        """[2 + 3n] float64, additive, without gradient: what the metrics are made of, for `loss_metrics` over a whole step."""
+        return _vector(self.terms, self.slots, len(self.totals.modes))
 
     @functools.cached_property
     def metrics(self) -> dict[str, Tensor | float]:
@@ -202,16 +210,14 @@ def distillation_loss(
 
     if spec.dynamic_scaling and totals.scale is None:
         terms = term_sums(*batch, overwrite=overwrite_logits)
-        sums = _vector(terms, slots, len(teachers))
-        totals = totals.with_scale(dynamic_scale(sums, totals, spec))
+        totals = totals.with_scale(dynamic_scale(_vector(terms, slots, len(teachers)), totals, spec))
         coefficients = _coefficients(totals, spec, slots)
         loss = (coefficients.ce * terms.ce + (coefficients.kd * terms.kd).sum()).to(terms.ce.dtype)
     else:
         terms = term_sums(*batch, _coefficients(totals, spec, slots), overwrite_logits)
-        sums = _vector(terms, slots, len(teachers))
         assert terms.total is not None
         loss = terms.total
-    return LossOutput(loss, sums, totals, spec)
+    return LossOutput(loss, terms, slots, totals, spec)
 
 
 @torch.no_grad()

@@ -154,6 +154,13 @@ class ProjectedTerm(ChunkTerm):
         return self.kl, None
 
 
+@functools.lru_cache(maxsize=8)
+def _identity(vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices and weights [V, 1] of the W that maps every token to itself."""
+    with torch.inference_mode(False):
+        return torch.arange(vocab, device=device)[:, None], torch.ones(vocab, 1, device=device)
+
+
 class WithinTerm:
     """The same vocabulary, compared within K."""
 
@@ -161,8 +168,7 @@ class WithinTerm:
         self.spec, self.batch, self.source, self.active, self.scope = spec, teacher, source, counted, scope
         self.top_k = teacher.logits if isinstance(teacher.logits, TopKLogits) else None
         _, self.length, vocab = teacher.logits.shape
-        self.indices = torch.arange(vocab, device=counted.device)[:, None]
-        self.weights = torch.ones(vocab, 1, device=counted.device)
+        self.indices, self.weights = _identity(vocab, counted.device)
         self.kl = torch.empty(counted.shape[0], device=counted.device)
 
     def prepare(self) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from xtoken_core.tokenization import row_bos
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
 
@@ -80,20 +82,26 @@ def plan_tasks(tasks: Sequence[str]) -> list[Job]:
     return [_job(task) for task in tasks]
 
 
-def _job(task: str) -> Job:
+@cache
+def _manager(folder: Path | None) -> TaskManager:
+    """The tasks of a folder, or the harness's own, which take seconds to read."""
     from lm_eval.tasks import TaskManager
 
+    return TaskManager(include_path=folder and str(folder), include_defaults=folder is None)
+
+
+def _job(task: str) -> Job:
     from xtoken_core.storage import local_copy
 
     if task in SUITES:
         return SUITES[task]
     if "/" in task:
         folder = local_copy(task)
-        names = TaskManager(include_path=str(folder), include_defaults=False).all_subtasks
+        names = _manager(folder).all_subtasks
         if not names:
             raise InputError(f"evaluation.tasks: {task}: no task (.yaml) in it")
         return Job(tuple(names), folder)
-    if task not in TaskManager().all_tasks:
+    if task not in _manager(None).all_tasks:
         raise InputError(f"evaluation.tasks: {task}: no task of lm-evaluation-harness, and no suite ({', '.join(SUITES)})")
     return Job((task,))
 
@@ -114,9 +122,7 @@ def _language_model(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder
 
 def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=job.folder and str(job.folder), include_defaults=job.folder is None)
     try:
         with contextlib.chdir(job.folder) if job.folder else contextlib.nullcontext():
             found = simple_evaluate(
@@ -124,7 +130,7 @@ def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, di
                 tasks=list(job.names),
                 num_fewshot=shots,
                 limit=limit,
-                task_manager=manager,
+                task_manager=_manager(job.folder),
                 bootstrap_iters=1000,
                 log_samples=False,
             )

@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind, _, rest = path.partition(f"datasets/{repo}")
         parts = rest.strip("/").split("/")
         if repo is None:
-            self._send(404, b"{}")
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif kind == "" and parts[0] == "resolve" and (content := self.hub.files[repo].get("/".join(parts[2:]))) is not None:
             self._send(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT})
         elif kind == "api/" and parts[0] in ("", "revision"):

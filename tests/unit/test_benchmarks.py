@@ -20,9 +20,12 @@ from tests.unit.hub_server import Hub
 from tests.unit.paper_suite import MATH, paper_data
 from xtoken_core import benchmarks
 from xtoken_core.bits_per_byte import opener_of
-from xtoken_core.evaluation import _as_it_lies
+from xtoken_core.evaluation import _as_it_lies, evaluate
 from xtoken_core.intervals import difference_interval, share_interval
-from xtoken_core.report.verdict import task_difference
+from xtoken_core.report import Run
+from xtoken_core.report.page import render_report
+from xtoken_core.report.tables import tasks_table
+from xtoken_core.report.verdict import task_difference, verdict
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
 
@@ -117,6 +120,35 @@ def test_differences_and_the_noise(told):
     assert not task_difference("mmlu", near, again).exceeds_noise
 
 
+def test_the_offline_suite_in_a_report(model, tmp_path):
+    """Everybody is evaluated as a run does it; the table has them side by side, with the noise."""
+    teacher = tiny_model(tmp_path / "teacher", 400, seed=1)
+    sections = {
+        "student": {"model": str(model)},
+        "teachers": [{"id": "t", "model": str(teacher)}],
+        "evaluation": {"bits_per_byte": False, "tasks": ["xtoken-offline"], "limit": 8, "ce_baseline": True},
+    }
+    spec = DistillationSpec.from_text(json.dumps(SPEC | sections))
+    trained = {
+        "student_after_last": teacher,
+        "baseline_last": model,
+    }  # as if the student had become its teacher, and the twin nothing
+    who = ["student_before", *trained, "teacher-t"]
+    results = [tmp_path / f"{name}.json" for name in who]
+    for name, path in zip(who, results):
+        evaluate(spec, name, trained.get(name), path)
+    run = Run.collect(spec, results=results)
+    table = tasks_table(run)
+    assert table.columns == ["benchmark", "student before", "student after, last", "change", "CE twin, last", "teacher t"]
+    assert [row[0].note for row in table.rows] == ["acc, 3-shot, n = 8", "acc norm, 0-shot, n = 8"]
+    for _, before, after, change, twin, taught in table.rows:
+        assert (after.sort, twin.sort) == (taught.sort, before.sort) and 0 <= before.sort <= 1
+        assert change.sort == pytest.approx(after.sort - before.sort)
+        assert change.tone == "even" and change.note.endswith("within the noise")  # of eight questions
+    assert verdict(run).sentences == ["Of 2 benchmarks 0 improved beyond the noise, 0 got worse, 2 cannot be told apart."]
+    assert "xtoken_gsm_symbolic" in render_report(run)
+
+
 def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
     spec = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
@@ -124,7 +156,11 @@ def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
     with Hub({}) as hub:
         refused = with_hub(arguments, tmp_path, hub.endpoint)
     assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.strip().splitlines()[-1].startswith("evaluation.tasks: winogrande: Couldn't find")
+    assert (
+        refused.stderr.strip()
+        .splitlines()[-1]
+        .startswith("evaluation.tasks: winogrande: Dataset 'allenai/winogrande' doesn't exist")
+    )
 
 
 def test_intervals_of_shares():

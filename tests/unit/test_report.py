@@ -14,7 +14,7 @@ from xtoken_core.errors import InputError
 from xtoken_core.report import Run, answer_table, markdown, metrics, write_comparison, write_report
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import MAX_POINTS, Series, duration, line_chart, nice_ticks, number, tick_texts
-from xtoken_core.report.curves import charts, phase_bars, task_bars
+from xtoken_core.report.curves import charts, phase_bars, run_seconds, task_bars
 from xtoken_core.report.facts import teacher_facts
 from xtoken_core.report.page import render_report
 from xtoken_core.report.pictures import dag_picture, density_picture
@@ -383,6 +383,13 @@ def test_bars_of_time(run):
         ("projection-gemma", "5.9 s", "from cache"),
         ("overlap", "4.8 s", "from cache"),
     ]
+
+
+def test_the_run_took_what_its_own_tasks_took(run):
+    times = {"resolve": (100.0, 5.0, "done"), "overlap": (10.0, 3.0, "cached"), "distill": (106.0, 60.0, "done")}
+    tasks = [{"name": n, "after": [], "start": s, "seconds": t, "status": status} for n, (s, t, status) in times.items()]
+    assert run_seconds(dataclasses.replace(run, tasks=tasks)) == 66 and run_seconds(run) is None
+    assert "1 min 06 s from the start" in render_report(dataclasses.replace(run, tasks=tasks))
 
 
 def test_the_dag_tells_what_came_from_the_cache(run):

@@ -66,6 +66,12 @@ def phase_bars(run: Run) -> list[Bar]:
     return duration_bars([(name, seconds, f"{100 * seconds / total:.0f} %") for name, seconds in rows])
 
 
+def run_seconds(run: Run) -> float | None:
+    """From the start of the first task to the end of the last, of those that ran; None where no times are known."""
+    ran = [task for task in run.tasks if task.get("start") and task.get("seconds") is not None and task.get("status") != "cached"]
+    return max(task["start"] + task["seconds"] for task in ran) - min(task["start"] for task in ran) if ran else None
+
+
 def task_bars(run: Run) -> list[Bar]:
     """How long each task of the DAG took, longest first; after them those from the cache, which took no time in this run."""
     timed = [task for task in run.tasks if task.get("seconds")]

@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from xtoken_core.report import tables
 from xtoken_core.report.cautions import cautions
-from xtoken_core.report.charts import Measured, Spans, interval_plot
-from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, task_bars
+from xtoken_core.report.charts import Measured, Spans, duration, interval_plot
+from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, run_seconds, task_bars
 from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import Run
@@ -46,6 +46,7 @@ def render_report(run: Run) -> str:
         parts_of_groups=tables.parts_table(run),
         chart_groups=charts(run),
         dag=dag_picture(run.tasks),
+        run_took=duration(took) if (took := run_seconds(run)) else "",
         task_bars=task_bars(run),
         phase_bars=phase_bars(run),
         overlap=tables.overlap_table(run.overlap),

@@ -76,6 +76,44 @@ def test_page_fits_and_follows_the_scheme(browser, pages, name, size, scheme):
     assert browser.execute_script("return performance.getEntriesByType('resource').map(r => r.name)") == []
 
 
+CONTRASTS = """
+const pen = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d", {willReadFrequently: true});
+function light(layers) {  // relative luminance of colours painted over one another (WCAG 2)
+  pen.clearRect(0, 0, 1, 1);
+  for (const color of layers) { pen.fillStyle = color; pen.fillRect(0, 0, 1, 1); }
+  const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest("svg")
+    && [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim())).map(e => {
+  const layers = [];
+  for (let up = e; up; up = up.parentElement) layers.unshift(getComputedStyle(up).backgroundColor);
+  const [a, b] = [light([...layers, getComputedStyle(e).color]), light(layers)].sort((x, y) => x - y);
+  return [(b + 0.05) / (a + 0.05), e.tagName + " " + e.className + ": " + e.textContent.trim().slice(0, 40)];
+}).filter(([ratio, _]) => ratio < 4.5)
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_text_stands_out_from_its_paper(browser, pages, name, scheme):
+    """Contrast as WCAG's level AA asks for, heat maps included."""
+    open_page(browser, pages[name], scheme=scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script(CONTRASTS) == []
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_tables_fit_a_laptop(browser, pages, name):
+    """Only a phone, or many models, make a table scroll."""
+    open_page(browser, pages[name])
+    tables = browser.find_elements("css selector", "#results .scroll")
+    assert tables
+    for table in tables:
+        assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", table), table.text
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_charts_are_visible(browser, pages, size, scheme):

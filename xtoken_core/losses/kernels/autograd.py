@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.gradient import TileGradient, write_gradient
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.projected import SparseGradient, weight_gradient
 from xtoken_core.losses.kernels.rows import RowStats, empty_rows, room, row_stats
 from xtoken_core.losses.kernels.rowsets import counted_rows
@@ -129,7 +129,7 @@ def _scale_kernel(x, factor, size, BLOCK: tl.constexpr):
 def scale_(x: Tensor | None, factor: Tensor) -> Tensor | None:
     """x *= factor (0-dim, on the device); costs nothing where the factor is 1."""
     if x is not None and x.numel():
-        launch(_scale_kernel, (triton.cdiv(x.numel(), 8192),), x, factor, x.numel(), BLOCK=8192, num_warps=8)
+        launch(_scale_kernel, (ceil_div(x.numel(), 8192),), x, factor, x.numel(), BLOCK=8192, num_warps=8)
     return x
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.touched import ByTeacher
 
 _BLOCK = 1024
@@ -123,13 +123,13 @@ def largest_columns(partial: Tensor, k: int) -> tuple[Tensor, Tensor]:
     edge = torch.empty(sets, dtype=torch.int32, device=device)
     columns = torch.empty(sets, k, dtype=torch.int32, device=device)
     place = torch.empty(sets, vocab, dtype=torch.int32, device=device)
-    blocks = triton.cdiv(vocab, _BLOCK)
+    blocks = ceil_div(vocab, _BLOCK)
     tally = torch.empty(sets, 2, blocks, dtype=torch.int32, device=device)
     for digit in range(3):
         launch(_count_kernel, (blocks, sets), partial, maxima, counts, vocab, k, PARTS=parts, PASS=digit, BLOCK=_BLOCK)
     launch(_tally_kernel, (blocks, sets), maxima, counts, edge, tally, vocab, k, BLOCK=_BLOCK)
     launch(
-        _choose_kernel, (blocks, sets), maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(blocks)
+        _choose_kernel, (blocks, sets), maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=1 << (blocks - 1).bit_length()
     )  # fmt: skip
     return columns, place
 

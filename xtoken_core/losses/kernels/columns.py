@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.rows import readable
 
 PARTS = 8
@@ -41,7 +41,7 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
     block = 1024
     launch(
         _column_maxima_kernel,
-        (triton.cdiv(vocab, block), PARTS),
+        (ceil_div(vocab, block), PARTS),
         logits,
         logits.stride(0),
         rows,

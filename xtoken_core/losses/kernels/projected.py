@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.choose import Columns
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 from xtoken_core.losses.kernels.touched import ByTeacher, Placed, Touched
 from xtoken_core.losses.selection import EPSILON, FLOOR
@@ -115,7 +115,7 @@ def project(
     """
     n, (sets, width), room = logits.shape[0], columns.index.shape, touched.token.shape[1]
     mass = torch.empty(n, width, device=logits.device)
-    programs = min(triton.cdiv(n, ROWS), PROGRAMS)
+    programs = min(ceil_div(n, ROWS), PROGRAMS)
     probabilities = torch.empty(programs, touched.limit, ROWS, device=logits.device)
     at = touched.rank.index_select(1, table.student)  # one more than an entry's place in the list; only those of K are read
     launch(
@@ -310,7 +310,7 @@ def weight_gradient(
     parts, block = min(16, max(1, n // 64)), 128
     partial = torch.zeros(parts, sets, vocab, slots, device=logits.device)
     launch(
-        _weight_gradient_kernel, (triton.cdiv(vocab, block), sets, parts),
+        _weight_gradient_kernel, (ceil_div(vocab, block), sets, parts),
         logits, logits.stride(0), first, n, lse, sparse.values, sparse.active, sparse.owner, sparse.share, sparse.values.shape[1], touched.token,
         touched.count, placed.number, placed.position, placed.slot, partial, vocab, touched.token.shape[1], rows_per_set, sets, 1.0 / temperature,
         SLOTS=slots, BLOCK=block, num_warps=4,

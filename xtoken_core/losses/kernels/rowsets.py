@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.types import TeacherBatch
 from xtoken_core.spec import LossSpec
 
@@ -57,7 +57,7 @@ def counted_rows(input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor) -> 
     targets = torch.empty(rows, dtype=torch.int64, device=input_ids.device)
     scope = torch.empty_like(counted)
     launch(
-        _mark_counted_kernel, (triton.cdiv(rows, _BLOCK),),
+        _mark_counted_kernel, (ceil_div(rows, _BLOCK),),
         input_ids.contiguous(), token_mask.contiguous(), sample_mask.contiguous(), counted, targets, scope, input_ids.shape[1], rows,
         BLOCK=_BLOCK,
     )  # fmt: skip
@@ -179,7 +179,7 @@ def chunk_extents(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) ->
     extents = torch.zeros(2, 3, chunks, dtype=torch.int32, device=sample_mask.device)
     student, theirs = teacher.student_chunk_id.contiguous(), teacher.teacher_chunk_id.contiguous()
     if chunks:
-        blocks = triton.cdiv(max(student.numel(), theirs.numel()), _BLOCK)
+        blocks = ceil_div(max(student.numel(), theirs.numel()), _BLOCK)
         launch(
             _extent_kernel, (blocks, 2), student, theirs, extents, student.shape[1], theirs.shape[1], student.numel(), theirs.numel(),
             chunks, per_row, FIRST=first, BLOCK=_BLOCK,
@@ -187,7 +187,7 @@ def chunk_extents(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) ->
         valid = teacher.chunk_valid.contiguous()
         exact = valid if teacher.chunk_exact is None else teacher.chunk_exact.contiguous()
         launch(
-            _valid_kernel, (triton.cdiv(chunks, _BLOCK),), valid, exact, sample_mask.contiguous(), extents, chunks, per_row,
+            _valid_kernel, (ceil_div(chunks, _BLOCK),), valid, exact, sample_mask.contiguous(), extents, chunks, per_row,
             student.shape[1], theirs.shape[1], EXACT=spec.exact_match_only, FIRST=first, BLOCK=_BLOCK,
         )  # fmt: skip
     return extents
@@ -207,7 +207,7 @@ def chunk_rows(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> tu
     chunk = [torch.empty(n, dtype=torch.int32, device=extents.device) for n in sizes]
     active = [torch.empty(n, dtype=torch.bool, device=extents.device) for n in sizes]
     launch(
-        _row_chunk_kernel, (triton.cdiv(max(sizes), _BLOCK), 2), student, theirs, extents, *chunk, *active, student.shape[1],
+        _row_chunk_kernel, (ceil_div(max(sizes), _BLOCK), 2), student, theirs, extents, *chunk, *active, student.shape[1],
         theirs.shape[1], *sizes, extents.shape[2], teacher.chunk_valid.shape[1], FIRST=spec.chunk_distribution == "first", BLOCK=_BLOCK,
     )  # fmt: skip
     first, last, count, t_first, t_last, t_count = extents.view(6, -1).unbind()

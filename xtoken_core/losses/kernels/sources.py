@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.rows import empty_rows
 from xtoken_core.losses.types import HiddenLogits
 
@@ -85,7 +85,7 @@ class Source:
             size = logits.shape[0] * logits.stride(0)
             launch(
                 _cap_kernel,
-                (triton.cdiv(size, block),),
+                (ceil_div(size, block),),
                 logits,
                 size,
                 self.scale,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.selection import projection_entries
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def mark(flag: Tensor, indices: Tensor, place: Tensor, fresh: bool) -> None:
     sets, width = flag.shape
     launch(
         _mark_kernel,
-        (triton.cdiv(width, _TOKENS), sets),
+        (ceil_div(width, _TOKENS), sets),
         indices,
         place,
         flag,
@@ -175,7 +175,7 @@ def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Te
     slot = torch.empty_like(position)
     number = torch.empty_like(touched.token)
     launch(
-        _place_kernel, (triton.cdiv(width, _TOKENS), sets),
+        _place_kernel, (ceil_div(width, _TOKENS), sets),
         indices, weights, place, touched.rank, touched.flag, touched.token, number, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
         BLOCK=_TOKENS,
     )  # fmt: skip

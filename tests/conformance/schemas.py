@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import celpy
 import jsonschema
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -17,10 +18,35 @@ def published(name: str) -> dict[str, Any]:
 
 
 def check_resource(resource: dict[str, Any], name: str) -> None:
-    """Raises jsonschema.ValidationError unless `resource` is one of the CRD in file `name`. CEL rules are not evaluated."""
+    """Raises jsonschema.ValidationError unless `resource`, newly made, is one of the CRD in file `name`, by its CEL rules as well."""
     crd = published(name)
     assert (resource["apiVersion"], resource["kind"]) == (f"{crd['group']}/{crd['version']}", crd["kind"])
     jsonschema.Draft7Validator(crd["schema"]).validate(resource)
+    assert check_rules(crd["schema"], resource), f"{name}: no rule applies"
+
+
+def check_rules(schema: dict[str, Any], value: Any, path: str = "") -> int:
+    """Evaluates every CEL rule of the schema on the part of `value` that it is about, and returns how many there were.
+
+    Raises jsonschema.ValidationError for one that does not hold. Rules of changes (`oldSelf`) say nothing about what is new.
+    """
+    rules = [rule for rule in schema.get("x-kubernetes-validations", []) if "oldSelf" not in rule["rule"]]
+    for rule in rules:
+        if not _program(rule["rule"]).evaluate({"self": celpy.json_to_cel(value)}):
+            raise jsonschema.ValidationError(f"{path or 'the resource'}: {rule['message']}")
+    parts = []
+    if isinstance(value, dict):
+        schemas = {name: schema.get("properties", {}).get(name) or schema.get("additionalProperties") or {} for name in value}
+        parts = [(schemas[name], part, f"{path}.{name}") for name, part in value.items() if isinstance(schemas[name], dict)]
+    elif isinstance(value, list):
+        parts = [(schema.get("items", {}), part, f"{path}[{index}]") for index, part in enumerate(value)]
+    return len(rules) + sum(check_rules(*part) for part in parts)
+
+
+@functools.cache
+def _program(rule: str) -> celpy.Runner:
+    environment = celpy.Environment()
+    return environment.program(environment.compile(rule))
 
 
 def check_message(message: Any, definition: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from kubernetes import client
@@ -81,6 +82,14 @@ def test_several_hosts_get_the_runtime_that_the_launcher_names():
     assert pod["securityContext"]["runAsNonRoot"]
     assert ("ServiceAccount", pod["serviceAccountName"]) in resources
     assert resources["PersistentVolumeClaim", "xtoken-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_a_runtime_that_breaks_a_rule_of_the_crd_is_caught():
+    runtime = yaml.safe_load((MANIFESTS / "trainer" / "runtime.yaml").read_text())
+    check_resource(runtime, "clustertrainingruntimes")
+    runtime["spec"]["mlPolicy"]["mpi"] = {}
+    with pytest.raises(jsonschema.ValidationError, match=r"\.spec\.mlPolicy: Only one of the policy can be configured"):
+        check_resource(runtime, "clustertrainingruntimes")
 
 
 def rights() -> set[tuple[str, str]]:

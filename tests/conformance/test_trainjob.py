@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jsonschema
 import pytest
 import yaml
 
@@ -132,4 +133,20 @@ def test_the_job_is_one_of_the_published_crd():
     assert pod["spec"]["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
     job["spec"]["trainer"]["nodes"] = 3
     with pytest.raises(Exception, match="nodes"):  # what the check is worth: a field that Trainer does not know
+        check_resource(job, "trainjobs")
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "message"),
+    [
+        ("1-xtoken", 8, "the resource: metadata.name must match RFC 1035"),
+        ("x" * 64, 8, "the resource: metadata.name must be no more than 63 characters"),
+        ("xtoken", 0, r"\.spec\.trainer\.numProcPerNode: numProcPerNode must be greater than or equal to 1"),
+    ],
+)
+def test_a_job_that_breaks_a_rule_of_the_crd_is_caught(name, processes, message):
+    """The rules in CEL, of which the types know nothing: the launcher's own job keeps them, see above."""
+    job = trainjob.manifest(name, "{}", ResourcesSpec(nodes=2), ["true"])
+    job["spec"]["trainer"]["numProcPerNode"] = processes
+    with pytest.raises(jsonschema.ValidationError, match=message):
         check_resource(job, "trainjobs")

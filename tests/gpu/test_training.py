@@ -17,21 +17,13 @@ import torch
 
 from tests.tiny import tiny_model
 from tests.unit.test_teachers import dense, micro_batches, own_logits, setup
-from tests.unit.training_run import changed, losses, prepare
+from tests.unit.training_run import FIVE_STEPS, changed, losses, prepare
 from xtoken_core.teachers.process import Shards
 from xtoken_core.teachers.schedule import TeacherPool
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 ROOT = Path(__file__).parents[2]
-TRAINING = {
-    "max_steps": 5,
-    "global_batch_size": 4,
-    "micro_batch_size": 2,
-    "save_steps": 2,
-    "eval_steps": 2,
-    "scheduler": "constant",
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def values(base):
     """Two teachers in bf16, weighted by their CE, one of them offloaded; W is trained."""
-    spec = prepare(base, loss={"weight_metric": "ce"}, training=TRAINING | {"precision": "bf16"})
+    spec = prepare(base, loss={"weight_metric": "ce"}, training=FIVE_STEPS | {"precision": "bf16"})
     spec["teachers"][0]["projection"] = {"learnable": True, "learning_rate": 0.05}
     spec["teachers"][1]["residency"] = "offload"
     return spec

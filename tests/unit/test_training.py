@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.training_run import OTHER_IDS, changed, losses, prepare, run, steps
+from tests.unit.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, steps
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import load_rows
 from xtoken_core.errors import InputError
@@ -43,14 +43,7 @@ def values(base):
     spec = prepare(
         base,
         loss={"weight_metric": "ce"},
-        training={
-            "max_steps": 5,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "save_steps": 2,
-            "eval_steps": 2,
-            "scheduler": "constant",
-        },
+        training=FIVE_STEPS,
     )
     spec["teachers"][0]["projection"] = {"learnable": True, "learning_rate": 0.05}
     return spec

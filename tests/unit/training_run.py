@@ -16,6 +16,16 @@ from xtoken_core.training import distill
 
 OTHER_IDS = 300
 
+FIVE_STEPS = {
+    "max_steps": 5,
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
+    "save_steps": 2,
+    "eval_steps": 2,
+    "scheduler": "constant",
+}
+"""A training section with a checkpoint to resume from."""
+
 
 def prepare(folder: Path, teachers: int = 2, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny run's spec, its rows in `folder/rows` and W in `folder/w.safetensors`. `sections` change the spec, by section."""

@@ -214,7 +214,7 @@ def distillation_loss(
         coefficients = _coefficients(totals, spec, slots)
         loss = (coefficients.ce * terms.ce + (coefficients.kd * terms.kd).sum()).to(terms.ce.dtype)
     else:
-        terms = term_sums(*batch, _coefficients(totals, spec, slots), overwrite_logits)
+        terms = term_sums(*batch, _coefficients(totals, spec, slots), overwrite=overwrite_logits)
         assert terms.total is not None
         loss = terms.total
     return LossOutput(loss, terms, slots, totals, spec)

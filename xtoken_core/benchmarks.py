@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ def run_tasks(
     """Runs `evaluation.tasks`: names of the harness, suites of `SUITES`, folders (also fsspec URIs) of tasks and their data.
 
     Per task or group of tasks: metric, value, stderr (the harness's), low, high (95 %, None where none is known), samples, shots (None where a
-    group's tasks differ), higher_is_better, metrics, all the harness has, and of a group parts: the same for what it consists of.
+    group's tasks differ), higher_is_better, metrics, all the harness has, scores ("0110": right or wrong, by question) and questions (their
+    digest) where answers are right or wrong, and of a group parts: the same for what it consists of.
 
     Args:
         evaluation: tasks, num_fewshot and limit are read.
@@ -132,7 +134,7 @@ def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, di
                 limit=limit,
                 task_manager=_manager(job.folder),
                 bootstrap_iters=1000,
-                log_samples=False,
+                log_samples=True,
             )
     except (OSError, ConnectionError, ValueError) as e:  # what datasets raises for data that is not there
         raise InputError(f"evaluation.tasks: {', '.join(job.names)}: {str(e).strip().splitlines()[0]}") from e
@@ -161,9 +163,10 @@ def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
     stderr = error if isinstance(error, float) else None
     samples = sum(found["n-samples"][task]["effective"] for task in tasks)
     shots = {found["n-shot"][task] for task in tasks}
-    low, high = None, None
+    low, high, answers = None, None, {}
     if metric in PREFERRED_METRICS:
         low, high = share_interval(value, samples)
+        answers = _answers(measure, kind, [entry for task in tasks for entry in found["samples"][task]])
     elif stderr is not None:
         low, high = value - Z95 * stderr, value + Z95 * stderr
     return {
@@ -176,7 +179,15 @@ def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "shots": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": found["higher_is_better"].get(name, {}).get(measure, True),
         "metrics": metrics,
+        **answers,
     }
+
+
+def _answers(measure: str, kind: str, entries: list[dict[str, Any]]) -> dict[str, str]:
+    """Which questions were answered rightly, and a digest of the questions."""
+    of_kind = [entry for entry in entries if entry["filter"] == kind]
+    digest = hashlib.sha256("".join(entry["doc_hash"] for entry in of_kind).encode()).hexdigest()[:16]
+    return {"scores": "".join(str(int(entry[measure])) for entry in of_kind), "questions": digest}
 
 
 def _tasks_of(name: str, found: dict[str, Any]) -> list[str]:

@@ -38,9 +38,16 @@ Estimate = tuple[float, float, float]
 """A value and the ends of its interval."""
 
 
-def difference_interval(a: Estimate, b: Estimate) -> tuple[float, float]:
-    """The interval of a - b of independent estimates (Newcombe, 1998, "Interval estimation for the difference between independent
-    proportions", method 10), on each side the distances to the ends that move the difference there, added in quadrature.
+def difference_interval(a: Estimate, b: Estimate, correlation: float = 0.0) -> tuple[float, float]:
+    """The interval of a - b, on each side from the distances to the ends that move the difference there.
+
+    Newcombe, 1998: "Interval estimation for the difference between independent proportions" and "Improved confidence intervals for
+    the difference between binomial proportions based on paired data", of both the tenth method. `correlation`: of the trials that
+    the two have in common.
     """
     (x, low_x, high_x), (y, low_y, high_y) = a, b
-    return x - y - math.hypot(x - low_x, high_y - y), x - y + math.hypot(high_x - x, y - low_y)
+
+    def joined(p: float, q: float) -> float:
+        return math.inf if math.isinf(p) or math.isinf(q) else math.sqrt(max(0.0, p * p - 2 * correlation * p * q + q * q))
+
+    return x - y - joined(x - low_x, high_y - y), x - y + joined(high_x - x, y - low_y)

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -25,7 +26,7 @@ from xtoken_core.intervals import difference_interval, share_interval
 from xtoken_core.report import Run
 from xtoken_core.report.page import render_report
 from xtoken_core.report.tables import tasks_table
-from xtoken_core.report.verdict import task_difference, verdict
+from xtoken_core.report.verdict import score_difference, task_difference, verdict
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
 
@@ -115,9 +116,36 @@ def test_differences_and_the_noise(told):
     found = {task: task_difference(task, after, before) for task in METRICS}
     assert found["mmlu"].tone == "good" and found["mmlu"].value == 1 - before["tasks"]["mmlu"]["value"]
     assert task_difference("mmlu", before, before).tone == "even"
-    again = {"who": "again", "tasks": {"mmlu": before["tasks"]["mmlu"] | {"value": 0.5, "low": 0.41, "high": 0.59}}}
-    near = {"who": "near", "tasks": {"mmlu": before["tasks"]["mmlu"] | {"value": 0.55, "low": 0.46, "high": 0.64}}}
-    assert not task_difference("mmlu", near, again).exceeds_noise
+    for entry in before["tasks"].values():
+        assert len(entry["scores"]) == entry["samples"]
+        assert entry["scores"].count("1") == round(entry["value"] * entry["samples"])
+    assert all(difference.paired for difference in found.values())
+
+
+def test_paired_differences_hold_their_level_and_are_narrower():
+    """Two models of equal worth that mostly agree: 95 of 100 intervals hold zero, and they know that the questions are the same."""
+    random, held, narrower = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        hard = random.random(200)
+        entries = []
+        for _ in "ab":
+            right = (hard + random.normal(0, 0.1, 200)) < 0.4
+            low, high = share_interval(right.mean(), 200)
+            entry = {
+                "value": right.mean(),
+                "low": low,
+                "high": high,
+                "questions": "q",
+                "scores": "".join(str(int(r)) for r in right),
+            }
+            entries.append(entry)
+        paired, alone = (
+            score_difference("a", "b", *entries),
+            score_difference("a", "b", entries[0], entries[1] | {"questions": "r"}),
+        )
+        held += not paired.exceeds_noise
+        narrower += paired.high - paired.low < 0.7 * (alone.high - alone.low)
+    assert 0.92 <= held / 400 <= 0.98 and narrower == 400
 
 
 def test_the_offline_suite_in_a_report(model, tmp_path):

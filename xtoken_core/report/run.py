@@ -19,7 +19,7 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
     `baseline_last`, `teacher-<id>`), `model`, `bits_per_byte` {`total`, `low`, `high` (95 % interval), `per_corpus` {name: {`total`,
     `low`, `high`, `documents`, `bytes`}}, `documents` {`corpus`: [...], `bits`: [...], `bytes`: [...]}: the same held-out documents in the
     same order for everybody, so that differences are paired}, `tasks` {task: {`metric`, `value`, `low`, `high`, `samples`, `shots`,
-    `higher_is_better`, `parts` {task: the same}}}, `agreement` {teacher: {`top1` (0..1), `kl` (nats), `chunks`}}, `tokens_per_second`,
+    `higher_is_better`, `scores` ("0110": right or wrong, by question), `questions` (their digest), `parts` {task: the same}}}, `agreement` {teacher: {`top1` (0..1), `kl` (nats), `chunks`}}, `tokens_per_second`,
     `samples` [{`prompt`, `text`, `reference`}] (greedy continuations of held-out prompts, the same for everybody).
 
 `overlap`: `student` {`fingerprint`, `size`}, `teachers` {id: {`fingerprint`, `size`, `same_vocabulary`, `shared`, `coefficient`, `coverage` {class:

@@ -73,10 +73,7 @@ def bits_table(run: Run) -> Table | None:
 
 def tasks_table(run: Run) -> Table | None:
     """Benchmarks side by side, with the student's change."""
-    caption = (
-        "Benchmark scores, 0 to 1, with 95 % intervals. Change: the student after against before, as if on different questions, which "
-        "makes its interval rather too wide."
-    )
+    caption = "Benchmark scores, 0 to 1, with 95 % intervals. Change: the student after against before, over the same questions."
     return _tasks_table({who: run.result(who).get("tasks") or {} for who in everybody(run)}, caption)
 
 

@@ -94,21 +94,29 @@ def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference |
 
 
 def task_difference(task: str, of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
-    """Difference in a benchmark's score of two evaluations, from their intervals; None unless both have it.
-
-    The two are taken as independent, though the questions are the same: the interval is rather too wide than too narrow.
-    """
+    """Difference in a benchmark's score of two evaluations; None unless both have it."""
     entries = (result.get("tasks", {}).get(task) for result in (of, against))
     return score_difference(of["who"], against["who"], *entries) if of and against else None
 
 
 def score_difference(of: str, against: str, a: dict[str, Any] | None, b: dict[str, Any] | None) -> Difference | None:
-    """Difference of two entries of a benchmark; None unless both are there."""
+    """Difference of two entries of a benchmark; None unless both are there.
+
+    Paired over the questions where every answer is right or wrong; otherwise that of independent estimates.
+    """
     if not a or not b:
         return None
-    low, high = difference_interval(_estimate(a["value"], a), _estimate(b["value"], b))
+    paired = bool(a.get("scores")) and a["questions"] == b.get("questions")
+    correlation = _correlation(a["scores"], b["scores"]) if paired else 0.0
+    low, high = difference_interval(_estimate(a["value"], a), _estimate(b["value"], b), correlation)
     lower_is_better = not a.get("higher_is_better", True)
-    return Difference(of, against, a["value"] - b["value"], low, high, lower_is_better)
+    return Difference(of, against, a["value"] - b["value"], low, high, lower_is_better, paired)
+
+
+def _correlation(a: str, b: str) -> float:
+    """Of right answers, as "0110"; 0 where one has all right or all wrong."""
+    x, y = (np.array(list(scores), dtype=float) for scores in (a, b))
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
 
 def _estimate(value: float, measured: dict[str, Any]) -> Estimate:

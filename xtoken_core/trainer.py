@@ -341,7 +341,9 @@ class DistillationTrainer(Trainer):
                 shutil.copytree(best, folder / "best", copy_function=os.link)
             shutil.copy(log, folder / log.name)
             self.progress.seconds["save"] += time.monotonic() - started
-            (folder / STATE_FILE).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            partial = folder / f"{STATE_FILE}.partial"  # so that the file is there whole or not at all
+            partial.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            partial.rename(folder / STATE_FILE)
             self.publish_checkpoint(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -154,13 +154,17 @@ def folders(uri: str) -> list[str]:
         fs.invalidate_cache()
         entries = fs.ls(path, detail=True) if fs.isdir(path) else []
         names = sorted(os.path.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory")
-        return [f"{uri.rstrip('/')}/{n}" for n in names if n[0] != "." and not fs.exists(f"{path}/{n}/{INCOMPLETE}")]
+        held = {name: _files_below(fs, f"{path}/{name}") for name in names if name[0] != "."}  # some stores keep empty folders
+        return [
+            f"{uri.rstrip('/')}/{name}" for name, files in held.items() if files and f"{path}/{name}/{INCOMPLETE}" not in files
+        ]
 
 
 def remove(uri: str) -> None:
     """Deletes a file or folder, if it is there."""
     fs, path = filesystem(uri)
     with _reported(uri), contextlib.suppress(FileNotFoundError):
+        fs.invalidate_cache()
         fs.rm(path, recursive=True)
 
 
@@ -171,7 +175,7 @@ def _files_below(fs: AbstractFileSystem, path: str) -> list[str]:
     if fs.isfile(path):
         return [path]
     files = sorted(fs.find(path)) if fs.isdir(path) else []
-    return [f for f in files if not any(part.startswith(".") for part in f[len(path) :].split("/"))]
+    return [f for f in files if f != path and not any(part.startswith(".") for part in f[len(path) :].split("/"))]
 
 
 def _listing(fs: AbstractFileSystem, path: str, uri: str) -> dict[str, dict[str, Any]]:

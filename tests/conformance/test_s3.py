@@ -227,6 +227,15 @@ def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_p
     assert same(storage.local_copy("s3://bucket/kept"), old)
 
 
+def test_empty_folders_that_the_store_keeps_hold_nothing(s3):
+    """SeaweedFS lists a folder whose objects are gone."""
+    s3.pipe({"bucket/left/one/a": b"1", "bucket/left/two/a": b"1"})
+    storage.remove("s3://bucket/left/one")
+    assert storage.folders("s3://bucket/left") == ["s3://bucket/left/two"]
+    with pytest.raises(InputError, match="^s3://bucket/left/one: no such file"):
+        storage.local_copy("s3://bucket/left/one")
+
+
 def test_what_is_not_there_and_what_is_not_allowed(monkeypatch):
     with pytest.raises(InputError, match="^s3://bucket/absent: no such file"):
         storage.local_copy("s3://bucket/absent")
@@ -264,6 +273,32 @@ def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     from xtoken_core.models import load_model
 
     assert load_model("s3://bucket/out/student/best").config.num_hidden_layers == 2
+
+
+def test_a_distill_that_is_pre_empted_and_tried_again_goes_on_from_its_uri(run, s3, tmp_path):
+    """Killed with nothing left but what is in the bucket, as on a node that is taken away; KFP then starts it anew, elsewhere."""
+    folder, spec = run
+    spec = spec | {"teachers": spec["teachers"][1:], "training": spec["training"] | {"max_steps": 30, "save_steps": 5}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    for split in ("train", "validation"):
+        prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows" / split, split)
+
+    def start(out: Path) -> subprocess.Popen:
+        options = ["--spec", tmp_path / "spec.yaml", "--rows", tmp_path / "rows", "--run", out]
+        command = [sys.executable, "-m", "components.distill", *options, "--checkpoints", "s3://bucket/kept"]
+        return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def kept() -> list[str]:
+        return [checkpoint for own in storage.folders("s3://bucket/kept") for checkpoint in storage.folders(own)]
+
+    first = start(tmp_path / "one" / "run")
+    while not kept() and first.poll() is None:
+        time.sleep(0.1)
+    first.kill()
+    assert first.wait() == -9
+    assert start(tmp_path / "two" / "run").wait(timeout=200) == 0
+    assert json.loads((tmp_path / "two" / "run" / "summary.json").read_text())["resumed_from"] >= 5
+    assert not kept()  # they are of no use any more, and SeaweedFS's empty folders are no checkpoints
 
 
 def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):

@@ -31,8 +31,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 compile: $(VENV)/.installed
-	for spec in pipelines/specs/*.yaml; do \
-	  $(BIN)/python -m pipelines compile $$spec -o pipelines/compiled/$$(basename $$spec) || exit; done
+	$(BIN)/python -m pipelines compile
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

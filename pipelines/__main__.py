@@ -36,9 +36,13 @@ def validate(spec: Path, overrides: tuple[str, ...]) -> None:
 def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None, check: bool) -> None:
     """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
     from pipelines import compiling
+    from pipelines.cluster import image_caution
 
     if spec is not None:
-        text = compiling.compile_spec(DistillationSpec.from_yaml(spec, overrides))
+        parsed = DistillationSpec.from_yaml(spec, overrides)
+        if caution := image_caution(parsed.resources.image):
+            click.echo(caution, err=True)
+        text = compiling.compile_spec(parsed)
         if output is None:
             click.echo(text, nl=False)
         else:

@@ -7,11 +7,26 @@ from kfp import dsl, kubernetes
 from xtoken_core.spec import ResourcesSpec
 
 
-def on_cluster(task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpu: bool = False) -> None:
-    """Sets up one task. `heavy`: it gets the spec's CPU and memory; `gpu`: also accelerators, shared memory and their nodes."""
+def image_caution(image: str) -> str | None:
+    """What a cluster would make of an image that is not named by digest; None where it is."""
+    if "@sha256:" in image:
+        return None
+    if image == ResourcesSpec().image:
+        return "resources.image: not set; build manifests/Dockerfile, push it, and name it by digest (NAME@sha256:...)"
+    return f"resources.image: {image} can come to mean another image, which KFP's cache would not notice; name it by digest (NAME@sha256:...)"
+
+
+def on_cluster(
+    task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpu: bool = False, retried: bool = False
+) -> None:
+    """Sets up one task.
+
+    `heavy`: it gets the spec's CPU and memory; `gpu`: also accelerators, shared memory and their nodes; `retried`: it is tried
+    again as often as the spec says.
+    """
     task.set_container_image(resources.image)
     kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
-    if resources.retries and task.name != "resolve":  # which fails for bad input, and that stays bad
+    if resources.retries and retried:
         task.set_retry(resources.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})

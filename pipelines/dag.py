@@ -113,7 +113,9 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
             task.after(tasks[after])
         if name in NEVER_CACHED:
             task.set_caching_options(False)
-        on_cluster(task, compiled.resources, heavy=heavy, gpu=gpu)
+        # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
+        # waits in the cache for another run); from training on, pre-emption.
+        on_cluster(task, compiled.resources, heavy=heavy, gpu=gpu, retried="distill" in tasks)
         return task.outputs
 
     return add

@@ -19,9 +19,10 @@ import kfp
 import kfp_server_api
 import urllib3
 
+from pipelines.cluster import image_caution
 from pipelines.compiling import compile_spec, documents
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow import shape
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -68,6 +69,10 @@ def submit(
     change the workflow itself are compiled in.
     """
     spec, changed = DistillationSpec.from_yaml(path), DistillationSpec.from_yaml(path, overrides)
+    if caution := image_caution(changed.resources.image):
+        if changed.resources.image == ResourcesSpec().image:
+            raise InputError(f"{path}: {caution}")
+        say(caution)
     fits = shape(spec) == shape(changed) and spec.name == changed.name
     parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
     compiled = compile_spec(spec if fits else changed)

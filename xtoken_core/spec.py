@@ -240,7 +240,9 @@ class VolumeClaim(_Section):
 class ResourcesSpec(_Section):
     """What the steps get on a cluster; a local run ignores all of it."""
 
-    image: str = Field("ghcr.io/xtoken/xtoken-pipelines:latest", description="image of every step; pin it by digest")
+    image: str = Field(
+        "registry.example.org/xtoken:unset", description="image of every step: your build of manifests/Dockerfile, by digest"
+    )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     gpus_per_node: NonNegativeInt = Field(1, description="GPUs of distill and evaluate; 0: CPU only")
     nodes: PositiveInt = Field(1, description="hosts of the distill step; more than one runs as a Kubeflow TrainJob")
@@ -248,7 +250,7 @@ class ResourcesSpec(_Section):
     cpu: str = Field("8", pattern=r"^\d+(\.\d+)?m?$")
     memory: str = Field("64Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
     shm: str = Field("16Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm")
-    retries: NonNegativeInt = Field(2, description="of a step that is pre-empted; distill resumes from its checkpoint")
+    retries: NonNegativeInt = Field(2, description="of training, which resumes from its checkpoint, and of every step after it")
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
     secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False)] = ()

@@ -1,6 +1,7 @@
 """Submission with the real `kfp` CLI and client, to a server that stands in for a cluster (see kfp_server.py)."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import yaml
 from pipelines.submit import Cluster
 from tests.conformance.kfp_server import FakeKfp
 from tests.tiny import tiny_run
+from xtoken_core.spec import ResourcesSpec
 
+ROOT = Path(__file__).parents[2]
+IMAGE = "registry.example.org/xtoken@sha256:" + "0" * 64
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KF_PIPELINES_ENDPOINT": "", "PYTHONWARNINGS": "ignore"}
 
 
@@ -20,7 +24,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KF_PIPELINES_ENDPOINT": "", "PYTHONWARNI
 def run(tmp_path_factory):
     """A folder with tiny models, texts and spec.yaml (one teacher, nothing evaluated)."""
     folder = tmp_path_factory.mktemp("run")
-    spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}}
+    spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}, "resources": {"image": IMAGE}}
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     assert call("pipelines", "compile", folder / "spec.yaml", "-o", folder / "compiled.yaml").returncode == 0
     return folder
@@ -65,16 +69,55 @@ def test_submit_uploads_runs_and_follows(run, server):
     assert "resolve: failed" in again.stdout and again.stdout.splitlines()[-1].endswith("FAILED")
 
 
+def test_an_image_that_is_not_pinned_is_told_and_none_is_refused(run, server):
+    tagged, unset = (("--set", f"resources.image={name}") for name in ("example.org/x:1", ResourcesSpec().image))
+    caution = "resources.image: example.org/x:1 can come to mean another image"
+    assert caution in call("pipelines", "compile", run / "spec.yaml", *tagged).stderr
+    nothing = ("--set", "student.model=/absent")  # a run that ends with its first task
+    done = submit(run, server, *tagged, *nothing)
+    assert done.returncode == 0 and caution in done.stdout
+    before = len(server.runs)
+    refused = submit(run, server, *unset)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"{run}/spec.yaml: resources.image: not set; build ")
+    assert refused.stderr.count("\n") == 1 and len(server.runs) == before
+    assert "resources.image" not in submit(run, server, *nothing).stdout
+
+
 def test_a_changed_workflow_is_a_new_version(run, server):
     before = len(server.versions)
     assert submit(run, server, "--set", "resources.memory=1Gi").returncode == 0
     assert len(server.versions) == before + 1
 
 
+def readme_commands():
+    """The five commands of the README's section "On a cluster", as lists of arguments."""
+    section = (ROOT / "README.md").read_text().split("## On a cluster")[1]
+    block = section.split("```")[1].replace("REGISTRY", "registry.example.org").replace("DIGEST", "0" * 64)
+    return [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+
+
+def test_the_commands_of_the_readme_name_what_is_there(tmp_path):
+    """The first three need Docker and a cluster; what they read is tested in test_manifests.py. The fourth runs."""
+    commands = readme_commands()
+    assert [command[0] for command in commands] == ["docker", "kubectl", "kubectl", "python", "kfp"]
+    for command in commands[:4]:
+        paths = [argument for argument in command if argument.startswith(("manifests/", "pipelines/"))]
+        assert paths and all((ROOT / path).exists() for path in paths)
+    python, _, program, *arguments, _, compiled = commands[3]
+    assert (python, compiled) == ("python", "run.yaml")
+    done = call(program, *arguments, "-o", tmp_path / compiled)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "image: registry.example.org/xtoken@sha256:000" in (tmp_path / compiled).read_text()
+
+
 def test_kfp_runs_the_compiled_file_with_overrides(run, server):
-    submitted = kfp(
-        server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "-t", "250", "overrides=training.max_steps=1"
-    )
+    """The README's last command, on a small spec."""
+    _, *arguments = readme_commands()[4]
+    given = [
+        {"run.yaml": run / "compiled.yaml", "overrides=training.max_steps=100": "overrides=training.max_steps=1"}.get(a, a)
+        for a in arguments
+    ]
+    submitted = kfp(server, *given[:2], "-t", "250", *given[2:])
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     state = list(server.runs.values())[-1]
     assert state["state"] == "SUCCEEDED", submitted.stdout

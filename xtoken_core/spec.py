@@ -174,7 +174,9 @@ class TrainingSpec(_Section):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     seed: NonNegativeInt = 0
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over float32 weights")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="bf16: autocast over float32 weights; auto: bf16 where GPU or CPU has instructions for it, else fp32"
+    )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the student")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"

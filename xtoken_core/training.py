@@ -108,6 +108,8 @@ def _distill(
     out_dir, first_rank = Path(out_dir), os.environ.get("RANK", "0") == "0"
     out_dir.mkdir(parents=True, exist_ok=True)
     args = training_arguments(spec, out_dir)
+    if first_rank:
+        logger.info("precision: %s", "bf16" if args.bf16 else "fp32")
     checkpoint = _latest_checkpoint(out_dir / "checkpoints", checkpoint_uri)
     progress = Progress() if checkpoint is None else Progress(**json.loads((checkpoint / STATE_FILE).read_text()))
     if checkpoint is not None and first_rank:
@@ -179,6 +181,7 @@ def _distill(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
         "ranks": args.world_size,
+        "precision": "bf16" if args.bf16 else "fp32",
         "environment": describe_environment(),
         "seconds_by_phase": {"setup": ready - started, **progress.seconds},
     }
@@ -250,7 +253,7 @@ def _teacher(
         if teacher.projection.learnable:
             learnable = LearnableProjection(projection)
     scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    dtype = compute_dtype(training.precision)
     setup = TeacherSetup(
         name=name,
         model=teacher.model,
@@ -289,6 +292,20 @@ def _shards(model: str, dtype: torch.dtype, device: torch.device) -> Shards | No
 # ----------------------------------------------------------------------------------------------- transformers' settings
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """What `training.precision` means on this machine. `auto`: bfloat16 where the hardware multiplies it; where it does not, it is
+    emulated, some thirty times slower than float32 on a CPU with AVX2 alone.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
+        has = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
+    return torch.bfloat16 if has else torch.float32
+
+
 def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArguments:
     """The spec's training section as transformers has it. Raises InputError where rows do not divide over ranks."""
     training, ranks, cuda = spec.training, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
@@ -311,7 +328,7 @@ def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArgumen
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
-        bf16=training.precision == "bf16",
+        bf16=compute_dtype(training.precision) == torch.bfloat16,
         use_cpu=not cuda,
         ddp_backend=None if cuda or ranks == 1 else "gloo",
         ddp_find_unused_parameters=False,

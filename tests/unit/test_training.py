@@ -27,7 +27,7 @@ from xtoken_core.student import MicroBatch, Student, model_inputs, teacher_batch
 from xtoken_core.teachers.process import TeacherError
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.trainer import Shuffled
-from xtoken_core.training import training_arguments
+from xtoken_core.training import compute_dtype, training_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -257,3 +257,13 @@ def test_rows_that_do_not_divide_over_the_ranks_are_named(values, tmp_path, monk
         InputError, match=r"^training\.global_batch_size: 4 rows do not divide over 3 ranks by micro-batches of 2$"
     ):
         training_arguments(DistillationSpec.model_validate(values), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "known, dtype", [({"amx_bf16": True}, torch.bfloat16), ({"avx2": True, "avx512_bf16": False}, torch.float32)]
+)
+def test_precision_auto_is_bf16_only_where_the_processor_has_it(known, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert compute_dtype("auto") == dtype
+    assert (compute_dtype("bf16"), compute_dtype("fp32")) == (torch.bfloat16, torch.float32)

@@ -31,6 +31,8 @@ def _training(summary: dict[str, Any]) -> Iterator[Fact]:
         yield "trained", f"{summary['steps']:,} steps{tokens}"
     if summary.get("seconds"):
         yield "training took", duration(summary["seconds"])
+    if summary.get("precision"):
+        yield "precision", summary["precision"]
     if summary.get("resumed_from"):
         yield "resumed", f"at step {summary['resumed_from']:,}"
 

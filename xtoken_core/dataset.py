@@ -198,22 +198,24 @@ class Statistics:
             "teachers": {
                 side.name.removeprefix("teacher "): {
                     "tokens": self.tokens[side.name],
-                    "chunks": (chunks := self.chunks[side.name]),
+                    "chunks": self.chunks[side.name],
                     "exact_chunks": self.exact[side.name],
-                    "exact_share": self.exact[side.name] / max(chunks, 1),
-                    "chunk_bytes_mean": self.bytes / max(chunks, 1),
+                    **_means(self.exact[side.name], self.bytes, self.chunks[side.name]),
                 }
                 for side in self.sides[1:]
             },
         }
 
 
+def _means(exact: int, num_bytes: int, chunks: int) -> dict[str, float]:
+    return {"exact_share": exact / max(chunks, 1), "chunk_bytes_mean": num_bytes / max(chunks, 1)}
+
+
 def all_shards(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of several shards (each as `prepare_rows` returns them) as those of one: sums, with shares and means made anew."""
     total = _added(statistics)
     for counts in total["teachers"].values():
-        counts["exact_share"] = counts["exact_chunks"] / max(counts["chunks"], 1)
-        counts["chunk_bytes_mean"] = total["bytes"] / max(counts["chunks"], 1)
+        counts |= _means(counts["exact_chunks"], total["bytes"], counts["chunks"])
     return total | {"started": min(part["started"] for part in statistics)}
 
 

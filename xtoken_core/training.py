@@ -108,8 +108,9 @@ def _distill(
     out_dir, first_rank = Path(out_dir), os.environ.get("RANK", "0") == "0"
     out_dir.mkdir(parents=True, exist_ok=True)
     args = training_arguments(spec, out_dir)
+    precision = "bf16" if args.bf16 else "fp32"
     if first_rank:
-        logger.info("precision: %s", "bf16" if args.bf16 else "fp32")
+        logger.info("precision: %s", precision)
     checkpoint = _latest_checkpoint(out_dir / "checkpoints", checkpoint_uri)
     progress = Progress() if checkpoint is None else Progress(**json.loads((checkpoint / STATE_FILE).read_text()))
     if checkpoint is not None and first_rank:
@@ -181,7 +182,7 @@ def _distill(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
         "ranks": args.world_size,
-        "precision": "bf16" if args.bf16 else "fp32",
+        "precision": precision,
         "environment": describe_environment(),
         "seconds_by_phase": {"setup": ready - started, **progress.seconds},
     }

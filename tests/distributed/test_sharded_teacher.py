@@ -14,26 +14,30 @@ from xtoken_core.teachers.process import Shards
 from xtoken_core.teachers.schedule import TeacherPool
 
 
-def test_every_rank_gets_the_whole_models_logits_of_its_own_samples(tmp_path):
-    folder = tiny_model(tmp_path / "teacher", 400)
+def hands_over_the_whole_models_logits(folder, devices, **tolerance):
+    """A rank on each device: its teacher holds its share of the weights, runs samples of its own twice, and gives all logits of those."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
 
-    samples = [micro_batches((2, 9), (1, 5 + number), seed=number) for number in range(2)]
+    ranks = len(devices)
+    samples = [micro_batches((2, 9), (1, 5 + number), seed=number) for number in range(ranks)]
     expected = [[own_logits(folder, batch) for batch in batches] for batches in samples]
 
     def rank(number):
-        batches = samples[number]
-        shared = {"shards": Shards(address, number, 2), "transport": ("hidden", "logits")[number]}
-        with TeacherPool([setup(folder, f"rank {number}", **shared)]) as pool:
+        shared = {"shards": Shards(address, number, ranks), "transport": ("hidden", "logits")[number]}
+        with TeacherPool([setup(folder, f"rank {number}", device=torch.device(devices[number]), **shared)]) as pool:
             for _ in range(2):
-                for found, own in zip(pool.run([batches])[0].logits, expected[number], strict=True):
-                    torch.testing.assert_close(dense(found), own)
+                for found, own in zip(pool.run([samples[number]])[0].logits, expected[number], strict=True):
+                    torch.testing.assert_close(dense(found).cpu(), own, **tolerance)
         return True
 
-    with ThreadPoolExecutor(2) as ranks:
-        assert all(ranks.map(rank, range(2)))
+    with ThreadPoolExecutor(ranks) as threads:
+        return all(threads.map(rank, range(ranks)))
+
+
+def test_every_rank_gets_the_whole_models_logits_of_its_own_samples(tmp_path):
+    assert hands_over_the_whole_models_logits(tiny_model(tmp_path / "teacher", 400), ["cpu", "cpu"])
 
 
 def test_the_size_of_a_model_is_known_before_it_is_loaded(tmp_path):

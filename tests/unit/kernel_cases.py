@@ -173,15 +173,13 @@ def compare(case: Case, device: torch.device, dtype: torch.dtype, tolerance: flo
 
 def compare_in_place(case: Case, device: torch.device, dtype: torch.dtype) -> None:
     """`overwrite`: bit for bit the same gradient, in the memory of the logits unless a gold or h_kl teacher reads them; then no second backward."""
-    from functools import partial
-
     from xtoken_core.losses.kernels import term_sums
 
     _, [expected] = evaluate(term_sums, case, device, dtype)
     seen = []
 
     def overwriting(student, *rest):
-        sums = partial(term_sums, overwrite=True)(student, *rest)
+        sums = term_sums(student, *rest, overwrite=True)
         seen.append((student, sums))
         return sums
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, steps
+from tests.unit.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import load_rows
 from xtoken_core.errors import InputError
@@ -28,8 +26,6 @@ from xtoken_core.teachers.process import TeacherError
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.trainer import Shuffled
 from xtoken_core.training import compute_dtype, training_arguments
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +117,7 @@ def test_learned_w_is_saved_as_a_projection_and_has_moved(base, unbroken):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(base, values, unbroken):
     """Bitwise: weights, optimizer, scheduler, data position, learned W, dynamic scale, the best student, the log."""
     out = base / "killed"
-    command = [sys.executable, "-m", "tests.unit.training_run", json.dumps(values), str(base), str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (out / "checkpoints" / "checkpoint-2" / "distillation.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after_a_checkpoint(start(values, base, out), out)
     assert not (out / "summary.json").exists()
     summary = run(values, base, out)
     assert summary["resumed_from"] in (2, 4)
@@ -184,8 +173,7 @@ def test_options_of_memory_and_speed_change_nothing_else(base, values, baseline,
 
 def test_a_dead_teacher_ends_the_run(base, values):
     spec = changed(values, training={"max_steps": 1000, "save_steps": None, "eval_steps": None})
-    command = [sys.executable, "-m", "tests.unit.training_run", json.dumps(spec), str(base), str(base / "dead")]
-    student = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    student = start(spec, base, base / "dead")
     deadline, log = time.monotonic() + 200, base / "dead" / "log.jsonl"
     while not (log.exists() and "grad_norm" in log.read_text()):
         assert student.poll() is None and time.monotonic() < deadline

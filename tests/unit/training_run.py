@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from xtoken_core.projection import build_projection
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training import distill
+
+ROOT = Path(__file__).parents[2]
 
 OTHER_IDS = 300
 
@@ -51,6 +56,22 @@ def run(values: dict[str, Any], folder: Path, out: Path, **options: Any) -> dict
     spec = DistillationSpec.model_validate(values)
     projections = [folder / "w.safetensors" if teacher.cross_tokenizer else None for teacher in spec.teachers]
     return distill(spec, {"other": "p_kl"}, [folder / "rows"], projections, out, **options)
+
+
+def start(values: dict[str, Any], folder: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+    """The same in a process of its own, whose standard error is kept."""
+    command = [sys.executable, "-m", "tests.unit.training_run", json.dumps(values), str(folder), str(out)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def kill_after_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    """SIGKILL, as soon as the checkpoint of step 2 is there."""
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoints" / "checkpoint-2" / "distillation.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
 
 
 def steps(out: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,16 @@
 """SeaweedFS, an S3 server that KFP ships itself, started on free ports of this machine."""
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import get_session
 
 KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "tester-secret"}
 
@@ -58,14 +62,26 @@ class Weed:
             if self.process.poll() is not None:
                 break
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.ports['filer.port']}/", timeout=2).close()
-                urllib.request.urlopen(f"{self.endpoint}/status", timeout=2).close()
+                self._store_and_read()
                 return self
-            except OSError as e:
-                if getattr(e, "code", None) in (400, 403, 404):
-                    return self
+            except (BotoCoreError, ClientError):
                 time.sleep(0.25)
         raise RuntimeError((self.folder / "log").read_text()[-2000:])
+
+    def _store_and_read(self) -> None:
+        """Raises until the server serves objects: it listens before it has found its volumes, and then answers with internal errors."""
+        client = get_session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+        )
+        with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket="ready")
+        client.put_object(Bucket="ready", Key="probe", Body=b"ready")
+        client.get_object(Bucket="ready", Key="probe")["Body"].read()
 
     def kill(self) -> None:
         if self.process:

@@ -1,7 +1,10 @@
-"""Launching by bare addresses: a compiled kernel is reused just where Triton would reuse it. What compiles here is a recorder, not Triton."""
+"""Launching by bare addresses: a compiled kernel is reused just where Triton would reuse it. What compiles is a recorder, in the last test Triton."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +100,12 @@ def test_constants_and_warps_are_part_of_the_kind(kernel):
         (8, {"SIZE": 2}),
         (4, {"SIZE": 1}),
     ]
+
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    """In a process of its own, since this one may have Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.unit.kernel_compile", "p_kl", "same", "gold", "hidden_several"]
+    done = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 30

@@ -214,12 +214,12 @@ def test_a_server_that_dies_and_returns_is_tried_again(tmp_path, weed, calls, ca
 
 
 def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_path, weed, calls, monkeypatch, s3):
-    monkeypatch.setattr(storage, "RETRY_DELAYS", (0.1, 0.1))
     old = model(tmp_path / "old", MIB)
     storage.publish(old, "s3://bucket/kept")
     calls.clear()
     watcher = interrupted(weed, calls, "upload_part", None)
-    with pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
+    with monkeypatch.context() as impatient, pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
+        impatient.setattr(storage, "RETRY_DELAYS", (0.1, 0.1))
         storage.publish(model(tmp_path / "new", 100 * MIB), "s3://bucket/kept")
     watcher.join()
     assert "\n" not in str(caught.value)

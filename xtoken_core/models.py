@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,31 +24,49 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """Loads a causal language model onto the CPU, in eval mode.
 
-    `ref` is a hub id, a local folder, a .gguf file, or an fsspec URI of either. Raises InputError.
+    `ref` is a hub id, a local folder, a .gguf file, or an fsspec URI of either. Raises InputError, also for weights that are
+    not all there.
     """
     path = Path(_local(ref))
     if not path.exists() and not _HUB_ID.fullmatch(ref):
         raise InputError(f"{ref}: cannot load the model: no such file or folder")
-    options = {"dtype": dtype, "attn_implementation": attention}
-    try:
-        if path.suffix == ".gguf":
-            loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
-            model = _plain_copy(loaded, attention)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(str(path) if path.exists() else ref, **options)
-    except (OSError, ValueError, ImportError) as e:
-        raise InputError(f"{ref}: cannot load the model: {str(e).strip().splitlines()[0]}") from e
-    return model.eval()
+    place, gguf = _place(ref, path)
+    options = {"dtype": dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with _named(ref):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, **gguf, **options)
+    model, info = loaded
+    for what, names in (("missing", info["missing_keys"]), ("of another shape", {key for key, *_ in info["mismatched_keys"]})):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{ref}: cannot load the model: weights {what}: {min(names)}{more}")
+    return (_plain_copy(model, attention) if gguf else model).eval()
 
 
 def weight_bytes(ref: str, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights, from its configuration alone."""
-    path = Path(_local(ref))
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    config = AutoConfig.from_pretrained(str(path.parent) if gguf else str(path) if path.exists() else ref, **gguf)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """Bytes of a model's weights, from its configuration alone. Raises InputError."""
+    place, gguf = _place(ref, Path(_local(ref)))
+    with _named(ref), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **gguf), dtype=dtype)
     return sum(p.nbytes for p in model.parameters())
+
+
+def _place(ref: str, path: Path) -> tuple[str, dict[str, str]]:
+    """Where transformers finds the model, and the name of its GGUF there."""
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(path) if path.exists() else ref, {}
+
+
+@contextmanager
+def _named(ref: str) -> Iterator[None]:
+    """Whatever transformers raises over a model that it cannot read, as one line that names the model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, UnpicklingError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise InputError(f"{ref}: cannot load the model: {reason}") from e
 
 
 def _local(ref: str) -> str:

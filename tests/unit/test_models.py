@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +20,7 @@ from transformers import (
 from tests.tiny import tiny_model
 from xtoken_core.errors import InputError
 from xtoken_core.models import (
+    _named,
     check_head,
     decoder_layers,
     final_hidden,
@@ -27,6 +29,7 @@ from xtoken_core.models import (
     prune_layers,
     save_model,
     vocabulary_rows,
+    weight_bytes,
 )
 
 SIZES = {
@@ -137,6 +140,66 @@ def test_what_is_missing_is_named(ref):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot load the model"):
         load_model(str(tmp_path))
+
+
+def _edit(folder, change):
+    """Rewrites a saved model's weights."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda w: w.pop("model.norm.weight"), r"weights missing: model\.norm\.weight"),
+        (
+            lambda w: [w.pop(name) for name in list(w) if "layers.1.self_attn" in name],
+            r"weights missing: model\.layers\.1\.self_attn\.k_proj\.weight and 3 more",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(3)}),
+            r"weights of another shape: model\.norm\.weight",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, reason):
+    folder = tiny_model(tmp_path, 300)
+    _edit(folder, change)
+    with pytest.raises(InputError, match=f"^{folder}: cannot load the model: {reason}$"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda weights: weights[:20000], lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"],
+    ids=["truncated", "LFS pointer"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_cannot_be_read_are_one_line(tmp_path, spoil, name):
+    folder = tiny_model(tmp_path, 300)
+    weights = folder / "model.safetensors"
+    if name == "pytorch_model.bin":
+        torch.save(load_file(weights), folder / name)
+        weights.unlink()
+    (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+    with pytest.raises(InputError, match=f"^{folder}: cannot load the model: [^\n]+$"):
+        load_model(str(folder))
+
+
+def test_a_configuration_that_makes_no_model_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    for load in (load_model, lambda ref: weight_bytes(ref, torch.float32)):
+        with pytest.raises(InputError, match=f"^{tmp_path}: cannot load the model: [^\n]+$"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(torch.OutOfMemoryError("full"), torch.OutOfMemoryError), (OSError(), InputError)]
+)
+def test_running_out_of_memory_is_no_bad_input_and_an_error_may_be_silent(error, expected):
+    with pytest.raises(expected, match="full|^m: cannot load the model: OSError$"), _named("m"):
+        raise error
 
 
 def test_gguf_loads_as_a_plain_model_that_can_be_saved(tmp_path):

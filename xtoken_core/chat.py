@@ -92,6 +92,8 @@ def template_parts(side: Side, roles: Sequence[str]) -> list[str] | str:
         text = str(side.tokenizer.apply_chat_template(messages, tokenize=False))
     except TemplateError as e:
         return f"{side.name}: its chat template refuses the roles {', '.join(roles)}: {e}"
+    except (TypeError, ValueError) as e:  # a template that cannot be run at all, or several and none of them the default
+        raise InputError(f"{side.name}: its chat template fails: {' '.join(str(e).split())}") from None
     pieces = re.split(_PLACEHOLDER.format(r"(\d+)"), text)
     if pieces[1::2] != [str(number) for number in range(len(roles))]:
         return f"{side.name}: its chat template leaves out, repeats or reorders messages of the roles {', '.join(roles)}"

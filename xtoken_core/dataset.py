@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from xtoken_core import storage
 from xtoken_core.chat import ChatTokenizer
 from xtoken_core.documents import Document, read_documents
 from xtoken_core.errors import InputError
@@ -66,10 +67,10 @@ def prepare_rows(
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec.data, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
-    if shards == 1:  # one of several shards may be left without rows; all together may not, see `training_rows`
-        stats.check(f"data.{split}")
     seconds = round(time.time() - started, 3)
     result = stats.summary() | {"started": round(started, 1), "seconds": seconds}
+    if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
+        check_statistics(result, f"data.{split}")
     record = {"pads": {side.column: side.pad for side in sides}, "stats": result}
     (folder / "rows.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return result
@@ -175,17 +176,6 @@ class Statistics:
                 self.exact[side.name] += int(row[f"{side.column}_chunk_exact"].sum())
             yield row
 
-    def check(self, where: str) -> None:
-        """Raises InputError where there is nothing to learn from."""
-        if not self.documents:
-            raise InputError(f"{where}: no documents")
-        if not self.rows:
-            reason, count = self.dropped.most_common(1)[0]
-            raise InputError(f"{where}: no rows: all {self.documents} documents dropped, {count} since {reason}")
-        for side in self.sides[1:]:
-            if not self.chunks[side.name]:
-                raise InputError(f"{where}: {side.name} has no chunk in common with the student")
-
     def summary(self) -> dict[str, Any]:
         """JSON-able: counts of documents, rows, bytes, tokens; per teacher its tokens and chunks."""
         return {
@@ -211,12 +201,31 @@ def _means(exact: int, num_bytes: int, chunks: int) -> dict[str, float]:
     return {"exact_share": exact / max(chunks, 1), "chunk_bytes_mean": num_bytes / max(chunks, 1)}
 
 
+def statistics_of(folder: str) -> dict[str, Any]:
+    """What `prepare_rows` counted when it wrote the rows of `folder` (a path or URI)."""
+    counted: dict[str, Any] = json.loads(storage.open_text(f"{folder}/rows.json").read())["stats"]
+    return counted
+
+
 def all_shards(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Statistics of several shards (each as `prepare_rows` returns them) as those of one: sums, with shares and means made anew."""
     total = _added(statistics)
     for counts in total["teachers"].values():
         counts |= _means(counts["exact_chunks"], total["bytes"], counts["chunks"])
     return total | {"started": min(part["started"] for part in statistics)}
+
+
+def check_statistics(statistics: dict[str, Any], where: str) -> None:
+    """Raises InputError, with the field `where`, if what `prepare_rows` counted leaves nothing to learn from."""
+    documents = statistics["documents"]
+    if not documents:
+        raise InputError(f"{where}: no documents")
+    if not statistics["rows"]:
+        reason, count = max(statistics["dropped_documents"].items(), key=lambda item: item[1])
+        raise InputError(f"{where}: no rows: all {documents} documents dropped, {count} since {reason}")
+    for teacher, counts in statistics["teachers"].items():
+        if not counts["chunks"]:
+            raise InputError(f"{where}: teacher {teacher} has no chunk in common with the student")
 
 
 def _added(parts: Sequence[Any]) -> Any:
@@ -242,13 +251,8 @@ def load_rows(*folders: str | Path) -> Dataset:
 
 
 def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows:
-    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so.
-
-    Raises InputError for none.
-    """
+    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so."""
     rows = load_rows(*folders)
-    if not len(rows):
-        raise InputError("data.train: no rows in any of its shards")
     if data.max_rows is not None:
         cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
         rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < _budget(data)))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import yaml
 
 from xtoken_core import storage
-from xtoken_core.dataset import all_shards
+from xtoken_core.dataset import all_shards, statistics_of
 from xtoken_core.errors import InputError
 from xtoken_core.report import Run, write_report
 from xtoken_core.spec import DistillationSpec
@@ -78,13 +77,8 @@ def finish(
 
 def _statistics(spec: DistillationSpec, shards: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """What prepare counted, by split: of the training rows in every shard, of the validation rows in the first one, which has them."""
-
-    def counted(shard: str, split: str) -> dict[str, Any]:
-        statistics: dict[str, Any] = json.loads(storage.open_text(f"{shard}/{split}/rows.json").read())["stats"]
-        return statistics
-
-    held_out = {"validation": [counted(shards[0], "validation")]} if spec.data.validation else {}
-    return {"train": [counted(shard, "train") for shard in shards]} | held_out
+    held_out = {"validation": [statistics_of(f"{shards[0]}/validation")]} if spec.data.validation else {}
+    return {"train": [statistics_of(f"{shard}/train") for shard in shards]} | held_out
 
 
 def _training(prefix: str, artifact: Artifact | None) -> dict[str, Any]:

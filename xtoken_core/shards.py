@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core import storage
-from xtoken_core.dataset import load_rows, training_rows
+from xtoken_core.dataset import all_shards, check_statistics, load_rows, statistics_of, training_rows
 from xtoken_core.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -24,8 +23,11 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
 
     Several shards are streamed. With `max_rows` or `packing` they are fetched first: documents are dealt out to the shards in
     turn, so that the first rows of all, and the rows that fill one row together, lie in many shards at once.
+    Raises InputError where there is nothing to learn from in all of them.
     """
     shards = [f"{folder}/train" for folder in folders]
+    if len(shards) > 1:  # prepare has checked a single one
+        check_statistics(all_shards([statistics_of(shard) for shard in shards]), "data.train")
     if len(shards) == 1 or data.max_rows is not None or data.packing:
         return training_rows(data, *(storage.local_copy(shard) for shard in shards))
     return StreamedRows(shards)
@@ -36,8 +38,7 @@ class StreamedRows:
 
     def __init__(self, shards: Sequence[str]):
         self.shards = shards
-        counts = [json.loads(storage.open_text(f"{shard}/rows.json").read())["stats"]["rows"] for shard in shards]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.starts = np.concatenate([[0], np.cumsum([statistics_of(shard)["rows"] for shard in shards])])
         self._following: dict[int, int] = {}
         self._fetched: dict[int, Future[Dataset]] = {}
         self._pool = ThreadPoolExecutor(1)

@@ -283,6 +283,9 @@ class DistillationSpec(_Section):
                 raise ValueError(f"{where}: mode: a per-teacher mode needs loss.aggregation: sum")
             if teacher.mode not in (None, "p_kl") and self.loss.exact_match_only:
                 raise ValueError(f"{where}: mode: {teacher.mode} contradicts loss.exact_match_only, which is p_kl's")
+            mode = teacher.mode or self.loss.mode
+            if teacher.projection is not None and teacher.projection.learnable and mode not in ("p_kl", "auto"):
+                raise ValueError(f"{where}: projection.learnable: {mode} does not train W, only p_kl does")
             if "weight" in teacher.model_fields_set and not self.fixed_weights:
                 reason = "select_teacher" if self.loss.aggregation == "select_teacher" else "weight_metric"
                 raise ValueError(f"{where}: weight: would be ignored, since loss.{reason} sets the weights")

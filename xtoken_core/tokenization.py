@@ -200,15 +200,16 @@ class TokenTable:
 def normalize_for(text: str, tables: Sequence[TokenTable]) -> str:
     """The text that every tokenizer leaves as it is: their normalisers applied in turn until none changes it.
 
-    Raises InputError if they never agree.
+    Raises InputError if there is none (one composes characters, say, and another takes them apart).
     """
     for _ in range(8):
-        before = text
+        changed = False
         for table in tables:
-            text = table.normalize(text)
-        if text == before:
+            before, text = text, table.normalize(text)
+            changed |= text != before
+        if not changed:
             return text
-    raise InputError("tokenizers: their normalisers do not agree on a text")
+    raise InputError(f"tokenizers: their normalisers undo each other on {text[:40]!r}")
 
 
 def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
@@ -330,7 +331,10 @@ def _dummy_prefixes(backend: Tokenizer, specials: list[str]) -> tuple[bool, bool
         pieces = "".join(backend.encode(special + "x", add_special_tokens=False).tokens)
         return pieces.removeprefix(special).startswith((_SPACE, _TO_BYTE_LEVEL[ord(" ")]))
 
-    return prefixed(""), any(prefixed(special) for special in specials[:1])
+    as_text, backend.encode_special_tokens = backend.encode_special_tokens, False  # `encode` leaves it on
+    found = prefixed(""), any(prefixed(special) for special in specials[:1])
+    backend.encode_special_tokens = as_text
+    return found
 
 
 def _text_normalizer(config: dict | None) -> normalizers.Normalizer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -111,10 +112,15 @@ def _distill(
     precision = "bf16" if args.bf16 else "fp32"
     if first_rank:
         logger.info("precision: %s", precision)
+    _check_inputs(out_dir / "checkpoints", spec, modes, baseline)
     checkpoint = _latest_checkpoint(out_dir / "checkpoints", checkpoint_uri)
     progress = Progress() if checkpoint is None else Progress(**json.loads((checkpoint / STATE_FILE).read_text()))
-    if checkpoint is not None and first_rank:
-        _restore(checkpoint, out_dir)
+    if first_rank:
+        if checkpoint is None:  # an earlier run's student would pass for this one's best
+            for name in ("best", "last"):
+                shutil.rmtree(out_dir / name, ignore_errors=True)
+        else:
+            _restore(checkpoint, out_dir)
 
     tokenizer = load_tokenizer(spec.student.model, spec.student.tokenizer)
     table = TokenTable.from_tokenizer(tokenizer)
@@ -252,6 +258,10 @@ def _teacher(
         if mode is None:
             raise InputError(f"{name}: mode: auto, and the overlap step's choice was not given")
         if teacher.projection.learnable:
+            if mode != "p_kl":
+                raise InputError(
+                    f"{name}: projection.learnable: the overlap step chose {mode}, which does not train W; set mode: p_kl"
+                )
             learnable = LearnableProjection(projection)
     scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
     dtype = compute_dtype(training.precision)
@@ -357,6 +367,17 @@ def _scheduler(training: TrainingSpec) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _check_inputs(folder: Path, spec: DistillationSpec, modes: dict[str, str], baseline: bool) -> None:
+    """Notes in `folder` what its checkpoints are made with. Raises InputError if it holds some of another training."""
+    fields = spec.model_dump(mode="json", include={"student", "teachers", "loss", "data", "training"})
+    inputs = hashlib.sha256(json.dumps([fields, modes, baseline], sort_keys=True).encode()).hexdigest()
+    note = folder / "inputs.sha256"
+    if any(folder.glob(f"checkpoint-*/{STATE_FILE}")) and note.exists() and note.read_text() != inputs:
+        raise InputError(f"{folder}: holds checkpoints of another spec; remove them, or choose another folder for the run")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(inputs)
 
 
 def _latest_checkpoint(folder: Path, uri: str | None) -> Path | None:

@@ -101,6 +101,16 @@ def test_a_long_chat_keeps_its_beginning_and_needs_a_target():
     assert document_rows(found, [12, 12], sides(), whole=True) == "no target within data.max_length"
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] + 1 }}", {"tool_use": "{{ messages }}"}], ids=["broken", "no default"]
+)
+def test_a_template_that_fails_names_its_side(template):
+    tok = copy.deepcopy(assets.tokenizer("mistral"))
+    tok.chat_template = template
+    with pytest.raises(InputError, match="^teacher odd: its chat template fails: "):
+        template_parts(Side.of("teacher odd", "t0", tok), ["user"])
+
+
 def test_what_a_template_cannot_do_is_said():
     system = [{"role": "system", "content": "Be kind."}, *CHAT]
     assert (

@@ -18,9 +18,20 @@ from transformers import PreTrainedTokenizerFast
 from tests import assets
 from tests.tiny import tiny_tokenizer
 from xtoken_core.collate import Collator
-from xtoken_core.dataset import PackedRows, all_shards, load_rows, pack, prepare_rows, row_lengths, training_rows
+from xtoken_core.dataset import (
+    PackedRows,
+    all_shards,
+    check_statistics,
+    load_rows,
+    pack,
+    prepare_rows,
+    row_lengths,
+    statistics_of,
+    training_rows,
+)
 from xtoken_core.errors import InputError
 from xtoken_core.rows import Side, common_cuts, document_rows, spans, tokenize_texts
+from xtoken_core.shards import rows_of_shards
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import normalize_for
 
@@ -214,13 +225,18 @@ def test_statistics_of_shards_are_those_of_one(corpus, tmp_path):
         assert total == {name: value for name, value in one.items() if name not in ("started", "seconds")}
 
 
-def test_shards_without_any_row(corpus, tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_shards_without_anything_to_learn_from(corpus, tmp_path, packing):
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 2)
-    spec = make_spec([tmp_path / "blank.jsonl"], shards=2)
-    for shard in range(2):
-        prepare_rows(spec, tmp_path / f"rows-{shard}", shard=shard)
-    with pytest.raises(InputError, match="data.train: no rows in any of its shards"):
-        training_rows(spec.data, tmp_path / "rows-0", tmp_path / "rows-1")
+    spec = make_spec([tmp_path / "blank.jsonl"], shards=2, packing=packing)
+    folders = [str(tmp_path / f"rows-{shard}") for shard in range(2)]
+    for shard, folder in enumerate(folders):
+        prepare_rows(spec, f"{folder}/train", shard=shard)
+    with pytest.raises(InputError, match="^data.train: no rows: all 2 documents dropped, 2 since no text$"):
+        rows_of_shards(spec.data, folders)
+    counted = statistics_of(f"{folders[0]}/train") | {"rows": 1}
+    with pytest.raises(InputError, match="^data.train: teacher .+ has no chunk in common with the student$"):
+        check_statistics(counted, "data.train")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,28 @@ def test_normalize_for_is_a_common_fixed_point() -> None:
     assert all(table.normalize(text) == text for table in tables)
 
 
+def test_normalizers_that_undo_each_other_are_told() -> None:
+    tables = []
+    for normalizer in (normalizers.NFC(), normalizers.NFD()):
+        backend = Tokenizer(models.BPE({"a": 0}, []))
+        backend.normalizer, backend.decoder = normalizer, decoders.ByteLevel()
+        tables.append(TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend)))
+    assert normalize_for("plain", tables) == "plain"
+    with pytest.raises(InputError, match="undo each other on 'caf"):
+        normalize_for("café", tables)
+
+
+def test_a_table_does_not_depend_on_what_was_encoded_before() -> None:
+    """`encode` takes special tokens' names for text from then on, which hides what comes after one."""
+    backend = Tokenizer(models.Unigram([("<s>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁x", -1.0), ("x", -1.5)], unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    before = TokenTable.from_tokenizer(tok)
+    encode(tok, ["a"])
+    after = TokenTable.from_tokenizer(tok)
+    assert before.dummy_after_special and after.dummy_after_special
+
+
 def test_normalizers_keep_only_what_changes_text() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "▁": 1}, []))
     backend.normalizer = normalizers.Sequence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(base, values, unbroken)
     learned = [Projection.load(folder / "last" / "projection-other.safetensors").weights for folder in (out, unbroken[0])]
     assert torch.equal(*learned)
     assert summary["best_step"] == unbroken[1]["best_step"]
+
+
+def test_nothing_of_another_run_is_taken_up(base, values):
+    """Neither checkpoints of another spec, nor the best student of a run before, where this one has no validation."""
+    out = base / "reused"
+    short = changed(values, training={"max_steps": 2, "save_steps": 1, "eval_steps": None}, data={"validation": []})
+    run(short, base, out, baseline=True)
+    other = changed(short, training={**short["training"], "learning_rate": 0.5})
+    with pytest.raises(InputError, match=f"^{out}/checkpoints: holds checkpoints of another spec"):
+        run(other, base, out, baseline=True)
+    shutil.rmtree(out / "checkpoints")
+    run(other, base, out, baseline=True)
+    best, last = (load_file(out / name / "model.safetensors") for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
 
 
 def test_a_run_resumes_elsewhere_from_kept_checkpoints(base, values):

@@ -69,6 +69,7 @@ def finish(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(path.absolute())
         try:
+            storage.check_replaceable(spec.output.uri)
             storage.publish(folder, spec.output.uri)
         except InputError as e:
             raise InputError(f"output.uri: {e}") from None

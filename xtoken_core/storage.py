@@ -32,6 +32,9 @@ T = TypeVar("T")
 INCOMPLETE = "_INCOMPLETE"
 """Object that marks a folder of an object store as half-published: written before the first file, removed after the last."""
 
+RUN_FILE = "run.json"
+"""What a published run is known by: the data that its report was made from."""
+
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds between attempts of one transfer, on top of the retries that botocore makes by itself."""
 
@@ -274,6 +277,15 @@ def check_writable(uri: str) -> None:
         fs.makedirs(os.path.dirname(target), exist_ok=True)
         _retried(lambda: fs.pipe_file(probe, b"probe"), uri)
         fs.rm_file(probe)
+
+
+def check_replaceable(uri: str) -> None:
+    """Raises InputError if something else than a run lies at `uri`: publishing replaces all of it."""
+    fs, target = filesystem(uri)
+    with _reported(uri):
+        fs.invalidate_cache()
+        if not any(fs.exists(f"{target}/{name}") for name in (RUN_FILE, INCOMPLETE)) and fs.find(target):
+            raise InputError(f"{uri}: holds other things (and no {RUN_FILE}), which publishing would replace; name a place of its own")
 
 
 def _commit_by_rename(fs: AbstractFileSystem, staging: str, target: str, files: list[str]) -> None:

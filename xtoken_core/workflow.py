@@ -89,7 +89,8 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
     `shape` of the spec that was compiled, as JSON. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
     projection_<i> and evaluate_teacher_<i> for each teacher slot i (empty where there is no such teacher), checkpoints
     (a folder or URI for those of this run), inputs (list of every model and corpus: `field`, `uri`, `version`). Raises InputError for a bad spec or override, for an override that the
-    compiled pipeline cannot follow, for models and data that are not there, and for an output that cannot be written.
+    compiled pipeline cannot follow, for models and data that are not there, and for an output that cannot be written or
+    would take the place of something that is no run.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
     built_in = json.loads(compiled) if compiled else shape(spec)
@@ -100,6 +101,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
                 f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
     storage.check_writable(spec.output.uri)
+    storage.check_replaceable(spec.output.uri)
     check_trackers(spec.training.report_to)
     if spec.evaluation.tasks:
         from xtoken_core.benchmarks import plan_tasks

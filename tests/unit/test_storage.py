@@ -87,6 +87,17 @@ def test_a_place_that_is_no_folder_is_said(tmp_path):
         storage.check_writable(str(tmp_path / "file" / "out"))
 
 
+@pytest.mark.parametrize("place", ["{}/out", "memory://bucket/{}/out"])
+def test_only_a_run_is_replaced(tmp_path, place):
+    target = place.format(tmp_path).replace("///", "//")
+    storage.check_replaceable(target)
+    storage.publish(folder(tmp_path / "model", weights="1"), f"{target}/other")
+    with pytest.raises(InputError, match=f"^{target}: holds other things"):
+        storage.check_replaceable(target)
+    storage.publish(folder(tmp_path / "run", **{"run.json": "{}"}), target)
+    storage.check_replaceable(target)
+
+
 def test_a_reader_never_sees_half(tmp_path, cache):
     """Readers poll while a folder is published again and again: each sees one version, whole."""
     versions = [folder(tmp_path / str(n), **{f"f{i}": str(n) for i in range(20)}) for n in (0, 1)]

@@ -18,6 +18,7 @@ from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.pictures import dag_picture, density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
+from xtoken_core.storage import RUN_FILE
 
 SAMPLED = (("student_before",), ("student_after_best", "student_after_last"), ("baseline_best", "baseline_last"))
 """Whose text is shown: the first of each group that has any; teachers follow."""
@@ -27,7 +28,7 @@ def write_report(run: Run, folder: str | Path) -> Path:
     """Writes report.html (one self-contained file) and run.json (the data it was made from); returns the page's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run.save(folder / "run.json")
+    run.save(folder / RUN_FILE)
     page = folder / "report.html"
     page.write_text(render_report(run), encoding="utf-8")
     return page

@@ -6,6 +6,7 @@ variables) and read rows and projections from, and publish the run to, URIs that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
@@ -24,6 +25,8 @@ RUNTIME = "xtoken-torch"
 """The ClusterTrainingRuntime of manifests/."""
 
 POLL_SECONDS = 5.0
+PATIENCE = 60
+"""Failed looks at a running job, one after the other, after which its launcher gives up (five minutes)."""
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -120,6 +123,7 @@ def run_job(job: Mapping[str, Any]) -> None:
     is deleted.
     """
     import kubernetes
+    import urllib3
 
     _load_config(kubernetes)
     namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
@@ -129,7 +133,7 @@ def run_job(job: Mapping[str, Any]) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         _create(jobs, place, job, kubernetes.client.ApiException)
-        _follow(jobs, pods, place, name)
+        _follow(jobs, pods, place, name, (kubernetes.client.ApiException, urllib3.exceptions.HTTPError))
     except (KeyboardInterrupt, SystemExit):
         jobs.delete_namespaced_custom_object(**place, name=name)
         print(f"{name}: deleted, since this step was cancelled", flush=True)
@@ -176,11 +180,25 @@ def _until_gone(jobs: Any, place: dict[str, str], name: str, api_exception: type
         time.sleep(POLL_SECONDS)
 
 
-def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str) -> None:
+def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str, trouble: tuple[type[Exception], ...]) -> None:
+    """Until the job has ended; `trouble`: what an API that is away for a while raises, which is borne PATIENCE times in a row."""
     seen: dict[str, int] = {}
+    failures = 0
     while True:
-        job = jobs.get_namespaced_custom_object(**place, name=name)
-        _print_log(pods, place["namespace"], name, seen)
+        try:
+            job = jobs.get_namespaced_custom_object(**place, name=name)
+            failures = 0
+        except trouble as e:
+            failures += 1
+            if getattr(e, "status", None) == 404:
+                raise TrainJobError(f"TrainJob {name}: deleted by another") from None
+            if failures == PATIENCE:
+                raise TrainJobError(f"TrainJob {name}: left running, since the cluster does not answer: {_message(e)}") from None
+            print(f"{name}: {_message(e)}; looking again", flush=True)
+            time.sleep(POLL_SECONDS)
+            continue
+        with contextlib.suppress(*trouble):  # lines that cannot be had now come with the next look
+            _print_log(pods, place["namespace"], name, seen)
         ended = _ended(job)
         if ended == "Complete":
             print(f"{name}: complete", flush=True)
@@ -204,7 +222,8 @@ def _print_log(pods: Any, namespace: str, name: str, seen: dict[str, int]) -> No
     for pod in pods.list_namespaced_pod(namespace, label_selector=first).items:
         if pod.status.phase in ("Running", "Succeeded", "Failed"):
             lines = pods.read_namespaced_pod_log(pod.metadata.name, namespace).splitlines()
-            for line in lines[seen.get(pod.metadata.name, 0) :]:
+            told = seen.get(pod.metadata.name, 0)
+            for line in lines[told if told <= len(lines) else 0 :]:  # fewer than before: the kubelet has rotated the log
                 print(line, flush=True)
             seen[pod.metadata.name] = len(lines)
 

@@ -34,6 +34,8 @@ class FakeKubernetes:
         self.hosts: dict[str, list[subprocess.Popen]] = {}
         self.asked: set[tuple[str, str]] = set()
         """(verb, resource) of every request, as RBAC names them."""
+        self.hiccups = 0
+        """So many of the next looks at something are answered with 503."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"kubernetes": self}))
         address = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.kubeconfig = folder / "kubeconfig"
@@ -141,6 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, url = self.kubernetes, urlsplit(self.path)
+        if server.hiccups:
+            server.hiccups -= 1
+            return self._refuse(503, "apiserver not ready")
         if url.path.startswith(f"{JOBS}/"):
             server.asked.add(("get", "trainjobs"))
             name = url.path.removeprefix(f"{JOBS}/")

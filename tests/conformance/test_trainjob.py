@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jsonschema
+import kubernetes
 import pytest
 import yaml
 
@@ -102,6 +104,32 @@ def test_a_launcher_that_is_cancelled_deletes_its_job(run, cluster):
     assert cluster.asked <= rights()  # the least that manifests/trainer gives the launcher
     assert launcher.returncode == 143 and "deleted, since this step was cancelled" in told
     assert cluster.jobs == {} and all(process.poll() is not None for process in processes)
+
+
+def test_a_hiccup_of_the_api_ends_no_launcher(cluster, capfd, monkeypatch):
+    job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sh", "-c", "echo told; sleep 1"])
+    cluster.hiccups = 2
+    trainjob.run_job(job)
+    told = capfd.readouterr().out
+    assert told.count("xtoken-distill-1: apiserver not ready; looking again") == 2 and "told" in told.splitlines()
+
+    monkeypatch.setattr(trainjob, "PATIENCE", 3)
+    job["metadata"]["name"], cluster.hiccups = "xtoken-distill-2", 3
+    with pytest.raises(trainjob.TrainJobError, match="xtoken-distill-2: left running, since the cluster does not answer"):
+        trainjob.run_job(job)
+    assert "xtoken-distill-2" in cluster.jobs  # the step's next try follows it
+
+
+def test_a_job_that_another_has_deleted_is_told(cluster):
+    place = {"group": trainjob.GROUP, "version": trainjob.VERSION, "namespace": "default", "plural": trainjob.PLURAL}
+    job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])
+    deleter = threading.Timer(
+        2, lambda: kubernetes.client.CustomObjectsApi().delete_namespaced_custom_object(**place, name="xtoken-distill-1")
+    )
+    deleter.start()
+    with pytest.raises(trainjob.TrainJobError, match="xtoken-distill-1: deleted by another"):
+        trainjob.run_job(job)
+    deleter.join()
 
 
 def test_what_not_every_host_reaches_is_refused(run):

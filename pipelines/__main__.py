@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from components.cli import run_command
+from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
@@ -38,6 +39,10 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
     from pipelines import compiling
     from pipelines.cluster import image_caution
 
+    if check and spec is not None:
+        raise click.UsageError("--check: is about the specs of pipelines/specs; give no SPEC")
+    if spec is None and (overrides or output):
+        raise click.UsageError("--set, -o: need a SPEC")
     if spec is not None:
         parsed = DistillationSpec.from_yaml(spec, overrides)
         if caution := image_caution(parsed.resources.image):
@@ -46,8 +51,11 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
         if output is None:
             click.echo(text, nl=False)
         else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text, encoding="utf-8")
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(text, encoding="utf-8")
+            except OSError as e:
+                raise InputError(f"{output}: cannot be written: {e.strerror}") from None
             click.echo(f"{output}: written")
     elif check:
         stale = compiling.stale()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from xtoken_core.errors import InputError
 
@@ -27,6 +27,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Quantity = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+"""An amount as Kubernetes writes it, of which YAML takes some for numbers."""
 
 
 class _Section(BaseModel):
@@ -88,6 +90,12 @@ class TeacherSpec(_Section):
     def cross_tokenizer(self) -> bool:
         """Whether the teacher's vocabulary differs from the student's (it has a projection)."""
         return self.projection is not None
+
+    @model_validator(mode="after")
+    def _id_is_free(self) -> Self:
+        if self.id in ("step", "data", "teachers"):
+            raise ValueError(f"id: {self.id} is taken: the training log has a seconds_{self.id} of its own")
+        return self
 
     @model_validator(mode="after")
     def _transport_fits(self) -> Self:
@@ -249,9 +257,11 @@ class ResourcesSpec(_Section):
     gpus_per_node: NonNegativeInt = Field(1, description="GPUs of distill and evaluate; 0: CPU only")
     nodes: PositiveInt = Field(1, description="hosts of the distill step; more than one runs as a Kubeflow TrainJob")
     gpu_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name of the accelerator")
-    cpu: str = Field("8", pattern=r"^\d+(\.\d+)?m?$")
-    memory: str = Field("64Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
-    shm: str = Field("16Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm")
+    cpu: Quantity = Field("8", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")
+    memory: Quantity = Field("64Gi", pattern=r"^[0-9]+(Ki|Mi|Gi|Ti|M|G|T)?$", description="KFP takes whole numbers alone")
+    shm: Quantity = Field(
+        "16Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm"
+    )
     retries: NonNegativeInt = Field(2, description="of training, which resumes from its checkpoint, and of every step after it")
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
@@ -369,6 +379,13 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _construct_sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node, deep=True)  # whole before anything can refer to it: no list holds itself
+
+
+_Loader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -376,6 +393,10 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(e, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         raise InputError(f"{source}:{line} {getattr(e, 'problem', None) or 'not YAML'}") from None
+    except RecursionError:
+        raise InputError(f"{source}: nested too deeply") from None
+    except (ValueError, LookupError, AttributeError):  # what PyYAML makes of `!!int abc`, `!!bool abc` and `!!timestamp abc`
+        raise InputError(f"{source}: a value is not what its tag says, or too long a number") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

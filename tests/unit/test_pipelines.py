@@ -270,6 +270,21 @@ def test_bad_input_is_one_line_and_exit_2(verb, run):
     assert (bad.returncode, bad.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("SPEC", "-o", "."), "Is a directory"),
+        (("SPEC", "--check"), "--check: is about the specs of pipelines/specs"),
+        (("--set", "training.max_steps=3", "--check"), "need a SPEC"),
+        (("-o", "p.yaml"), "need a SPEC"),
+    ],
+)
+def test_compile_refuses_what_it_would_ignore_or_cannot_write(run, arguments, line):
+    bad = pipelines("compile", *(run / "spec.yaml" if argument == "SPEC" else argument for argument in arguments))
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert line in bad.stderr.splitlines()[-1] and "Traceback" not in bad.stderr
+
+
 def steps(output, ending):
     """Tasks of the progress lines (`[ 2/6] overlap: ...`) that hold `ending`."""
     return {found[1] for line in output.splitlines() if ending in line and (found := re.match(r"\[ *\d+/\d+\] ([\w-]+)", line))}

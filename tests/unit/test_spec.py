@@ -92,6 +92,16 @@ REJECTED = {
     "no layers": (["student.keep_layers=[]"], "student.keep_layers"),
     "a name unfit for Kubernetes": (["name=My Run"], "name"),
     "memory without a unit that is one": (["resources.memory=64GB"], "resources.memory"),
+    "memory in parts, which KFP does not take": (["resources.memory=1.5Gi"], "resources.memory"),
+    "memory in a unit that KFP does not take": (["resources.memory=64k"], "resources.memory"),
+    "a truth for an amount": (["resources.cpu=true"], "resources.cpu"),
+    "an id that would hide a column of the log": (["teachers.big.id=step"], "teachers.0.id: step is taken"),
+    "no integer under its tag": (["training.seed=!!int abc"], "--set training.seed: a value is not what its tag says"),
+    "no truth under its tag": (["training.seed=!!bool abc"], "--set training.seed: a value is not what its tag says"),
+    "no time under its tag": (["training.seed=!!timestamp abc"], "--set training.seed: a value is not what its tag says"),
+    "a number of too many digits": (["training.seed=" + "1" * 5000], "--set training.seed: a value is not what its tag says"),
+    "too deep a nest": (["training.seed=" + "[" * 3000], "--set training.seed: nested too deeply"),
+    "a list that holds itself": (["training.seed=&a [*a]"], "--set training.seed: line 1: found unconstructable recursive node"),
     "a relative mount": (["resources.pvc=[{name: models, mount_path: models}]"], "resources.pvc.0.mount_path"),
     "an environment variable that is none": (["resources.secrets=[{secret: s, key: k, env: a-b}]"], "resources.secrets.0.env"),
     "no teacher": (["teachers=[]"], "teachers"),
@@ -153,6 +163,12 @@ def test_required_fields_are_named():
 def test_reads_numbers_as_people_write_them():
     spec = load("training.learning_rate=1e-3", "training.weight_decay=0", "loss.temperature=2")
     assert (spec.training.learning_rate, spec.training.weight_decay, spec.loss.temperature) == (1e-3, 0.0, 2.0)
+
+
+def test_amounts_may_be_numbers():
+    resources = load("resources.cpu=16", "resources.memory=64000000000").resources
+    assert (resources.cpu, resources.memory) == ("16", "64000000000")
+    assert load("resources.cpu=0.5").resources.cpu == "0.5"
 
 
 def test_yaml_words_stay_words():

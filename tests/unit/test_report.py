@@ -224,6 +224,9 @@ def test_warnings_on_validation(run):
     assert "Still improving" in titles(with_validation(run, [3, 2.6, 2.4, 2.2, 2.0, 1.8]))
     settled = titles(with_validation(run, [3, 2.0, 1.9, 1.85, 1.849, 1.8485]))
     assert "Overfitting" not in settled and "Still improving" not in settled
+    assert run.spec["evaluation"]["texts"] and "also measures it" not in settled
+    same = dataclasses.replace(run, spec=run.spec | {"evaluation": run.spec["evaluation"] | {"texts": []}})
+    assert "The text that chose the best checkpoint also measures it" in titles(with_validation(same, [3, 2.0, 1.9]))
 
 
 def test_warnings_on_teachers_chunks_rows_and_selection(run):
@@ -418,6 +421,17 @@ def test_comparison(run, tmp_path):
     assert page.count('<figure class="chart') == 7
     with pytest.raises(InputError, match="two runs"):
         write_comparison([run], tmp_path / "x.html")
+
+
+def test_comparison_of_runs_on_other_documents_colours_nothing(run, tmp_path):
+    other = sample_run(tmp_path / "b", seed=1, shift=0.07, steps=300)
+    for result in other.results:
+        if "bits_per_byte" in result:
+            result["bits_per_byte"]["documents"]["bytes"][0] += 1
+    page = write_comparison([run, other], tmp_path / "compare.html").read_text()
+    results = page.split("Bits per byte of held-out text, lower is better; below each")[0].rpartition("<table")[2]
+    assert "not all on the same documents: careful" in page and "not on the same documents: careful" in page
+    assert 'class="bad' not in results and 'class="good' not in results
 
 
 def test_comparison_names_runs_by_their_place(run, tmp_path):

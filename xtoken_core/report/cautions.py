@@ -26,7 +26,17 @@ class Caution:
 
 def cautions(run: Run) -> list[Caution]:
     """Every warning the run's files give rise to."""
-    checks = (_on_validation, _on_gradients, _on_numbers, _on_teachers, _on_selection, _on_chunks, _on_projections, _on_data)
+    checks = (
+        _on_validation,
+        _on_held_out,
+        _on_gradients,
+        _on_numbers,
+        _on_teachers,
+        _on_selection,
+        _on_chunks,
+        _on_projections,
+        _on_data,
+    )
     return [caution for check in checks for caution in check(run)]
 
 
@@ -47,6 +57,17 @@ def _on_validation(run: Run) -> Iterator[Caution]:
         yield Caution(
             "Still improving at the end",
             f"The last stretch alone gained {values[-2] - last:.3f} bits per byte. A longer run (training.max_steps) would go further.",
+        )
+
+
+def _on_held_out(run: Run) -> Iterator[Caution]:
+    """Text that is no longer unseen, since the best of several checkpoints was chosen by it."""
+    choices = len(run.steps("validation_bits_per_byte")[1])
+    if choices > 2 and not run.spec["evaluation"]["texts"] and bits_per_byte(run.result("student_after_best")) is not None:
+        yield Caution(
+            "The text that chose the best checkpoint also measures it",
+            f"The best of {choices} validations flatters the student and the twin a little. Texts of their own "
+            "(evaluation.texts) measure it on what nothing was chosen by.",
         )
 
 

@@ -63,6 +63,12 @@ def distinct_names(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name=name) if names.count(run.name) > 1 else run for run, name in zip(runs, named)]
 
 
+def _same_text(a: dict, b: dict) -> bool:
+    """Whether two evaluations measured bits per byte on the same documents, as far as their sizes tell."""
+    first, second = ((result.get("bits_per_byte") or {}).get("documents", {}) for result in (a, b))
+    return all(first.get(key) == second.get(key) for key in ("corpus", "bytes"))
+
+
 def _after(run: Run) -> dict:
     return run.result("student_after_best") or run.result("student_after_last")
 
@@ -70,11 +76,14 @@ def _after(run: Run) -> dict:
 def _summary(runs: Sequence[Run]) -> list[str]:
     """What the runs' students are to the first one's, in plain words."""
     scored = [(score, run.name) for run in runs if (score := bits_per_byte(_after(run))) is not None]
-    sentences = [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text."] if scored else []
+    careful = "" if all(_same_text(_after(run), _after(runs[0])) for run in runs) else " (not all on the same documents: careful)"
+    sentences = (
+        [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text{careful}."] if scored else []
+    )
     words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
     for run in runs[1:]:
         if _after(run) and _after(runs[0]) and (difference := bits_difference(_after(run), _after(runs[0]))):
-            same = "" if difference.paired else " (not on the same documents: careful)"
+            same = "" if _same_text(_after(run), _after(runs[0])) else " (not on the same documents: careful)"
             sentences.append(f"{run.name} is {words[difference.tone]} {runs[0].name}: {interval(difference)}{same}.")
     return sentences
 
@@ -93,12 +102,16 @@ def _standing(runs: Sequence[Run]) -> list[Measured]:
 def _bits_table(runs: Sequence[Run]) -> Table | None:
     """A run a row: bits per byte of its student's and its twin's states, and their differences from the first run's."""
     states = [who for who in STATES if any(run.result(who).get("bits_per_byte") for run in runs)]
-    rows = []
-    for run in runs:
-        differences = [bits_difference(run.result(who), runs[0].result(who)) if run is not runs[0] else None for who in states]
-        rows.append([Cell(run.name), *(_cell(bits_per_byte(run.result(who)), d) for who, d in zip(states, differences))])
+
+    def cell(run: Run, who: str) -> Cell:
+        own, first = run.result(who), runs[0].result(who)
+        difference = bits_difference(own, first) if run is not runs[0] and _same_text(own, first) else None
+        return _cell(bits_per_byte(own), difference)
+
+    rows = [[Cell(run.name), *(cell(run, who) for who in states)] for run in runs]
     caption = (
-        "Bits per byte of held-out text, lower is better; below each the difference from the first run with its 95 % interval."
+        "Bits per byte of held-out text, lower is better; below each the difference from the first run with its 95 % interval, "
+        "where both were measured on the same documents."
     )
     return Table(["run", *map(label, states)], rows, caption) if states else None
 

@@ -21,11 +21,12 @@ from xtoken_core.losses.types import HiddenLogits
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", packed: bool = False) -> PreTrainedModel:
     """Loads a causal language model onto the CPU, in eval mode.
 
     `ref` is a hub id, a local folder, a .gguf file, or an fsspec URI of either. Raises InputError, also for weights that are
-    not all there.
+    not all there, a head that `head_logits` does not know (`check_head`), and where rows are to be `packed`, a model that
+    mixes their documents (`check_packing`).
     """
     path = Path(_local(ref))
     if not path.exists() and not _HUB_ID.fullmatch(ref):
@@ -39,7 +40,14 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "s
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{ref}: cannot load the model: weights {what}: {min(names)}{more}")
-    return (_plain_copy(model, attention) if gguf else model).eval()
+    model = (_plain_copy(model, attention) if gguf else model).eval()
+    if attention == "flash_attention_2":  # runs on GPUs alone, the checks on the CPU
+        model.set_attn_implementation("sdpa")
+    check_head(model, ref)
+    if packed:
+        check_packing(model, ref)
+    model.set_attn_implementation(attention)
+    return model
 
 
 def weight_bytes(ref: str, dtype: torch.dtype) -> int:
@@ -173,9 +181,24 @@ def head_logits(model: PreTrainedModel, hidden: Tensor, rows: int) -> HiddenLogi
 def check_head(model: PreTrainedModel, who: str) -> None:
     """Proves on a few tokens that `head_logits` gives the model's own logits; InputError for heads of another form."""
     ids = torch.arange(4, device=model.device)[None]
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head_logits(model, final_hidden(model, ids), own.shape[-1]).dense().float()
-    if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * own.abs().max().item()):
+    own = model(input_ids=ids, use_cache=False).logits
+    if not _same(own, head_logits(model, final_hidden(model, ids), own.shape[-1]).dense(), model.dtype):
         raise InputError(
             f"{who}: {type(model).__name__} does more after its final hidden states than lm_head, scale and soft cap"
         )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, who: str) -> None:
+    """Proves that a document comes out the same behind any other of its row; InputError for models that carry state along."""
+    ids = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2, device=model.device)
+    behind_one, behind_another = final_hidden(model, ids, positions)[:, 3:]
+    if not _same(behind_one, behind_another, model.dtype):
+        raise InputError(f"{who}: data.packing: {type(model).__name__} does not keep the documents of a row apart")
+
+
+def _same(a: Tensor, b: Tensor, computed: torch.dtype) -> bool:
+    """Whether two results are equal but for rounding; logits may be float32 though `computed` in less."""
+    tolerance = max(1e-4, 3 * torch.finfo(computed).eps)
+    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * a.abs().max().item())

@@ -204,7 +204,8 @@ def _distill(
 
 def _student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTrainedModel:
     """The student in float32, pruned, or as a checkpoint left it."""
-    model = load_model(spec.student.model if checkpoint is None else str(checkpoint), torch.float32, spec.training.attention)
+    ref = spec.student.model if checkpoint is None else str(checkpoint)
+    model = load_model(ref, torch.float32, spec.training.attention, spec.data.packing)
     if checkpoint is None and spec.student.keep_layers is not None:
         prune_layers(model, spec.student.keep_layers)
     return prepare_student(model, spec)
@@ -277,6 +278,7 @@ def _teacher(
         attention=training.attention,
         device=device,
         threads=torch.get_num_threads(),
+        packed=spec.data.packing,
         shards=_shards(teacher.model, dtype, device),
         scores=_loss(spec, baseline=False) if scored else None,
     )

@@ -10,11 +10,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
     NemotronConfig,
+    OPTConfig,
     PhiConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
 )
 
 from tests.tiny import tiny_model
@@ -31,6 +37,8 @@ from xtoken_core.models import (
     vocabulary_rows,
     weight_bytes,
 )
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.training import _student_model
 
 SIZES = {
     "vocab_size": 60,
@@ -76,6 +84,72 @@ def test_a_head_of_another_form_is_refused():
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output**3)
     with pytest.raises(InputError, match=r"teachers\.0 \(odd\): LlamaForCausalLM"):
         check_head(model, "teachers.0 (odd)")
+
+
+def _saved(config, folder):
+    random_model(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconH1Config(**SIZES, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, lm_head_multiplier=0.5),
+        RecurrentGemmaConfig(**SIZES, lru_width=32, logits_soft_cap=0.1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_head_of_another_form_does_not_load(tmp_path, config):
+    with pytest.raises(InputError, match=f"^{tmp_path}: .*ForCausalLM does more after its final hidden states"):
+        load_model(_saved(config, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=8),
+        Qwen3NextConfig(
+            **SIZES,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        ),
+        OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_mixes_packed_documents_does_not_load_for_them(tmp_path, config, dtype):
+    folder = _saved(config, tmp_path)
+    load_model(folder, dtype, "eager")
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}: data\.packing: .*ForCausalLM does not keep the documents of a row apart"
+    ):
+        load_model(folder, dtype, "eager", packed=True)
+
+
+def test_a_packed_runs_student_is_checked_for_it(tmp_path):
+    config = OPTConfig(
+        vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    spec = {"name": "s", "student": {"model": _saved(config, tmp_path)}, "teachers": [{"id": "t", "model": "t"}]}
+    spec |= {"data": {"train": ["t"], "packing": True}, "output": {"uri": "o"}}
+    with pytest.raises(InputError, match=rf"^{tmp_path}: data\.packing: OPTForCausalLM"):
+        _student_model(DistillationSpec.model_validate(spec), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**SIZES), MixtralConfig(**SIZES, num_local_experts=4)],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_keeps_packed_documents_apart_loads(tmp_path, config, dtype, attention):
+    model = load_model(_saved(config, tmp_path), dtype, attention, packed=True)
+    assert model.config._attn_implementation == attention
 
 
 def test_padding_behind_a_row_changes_nothing_in_it():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from tests.tiny import tiny_model
 from xtoken_core.errors import InputError
@@ -204,6 +205,16 @@ def test_a_missing_model_is_bad_input_and_ends_the_others_too(folder, tmp_path):
     missing = setup(tmp_path / "none", "teachers.1 (gone)")
     with pytest.raises(InputError, match=r"^teachers\.1 \(gone\): .*none: cannot load the model: no such file"):
         TeacherPool([setup(folder), missing]).__enter__()
+
+
+def test_a_model_that_does_not_fit_is_named_once(folder, tmp_path):
+    with pytest.raises(InputError, match=rf"^teachers\.0 \(one\): {folder}: its lm_head has 400 rows, fewer than the 401 ids"):
+        TeacherPool([setup(folder, num_ids=401, min_rows=401)]).__enter__()
+    shape = {"vocab_size": 60, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=32)).save_pretrained(tmp_path)
+    mixing = setup(tmp_path, num_ids=60, min_rows=60, transport="logits", packed=True)
+    with pytest.raises(InputError, match=rf"^teachers\.0 \(one\): {tmp_path}: data\.packing: OPTForCausalLM"):
+        TeacherPool([mixing]).__enter__()
 
 
 INTERRUPTED = """

@@ -61,6 +61,8 @@ class TeacherSetup:
     attention: str
     device: torch.device
     threads: int
+    packed: bool = False
+    """Whether its rows hold several documents."""
     shards: Shards | None = None
     """Set where the weights are spread over the teachers of all ranks."""
     scores: LossSpec | None = None

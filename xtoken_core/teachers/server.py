@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.types import HiddenLogits
-from xtoken_core.models import check_head, decoder_layers, final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.models import decoder_layers, final_hidden, head_logits, load_model, vocabulary_rows
 from xtoken_core.teachers.process import Inputs, Shards, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape
 
@@ -27,10 +27,8 @@ class TeacherServer:
     def __init__(self, setup: TeacherSetup):
         logging.disable_progress_bar()
         self.setup = setup
-        self.model = load_model(setup.model, setup.dtype, setup.attention).requires_grad_(False)
-        self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.name)
-        if setup.transport == "hidden":
-            check_head(self.model, setup.name)
+        self.model = load_model(setup.model, setup.dtype, setup.attention, setup.packed).requires_grad_(False)
+        self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.model)
         self.outbox = Outbox(setup.device)
         shared = self._share_head() if setup.transport == "hidden" or setup.shards is not None else []
         if setup.shards is not None:

@@ -310,6 +310,17 @@ class DistillationSpec(_Section):
             raise ValueError("training.eval_steps: needs data.validation")
         return self
 
+    @model_validator(mode="after")
+    def _flash_attention_can_run(self) -> Self:
+        if self.training.attention == "flash_attention_2":
+            if self.training.precision == "fp32":
+                raise ValueError("training.precision: fp32 has no flash_attention_2")
+            if (
+                self.data.packing and self.training.micro_batch_size > 1
+            ):  # transformers looks for packed documents in one row only
+                raise ValueError("training.micro_batch_size: data.packing with flash_attention_2 needs 1")
+        return self
+
     @property
     def fixed_weights(self) -> bool:
         """Whether the teachers' `weight` fields are in force."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -128,6 +130,21 @@ def test_a_model_that_mixes_packed_documents_does_not_load_for_them(tmp_path, co
         InputError, match=rf"^{tmp_path}: data\.packing: .*ForCausalLM does not keep the documents of a row apart"
     ):
         load_model(folder, dtype, "eager", packed=True)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"micro_batch_size": 2}, r"training\.micro_batch_size: data\.packing with flash_attention_2 needs 1"),
+        ({"precision": "fp32"}, r"training\.precision: fp32 has no flash_attention_2"),
+    ],
+)
+def test_flash_attention_is_refused_where_it_would_mix_documents_or_not_run(training, message):
+    spec = {"name": "s", "student": {"model": "s"}, "teachers": [{"id": "t", "model": "t"}], "output": {"uri": "o"}}
+    spec |= {"data": {"train": ["t"], "packing": True}, "training": {"attention": "flash_attention_2"}}
+    DistillationSpec.from_text(json.dumps(spec))
+    with pytest.raises(InputError, match=f"^spec: {message}$"):
+        DistillationSpec.from_text(json.dumps(spec | {"training": spec["training"] | training}))
 
 
 def test_a_packed_runs_student_is_checked_for_it(tmp_path):

@@ -142,6 +142,9 @@ class LossSpec(_Section):
             raise ValueError("alpha: only used with weight_metric")
         if self.score_unit == "byte" and not (self.aggregation == "select_teacher" or self.weight_metric == "ce"):
             raise ValueError("score_unit: byte only applies to select_teacher and to weight_metric: ce")
+        for field in ("kd_weight", "ce_weight"):
+            if self.dynamic_scaling and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field}: not used with dynamic_scaling: true")
         return self
 
 
@@ -181,7 +184,7 @@ class TrainingSpec(_Section):
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16: autocast over float32 weights; auto: bf16 where GPU or CPU has instructions for it, else fp32"
     )
@@ -197,7 +200,9 @@ class TrainingSpec(_Section):
     )
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def _steps_and_batches_fit(self) -> Self:
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} leaves nothing of max_steps {self.max_steps}")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
@@ -239,6 +244,14 @@ class Toleration(_Section):
     value: str | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
+    @model_validator(mode="after")
+    def _operator_fits(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("value: only with operator: Equal")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("key: operator Equal needs one")
+        return self
+
 
 class VolumeClaim(_Section):
     """An existing PersistentVolumeClaim and where the steps see it."""
@@ -267,6 +280,14 @@ class ResourcesSpec(_Section):
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
     secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False)] = ()
     pvc: Annotated[tuple[VolumeClaim, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _mounts_differ(self) -> Self:
+        paths = [claim.mount_path.rstrip("/") for claim in self.pvc]
+        for index, path in enumerate(paths):
+            if path in paths[:index]:
+                raise ValueError(f"pvc.{index}.mount_path: {path} is an earlier claim's")
+        return self
 
 
 class DistillationSpec(_Section):
@@ -308,6 +329,8 @@ class DistillationSpec(_Section):
             raise ValueError("teachers: weight: all are zero")
         if self.training.eval_steps is not None and not self.data.validation:
             raise ValueError("training.eval_steps: needs data.validation")
+        if both := set(self.data.train) & set(self.data.validation):
+            raise ValueError(f"data.validation: {min(both)} is in data.train too")
         return self
 
     @model_validator(mode="after")

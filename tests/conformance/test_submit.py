@@ -114,7 +114,7 @@ def test_kfp_runs_the_compiled_file_with_overrides(run, server):
     """The README's last command, on a small spec."""
     _, *arguments = readme_commands()[4]
     given = [
-        {"run.yaml": run / "compiled.yaml", "overrides=training.max_steps=100": "overrides=training.max_steps=1"}.get(a, a)
+        {"run.yaml": run / "compiled.yaml", "overrides=training.max_steps=200": "overrides=training.max_steps=1"}.get(a, a)
         for a in arguments
     ]
     submitted = kfp(server, *given[:2], "-t", "250", *given[2:])

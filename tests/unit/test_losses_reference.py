@@ -26,6 +26,7 @@ def cases(draw, dtype=torch.float64, dynamic=(True, False)):
     metric = draw(st.sampled_from([None, "ce", "entropy", "max_prob"])) if aggregation == "sum" else None
     mode = draw(st.sampled_from(MODES))
     exact = mode == "p_kl" and draw(st.booleans())
+    scaled = draw(st.sampled_from(dynamic))
     spec = LossSpec(
         mode=mode,
         chunk_distribution=draw(st.sampled_from(["mean", "first"])),
@@ -35,9 +36,9 @@ def cases(draw, dtype=torch.float64, dynamic=(True, False)):
         temperature=draw(st.sampled_from([1.0, 0.7, 2.0])),
         reverse_kl=draw(st.booleans()),
         exact_match_only=exact,
-        kd_weight=draw(st.sampled_from([1.0, 0.3])),
-        ce_weight=draw(st.sampled_from([0.1, 0.0])),
-        dynamic_scaling=draw(st.sampled_from(dynamic)),
+        kd_weight=1.0 if scaled else draw(st.sampled_from([1.0, 0.3])),
+        ce_weight=0.1 if scaled else draw(st.sampled_from([0.1, 0.0])),
+        dynamic_scaling=scaled,
         aggregation=aggregation,
         weight_metric=metric,
         alpha=0.7 if metric else 1.0,

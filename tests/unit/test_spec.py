@@ -58,6 +58,23 @@ REJECTED = {
         ["training.global_batch_size=10", "training.micro_batch_size=4"],
         "training.global_batch_size: 10 is no multiple of micro_batch_size 4",
     ),
+    "warm-up to the end": (["training.warmup_steps=9", "training.max_steps=9"], "training.warmup_steps: 9 leaves nothing"),
+    "a seed of more bits than NumPy takes": (["training.seed=4294967296"], "training.seed"),
+    "a weight that dynamic scaling replaces": (["loss.kd_weight=2"], "loss.kd_weight: not used with dynamic_scaling"),
+    "a weight of CE that dynamic scaling replaces": (["loss.ce_weight=0"], "loss.ce_weight: not used with dynamic_scaling"),
+    "validation on training data": (["data.validation=[train.txt]"], "data.validation: train.txt is in data.train too"),
+    "a tolerated value that nothing compares": (
+        ["resources.tolerations=[{key: gpu, value: big}]"],
+        "resources.tolerations.0.value: only with operator: Equal",
+    ),
+    "a comparison with no key": (
+        ["resources.tolerations=[{operator: Equal, value: a}]"],
+        "resources.tolerations.0.key: operator",
+    ),
+    "two volumes in one place": (
+        ["resources.pvc=[{name: a, mount_path: /data}, {name: b, mount_path: /data/}]"],
+        "resources.pvc.1.mount_path: /data is an earlier claim's",
+    ),
     "NaN": (["training.learning_rate=.nan"], "training.learning_rate"),
     "infinity": (["loss.alpha=.inf", "loss.weight_metric=ce"], "loss.alpha"),
     "an unknown section": (["trainings.max_steps=3"], "trainings: no such field"),

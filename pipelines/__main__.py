@@ -37,7 +37,8 @@ def validate(spec: Path, overrides: tuple[str, ...]) -> None:
 def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None, check: bool) -> None:
     """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
     from pipelines import compiling
-    from pipelines.cluster import image_caution
+    from pipelines.cluster import image_caution, output_caution, retry_caution
+    from xtoken_core.workflow import check_ranks
 
     if check and spec is not None:
         raise click.UsageError("--check: is about the specs of pipelines/specs; give no SPEC")
@@ -45,8 +46,10 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
         raise click.UsageError("--set, -o: need a SPEC")
     if spec is not None:
         parsed = DistillationSpec.from_yaml(spec, overrides)
-        if caution := image_caution(parsed.resources.image):
-            click.echo(caution, err=True)
+        check_ranks(parsed)
+        for caution in (image_caution(parsed.resources.image), output_caution(parsed), retry_caution(parsed)):
+            if caution:
+                click.echo(caution, err=True)
         text = compiling.compile_spec(parsed)
         if output is None:
             click.echo(text, nl=False)
@@ -98,6 +101,9 @@ def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     "--existing-token", envvar="KF_PIPELINES_TOKEN", help="Token that authenticates; better given as $KF_PIPELINES_TOKEN."
 )
 @click.option("--experiment", help="Experiment that the run belongs to; made if it is not there; default: the spec's name.")
+@click.option(
+    "--pipeline-root", metavar="URI", help="Where the steps' results go; default: where this Kubeflow Pipelines puts them."
+)
 @click.option("--wait", is_flag=True, help="Follow the run's tasks; exit 1 unless it has SUCCEEDED.")
 def submit(
     spec: Path,
@@ -106,6 +112,7 @@ def submit(
     namespace: str | None,
     existing_token: str | None,
     experiment: str | None,
+    pipeline_root: str | None,
     wait: bool,
 ) -> None:
     """Start a run of a spec on a cluster."""
@@ -113,7 +120,7 @@ def submit(
     from pipelines.submit import submit as start
 
     cluster = Cluster(endpoint, namespace, existing_token)
-    client, run_id = start(spec, overrides, cluster, experiment, click.echo)
+    client, run_id = start(spec, overrides, cluster, experiment, pipeline_root, click.echo)
     if wait and follow(client, run_id, cluster, click.echo) != "SUCCEEDED":
         sys.exit(1)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kfp import dsl, kubernetes
 
-from xtoken_core.spec import ResourcesSpec
+from xtoken_core.spec import DistillationSpec, ResourcesSpec
+from xtoken_core.workflow import output_lasts
 
 
 def image_caution(image: str) -> str | None:
@@ -14,6 +15,26 @@ def image_caution(image: str) -> str | None:
     if image == ResourcesSpec().image:
         return "resources.image: not set; build manifests/Dockerfile, push it, and name it by digest (NAME@sha256:...)"
     return f"resources.image: {image} can come to mean another image, which KFP's cache would not notice; name it by digest (NAME@sha256:...)"
+
+
+def output_caution(spec: DistillationSpec) -> str | None:
+    """What would become of an output in a pod's own file system; None where it lasts."""
+    if output_lasts(spec):
+        return None
+    return f"output.uri: {spec.output.uri} would be lost with the pod that writes it; name a URI, or a folder on a resources.pvc"
+
+
+def retry_caution(spec: DistillationSpec) -> str | None:
+    """What a retry of training would do without checkpoints; None where there are some, or it costs no GPU."""
+    if spec.training.save_steps or not (spec.resources.retries and spec.resources.gpus_per_node):
+        return None
+    return "training.save_steps: not set; a training that resources.retries starts again begins at its first step"
+
+
+def root_caution(spec: DistillationSpec) -> str | None:
+    """Whose bucket steps would read with the spec's secrets where no pipeline root is named; None where none does."""
+    field = "data.shards" if spec.data.shards > 1 else "resources.nodes" if spec.resources.nodes > 1 else None
+    return field and f"{field}: above 1, steps read KFP's own bucket with resources.secrets; or name another by --pipeline-root"
 
 
 def on_cluster(

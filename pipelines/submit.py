@@ -19,11 +19,11 @@ import kfp
 import kfp_server_api
 import urllib3
 
-from pipelines.cluster import image_caution
+from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution
 from pipelines.compiling import compile_spec, documents
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
-from xtoken_core.workflow import shape
+from xtoken_core.workflow import check_ranks, shape
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 """States in which a run stays. (The client's own waiting does not know CANCELED.)"""
@@ -34,7 +34,10 @@ PATIENCE = 10
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Kubeflow Pipelines endpoint, as its client takes it; None: what the client finds in the environment or kubeconfig."""
+    """A Kubeflow Pipelines endpoint, as its client takes it; None: what the client finds in the environment or kubeconfig.
+
+    `namespace`: the user's own, where Kubeflow has several. (The client takes its own argument of that name for Kubeflow's.)
+    """
 
     endpoint: str | None = None
     namespace: str | None = None
@@ -44,7 +47,7 @@ class Cluster:
         """Connects. Raises InputError."""
         with warnings.catch_warnings(), self.reported():
             warnings.simplefilter("ignore")
-            return kfp.Client(host=self.endpoint, namespace=self.namespace or "kubeflow", existing_token=self.token)
+            return kfp.Client(host=self.endpoint, existing_token=self.token)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -61,9 +64,16 @@ class Cluster:
 
 
 def submit(
-    path: Path, overrides: Sequence[str], cluster: Cluster, experiment: str | None, say: Callable[[str], None] = print
+    path: Path,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    experiment: str | None = None,
+    pipeline_root: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[kfp.Client, str]:
     """Starts a run of the spec at `path`; returns the client and the run's id. Raises InputError.
+
+    `experiment`: the spec's name by default; `pipeline_root`: URI for the steps' results, the cluster's own by default.
 
     Overrides that the compiled spec can follow go with the run, so that its pipeline version serves again; those that
     change the workflow itself are compiled in.
@@ -73,6 +83,12 @@ def submit(
         if changed.resources.image == ResourcesSpec().image:
             raise InputError(f"{path}: {caution}")
         say(caution)
+    if caution := output_caution(changed):
+        raise InputError(f"{path}: {caution}")
+    check_ranks(changed)
+    for caution in (retry_caution(changed), None if pipeline_root else root_caution(changed)):
+        if caution:
+            say(caution)
     fits = shape(spec) == shape(changed) and spec.name == changed.name
     parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
     compiled = compile_spec(spec if fits else changed)
@@ -87,6 +103,7 @@ def submit(
             pipeline_id=version.pipeline_id,
             version_id=version.pipeline_version_id,
             params=parameters,
+            pipeline_root=pipeline_root,
         )  # prints a link to the run
     return client, run.run_id
 
@@ -122,12 +139,12 @@ def _version(
     client: kfp.Client, name: str, version: str, compiled: str, namespace: str | None, say: Callable[[str], None]
 ) -> Any:
     """The pipeline version of this content: found, or uploaded."""
-    pipeline_id = client.get_pipeline_id(name)
-    if pipeline_id is None:
+    if pipelines := client.list_pipelines(filter=_called(name), namespace=namespace, sort_by="created_at").pipelines:
+        pipeline_id = pipelines[0].pipeline_id  # KFP allows others of this name: the first one keeps all versions
+    else:
         body = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=body).pipeline_id
-    same = json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": version}]})
-    if known := client.list_pipeline_versions(pipeline_id, filter=same).pipeline_versions:
+    if known := client.list_pipeline_versions(pipeline_id, filter=_called(version)).pipeline_versions:
         say(f"{version}: reused")
         return known[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,6 +152,11 @@ def _version(
         package.write_text(compiled, encoding="utf-8")
         say(f"{version}: uploading")
         return client.upload_pipeline_version(str(package), version, pipeline_id=pipeline_id)
+
+
+def _called(name: str) -> str:
+    """The API's filter for what has this name."""
+    return json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})
 
 
 def _reason(task: Any) -> str:

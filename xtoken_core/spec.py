@@ -194,7 +194,7 @@ class TrainingSpec(_Section):
     sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how the student spreads over several GPUs")
     log_steps: PositiveInt = 1
     eval_steps: PositiveInt | None = Field(None, description="validate this often; default: only at the end")
-    save_steps: PositiveInt | None = Field(None, description="checkpoint this often; default: only at the end")
+    save_steps: PositiveInt | None = Field(None, description="checkpoint this often; default: never")
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = Field(
         ("tensorboard",), description="trackers; their servers and credentials come from the environment (WANDB_*, MLFLOW_*)"
     )
@@ -213,7 +213,7 @@ class TrainingSpec(_Section):
 class EvaluationSpec(_Section):
     """What the student, its former self and the teachers are measured on."""
 
-    bits_per_byte: bool = True
+    bits_per_byte: bool = Field(True, description="where there is held-out text")
     texts: Strings = Field((), description="held-out documents for bits per byte; default: data.validation")
     window: Annotated[int, Field(ge=8)] | None = Field(None, description="context in tokens; default: data.max_length")
     tasks: Strings = Field((), description="lm-evaluation-harness tasks, suites or task folders")
@@ -275,7 +275,9 @@ class ResourcesSpec(_Section):
     shm: Quantity = Field(
         "16Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm"
     )
-    retries: NonNegativeInt = Field(2, description="of training, which resumes from its checkpoint, and of every step after it")
+    retries: NonNegativeInt = Field(
+        2, description="of training, which goes on from its last checkpoint (see training.save_steps), and of every step after it"
+    )
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
     secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False)] = ()
@@ -288,6 +290,10 @@ class ResourcesSpec(_Section):
             if path in paths[:index]:
                 raise ValueError(f"pvc.{index}.mount_path: {path} is an earlier claim's")
         return self
+
+    def keeps(self, path: str) -> bool:
+        """Whether a local path lies on one of the volumes, and so outlives the pod that writes it."""
+        return any(path.startswith(f"{claim.mount_path.rstrip('/')}/") for claim in self.pvc)
 
 
 class DistillationSpec(_Section):
@@ -331,6 +337,8 @@ class DistillationSpec(_Section):
             raise ValueError("training.eval_steps: needs data.validation")
         if both := set(self.data.train) & set(self.data.validation):
             raise ValueError(f"data.validation: {min(both)} is in data.train too")
+        if "bits_per_byte" in self.evaluation.model_fields_set and self.evaluation.bits_per_byte and not self.measures_bits:
+            raise ValueError("evaluation.bits_per_byte: needs evaluation.texts or data.validation")
         return self
 
     @model_validator(mode="after")
@@ -348,6 +356,11 @@ class DistillationSpec(_Section):
     def fixed_weights(self) -> bool:
         """Whether the teachers' `weight` fields are in force."""
         return self.loss.aggregation == "averaged_logits" or (self.loss.aggregation == "sum" and self.loss.weight_metric is None)
+
+    @property
+    def measures_bits(self) -> bool:
+        """Whether bits per byte are measured: they are asked for, and there is held-out text."""
+        return self.evaluation.bits_per_byte and bool(self.evaluation.texts or self.data.validation)
 
     # ---------------------------------------------------------------------------------------------- in and out
 

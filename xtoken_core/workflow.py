@@ -34,6 +34,16 @@ CHECKPOINTS = "XTOKEN_CHECKPOINTS"
 
 _TOKENIZERS = {"student": ("model", "tokenizer"), "teachers": ("id", "model", "tokenizer", "projection")}
 _TEXTS = ("validation", "format", "text_key", "messages_key", "assistant_only", "max_length")
+_DIVERGENCE = (
+    "mode",
+    "chunk_distribution",
+    "topk_scope",
+    "vocab_topk",
+    "uncommon_topk",
+    "temperature",
+    "reverse_kl",
+    "exact_match_only",
+)
 _MEASURES = ("bits_per_byte", "texts", "window", "tasks", "num_fewshot", "limit")
 
 READS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,7 +59,14 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "resources": ("nodes", "gpus_per_node"),
     },
     "baseline": {**_TOKENIZERS, "student": ("*",), "data": ("*",), "training": ("*",), "resources": ("gpus_per_node",)},
-    "evaluate_student": {**_TOKENIZERS, "student": ("*",), "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
+    "evaluate_student": {
+        **_TOKENIZERS,
+        "student": ("*",),
+        "loss": _DIVERGENCE,
+        "data": _TEXTS,
+        "evaluation": _MEASURES,
+        "training": ("attention",),
+    },
     "evaluate_teacher": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
     "report": {"*": ("*",)},
 }
@@ -71,7 +88,7 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
 def evaluated(spec: DistillationSpec) -> list[str]:
     """Who is measured: student_before, student_after_best, student_after_last, baseline_..., teacher-<id>; none without a measure."""
     measure = spec.evaluation
-    if not (measure.tasks or (measure.bits_per_byte and (measure.texts or spec.data.validation))):
+    if not (measure.tasks or spec.measures_bits):
         return []
     checkpoints = ("best", "last") if spec.data.validation else ("last",)
     return [
@@ -88,9 +105,11 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
     `overrides` holds `dotted.key=value` items separated by blanks, quoted as in a shell. `compiled`, where given, is the
     `shape` of the spec that was compiled, as JSON. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
     projection_<i> and evaluate_teacher_<i> for each teacher slot i (empty where there is no such teacher), checkpoints
-    (a folder or URI for those of this run), inputs (list of every model and corpus: `field`, `uri`, `version`). Raises InputError for a bad spec or override, for an override that the
-    compiled pipeline cannot follow, for models and data that are not there, and for an output that cannot be written or
-    would take the place of something that is no run.
+    (a folder or URI for those of this run), inputs (list of every model and corpus: `field`, `uri`, `version`).
+
+    Raises InputError for a bad spec or override, for an override that the compiled pipeline cannot follow, for rows that do
+    not divide over a cluster's GPUs, for models and data that are not there, and for an output that cannot be written or would
+    take the place of something that is no run.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
     built_in = json.loads(compiled) if compiled else shape(spec)
@@ -100,6 +119,8 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
             raise InputError(
                 f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
             )
+    if CHECKPOINTS not in os.environ:  # a local run has this machine's GPUs, whatever `resources` says
+        check_ranks(spec)
     storage.check_writable(spec.output.uri)
     storage.check_replaceable(spec.output.uri)
     check_trackers(spec.training.report_to)
@@ -126,6 +147,17 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
         if teacher.cross_tokenizer:
             views[f"projection_{i}"] = view(spec, "projection", versions.of([student, teacher]), i)
     return views | {"checkpoints": _checkpoints(spec), "inputs": versions.known}
+
+
+def check_ranks(spec: DistillationSpec) -> None:
+    """Raises InputError unless the rows of a step divide over the GPUs that training gets on a cluster."""
+    training, resources = spec.training, spec.resources
+    ranks = resources.nodes * max(resources.gpus_per_node, 1)
+    if training.global_batch_size % (training.micro_batch_size * ranks):
+        raise InputError(
+            f"training.global_batch_size: {training.global_batch_size} rows do not divide over {ranks} ranks "
+            f"(resources.nodes x resources.gpus_per_node) by micro-batches of {training.micro_batch_size}"
+        )
 
 
 def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:
@@ -170,9 +202,14 @@ def _split(overrides: str) -> list[str]:
 
 
 def _checkpoints(spec: DistillationSpec) -> str:
-    """Beside a remote output; local runs name a folder that does not depend on the output."""
-    default = "" if not storage.is_remote(spec.output.uri) else f"{spec.output.uri.rstrip('/')}.checkpoints"
+    """Beside an output that outlives its pod; local runs name a folder that does not depend on the output."""
+    default = f"{spec.output.uri.rstrip('/')}.checkpoints" if output_lasts(spec) else ""
     return os.environ.get(CHECKPOINTS, default)
+
+
+def output_lasts(spec: DistillationSpec) -> bool:
+    """Whether what a pod publishes is there after it: at a URI, or on a volume of `resources.pvc`."""
+    return storage.is_remote(spec.output.uri) or spec.resources.keeps(storage.normalize(spec.output.uri))
 
 
 def own_folder(root: str, *inputs: str) -> str | None:

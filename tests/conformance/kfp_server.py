@@ -37,10 +37,14 @@ class Refused(Exception):
 
 
 class FakeKfp:
-    """The server: `with FakeKfp(folder) as server: ... server.url`. `token`: required of every request."""
+    """The server: `with FakeKfp(folder) as server: ... server.url`.
 
-    def __init__(self, folder: Path, token: str | None = None):
-        self.folder, self.token = folder, token
+    `token`: required of every request. `multi_user`: every experiment lies in a namespace; a pipeline may, and is then seen
+    in it alone.
+    """
+
+    def __init__(self, folder: Path, token: str | None = None, multi_user: bool = False):
+        self.folder, self.token, self.multi_user = folder, token, multi_user
         self.experiments: dict[str, dict[str, Any]] = {}
         self.pipelines: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, dict[str, Any]] = {}
@@ -61,24 +65,29 @@ class FakeKfp:
     # ------------------------------------------------------------------------------------------- operations of the API
 
     def HealthzService_GetHealthz(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"multi_user": False}
+        return {"multi_user": self.multi_user}
 
     def ExperimentService_CreateExperiment(self, given: dict[str, Any]) -> dict[str, Any]:
+        if self.multi_user and not given["body"].get("namespace"):
+            raise Refused(400, 3, "Invalid input error: Experiment namespace is empty")
         experiment = given["body"] | {"experiment_id": str(uuid.uuid4())}
         return self.experiments.setdefault(experiment["experiment_id"], experiment)
 
     def ExperimentService_ListExperiments(self, given: dict[str, Any]) -> dict[str, Any]:
-        return _listed("experiments", self.experiments.values(), given)
+        return _listed("experiments", _inside(self.experiments, given), given)
 
     def ExperimentService_GetExperiment(self, given: dict[str, Any]) -> dict[str, Any]:
         return _found(self.experiments, given["experiment_id"], "Experiment")
 
     def PipelineService_CreatePipeline(self, given: dict[str, Any]) -> dict[str, Any]:
         pipeline = given["body"] | {"pipeline_id": str(uuid.uuid4())}
+        for known in _inside(self.pipelines, pipeline):
+            if known["display_name"] == pipeline["display_name"]:
+                raise Refused(409, 6, f"Already exist error: a pipeline of the name {known['display_name']}")
         return self.pipelines.setdefault(pipeline["pipeline_id"], pipeline)
 
     def PipelineService_ListPipelines(self, given: dict[str, Any]) -> dict[str, Any]:
-        return _listed("pipelines", self.pipelines.values(), given)
+        return _listed("pipelines", _inside(self.pipelines, given), given)
 
     def PipelineService_ListPipelineVersions(self, given: dict[str, Any]) -> dict[str, Any]:
         _found(self.pipelines, given["pipeline_id"], "Pipeline")
@@ -225,6 +234,11 @@ def _found(where: dict[str, dict[str, Any]], key: str, kind: str) -> dict[str, A
     if key not in where:
         raise Refused(404, 5, f"{kind} {key} not found")
     return where[key]
+
+
+def _inside(where: dict[str, dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the namespace that is given, or of none."""
+    return [item for item in where.values() if item.get("namespace", "") == given.get("namespace", "")]
 
 
 def _listed(name: str, items: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KF_PIPELINES_ENDPOINT": "", "PYTHONWARNI
 def run(tmp_path_factory):
     """A folder with tiny models, texts and spec.yaml (one teacher, nothing evaluated)."""
     folder = tmp_path_factory.mktemp("run")
-    spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}, "resources": {"image": IMAGE}}
+    resources = {"image": IMAGE, "pvc": [{"name": "work", "mount_path": str(folder)}]}
+    spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}, "resources": resources}
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     assert call("pipelines", "compile", folder / "spec.yaml", "-o", folder / "compiled.yaml").returncode == 0
     return folder
@@ -87,6 +88,42 @@ def test_a_changed_workflow_is_a_new_version(run, server):
     before = len(server.versions)
     assert submit(run, server, "--set", "resources.memory=1Gi").returncode == 0
     assert len(server.versions) == before + 1
+
+
+def test_two_users_have_a_pipeline_each(run, tmp_path):
+    """Of one name, in the namespace of each, and found again there."""
+    nothing = ("--set", "student.model=/absent")
+    with FakeKfp(tmp_path, multi_user=True) as server:
+        for namespace, word in (("ann", "uploading"), ("ann", "reused"), ("ben", "uploading")):
+            done = submit(run, server, "--namespace", namespace, *nothing)
+            assert done.returncode == 0, done.stderr
+            assert f": {word}" in done.stdout
+        for made in (server.pipelines, server.experiments):
+            assert [item["namespace"] for item in made.values()] == ["ann", "ben"]
+        refused = submit(run, server, *nothing)
+        assert refused.returncode == 2 and "namespace is empty" in refused.stderr
+
+
+def test_steps_that_read_each_other_by_uri_want_a_pipeline_root(run, server):
+    sharded = ("--set", "data.shards=2", "--set", "student.model=/absent")
+    assert "data.shards: above 1, steps read KFP's own bucket" in submit(run, server, *sharded).stdout
+    done = submit(run, server, *sharded, "--pipeline-root", "s3://bucket/steps")
+    assert done.returncode == 0 and "data.shards" not in done.stdout
+    assert list(server.runs.values())[-1]["runtime_config"]["pipeline_root"] == "s3://bucket/steps"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output.uri=/tmp/out", "output.uri: /tmp/out would be lost"),
+        ("resources.gpus_per_node=3", "training.global_batch_size: 2 rows do not divide over 3 ranks"),
+    ],
+)
+def test_what_would_fail_or_be_lost_on_a_cluster_is_refused(run, server, override, message):
+    before = len(server.runs)
+    refused = submit(run, server, "--set", override)
+    assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+    assert len(server.runs) == before
 
 
 def readme_commands():

@@ -22,7 +22,7 @@ from pipelines.local import for_this_machine
 from tests.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow import evaluated, resolve, shape, view
+from xtoken_core.workflow import CHECKPOINTS, evaluated, resolve, shape, view
 
 SPECS = sorted(compiling.SPECS.glob("*.yaml"))
 
@@ -182,8 +182,9 @@ STEPS = ("overlap", "projection", "prepare", "distill", "baseline", "evaluate_st
     ("override", "changed"),
     [
         ("training.max_steps=7", {"distill", "baseline"}),
-        ("loss.temperature=2", {"distill"}),
-        ("loss.mode=gold", {"distill", "overlap"}),
+        ("loss.temperature=2", {"distill", "evaluate_student"}),
+        ("loss.mode=gold", {"distill", "overlap", "evaluate_student"}),
+        ("loss.dynamic_scaling=false", {"distill"}),
         ("teachers.same.weight=0.5", {"distill"}),
         ("teachers.big.projection.top_k=2", {"distill", "projection"}),
         ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teacher"}),
@@ -239,6 +240,21 @@ def test_overrides_at_submission_are_checked_before_anything_runs(run, overrides
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_rows_divide_over_the_gpus_of_a_cluster_and_not_of_this_machine(run, monkeypatch):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml", ["resources.gpus_per_node=3"]).to_json()
+    with pytest.raises(InputError, match="training.global_batch_size: 2 rows do not divide over 3 ranks"):
+        resolve(spec)
+    monkeypatch.setenv(CHECKPOINTS, "/somewhere")
+    assert resolve(spec)["checkpoints"] == "/somewhere"
+
+
+@pytest.mark.parametrize("mount", ["/elsewhere", None])
+def test_checkpoints_lie_beside_an_output_that_outlives_its_pod(run, mount):
+    claim = {"resources": {"pvc": [{"name": "work", "mount_path": mount or str(run)}]}}
+    spec = yaml.safe_load((run / "spec.yaml").read_text()) | claim
+    assert resolve(json.dumps(spec))["checkpoints"] == ("" if mount else f"{run}/out.checkpoints")
+
+
 def test_overrides_that_a_compiled_pipeline_can_follow_are_taken(run):
     spec = DistillationSpec.from_yaml(run / "spec.yaml")
     overrides = shlex.join(["training.max_steps=9", f"output.uri={run}/else where"])
@@ -262,6 +278,18 @@ def test_validate_and_compile(run, tmp_path):
     assert valid.returncode == 0 and "valid" in valid.stdout
     assert pipelines("compile", run / "spec.yaml", "-o", tmp_path / "deep" / "p.yaml").returncode == 0
     assert documents((tmp_path / "deep" / "p.yaml").read_text())[0]["pipelineInfo"]["name"] == "tiny"
+
+
+def test_compile_tells_what_a_cluster_would_lose(run):
+    ready = ("--set", f"resources.image={RESOURCES['image']}", "--set", "output.uri=s3://bucket/out")
+    told = pipelines("compile", run / "spec.yaml", *ready)
+    assert told.returncode == 0 and told.stderr.startswith("training.save_steps: not set; ") and told.stderr.count("\n") == 1
+    for enough in ("training.save_steps=1", "resources.gpus_per_node=0", "resources.retries=0"):
+        assert pipelines("compile", run / "spec.yaml", *ready, "--set", enough).stderr == ""
+    local = pipelines("compile", run / "spec.yaml", *ready[:2], "--set", "training.save_steps=1")
+    assert local.returncode == 0 and local.stderr.startswith(f"output.uri: {run}/out would be lost with the pod")
+    uneven = pipelines("compile", run / "spec.yaml", *ready, "--set", "resources.nodes=3")
+    assert uneven.returncode == 2 and uneven.stderr.startswith("training.global_batch_size: 2 rows do not divide over 3 ranks")
 
 
 @pytest.mark.parametrize("verb", ["validate", "compile", "run", "submit"])

@@ -62,6 +62,7 @@ REJECTED = {
     "a seed of more bits than NumPy takes": (["training.seed=4294967296"], "training.seed"),
     "a weight that dynamic scaling replaces": (["loss.kd_weight=2"], "loss.kd_weight: not used with dynamic_scaling"),
     "a weight of CE that dynamic scaling replaces": (["loss.ce_weight=0"], "loss.ce_weight: not used with dynamic_scaling"),
+    "bits per byte of no text": (["evaluation.bits_per_byte=true"], "evaluation.bits_per_byte: needs evaluation.texts or"),
     "validation on training data": (["data.validation=[train.txt]"], "data.validation: train.txt is in data.train too"),
     "a tolerated value that nothing compares": (
         ["resources.tolerations=[{key: gpu, value: big}]"],
@@ -180,6 +181,17 @@ def test_required_fields_are_named():
 def test_reads_numbers_as_people_write_them():
     spec = load("training.learning_rate=1e-3", "training.weight_decay=0", "loss.temperature=2")
     assert (spec.training.learning_rate, spec.training.weight_decay, spec.loss.temperature) == (1e-3, 0.0, 2.0)
+
+
+def test_bits_are_measured_where_there_is_text():
+    assert not load().measures_bits
+    assert load("data.validation=[held-out.txt]").measures_bits and load("evaluation.texts=[held-out.txt]").measures_bits
+    assert not load("evaluation.texts=[held-out.txt]", "evaluation.bits_per_byte=false").measures_bits
+
+
+def test_a_volume_keeps_what_lies_below_its_mount():
+    resources = load("resources.pvc=[{name: models, mount_path: /models/}]").resources
+    assert [resources.keeps(path) for path in ("/models/a", "/models", "/models-2/a", "models/a")] == [True, False, False, False]
 
 
 def test_amounts_may_be_numbers():

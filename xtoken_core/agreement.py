@@ -50,7 +50,10 @@ def agreement(
     size = max(1, BATCH_TOKENS // spec.data.max_length)
     results = {}
     for index, teacher in enumerate(spec.teachers):
-        model, teacher_ids, projection = _load(teacher, student, table, projections)
+        model, other_ids, projection = _load(teacher, student, table, projections)
+        own_ids = student_ids
+        if projection is None:  # the ids that both have a row for
+            own_ids = other_ids = min(student_ids, other_ids)
         mode = modes[teacher.id] if teacher.cross_tokenizer else None
         counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
         same = places = 0
@@ -58,8 +61,8 @@ def agreement(
             batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.device)
             theirs = batch["teachers"][index] or batch
             # full logits, formed once: both comparisons read them
-            own = head_logits(student, final_hidden(student, batch["input_ids"]), student_ids).dense()
-            other = head_logits(model, final_hidden(model, theirs["input_ids"]), teacher_ids).dense()
+            own = head_logits(student, final_hidden(student, batch["input_ids"]), own_ids).dense()
+            other = head_logits(model, final_hidden(model, theirs["input_ids"]), other_ids).dense()
             fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
             seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
             inputs = batch["input_ids"], batch["token_mask"], batch["sample_mask"], [seen], loss

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from xtoken_core.errors import InputError
 from xtoken_core.losses.types import HiddenLogits
@@ -52,10 +52,21 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "s
 
 def weight_bytes(ref: str, dtype: torch.dtype) -> int:
     """Bytes of a model's weights, from its configuration alone. Raises InputError."""
-    place, gguf = _place(ref, Path(_local(ref)))
+    config = _configuration(ref)
     with _named(ref), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **gguf), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return sum(p.nbytes for p in model.parameters())
+
+
+def head_rows(ref: str) -> int:
+    """Rows of a model's lm_head, from its configuration alone. Raises InputError."""
+    return _configuration(ref).get_text_config().vocab_size
+
+
+def _configuration(ref: str) -> PreTrainedConfig:
+    place, gguf = _place(ref, Path(_local(ref)))
+    with _named(ref):
+        return AutoConfig.from_pretrained(place, **gguf)
 
 
 def _place(ref: str, path: Path) -> tuple[str, dict[str, str]]:

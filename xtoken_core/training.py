@@ -28,7 +28,7 @@ from xtoken_core.environment import describe_environment
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import decoder_layers, load_model, prune_layers, vocabulary_rows, weight_bytes
+from xtoken_core.models import decoder_layers, head_rows, load_model, prune_layers, vocabulary_rows, weight_bytes
 from xtoken_core.projection import Projection
 from xtoken_core.runlog import RunLog
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
@@ -126,8 +126,12 @@ def _distill(
     table = TokenTable.from_tokenizer(tokenizer)
     model = _student_model(spec, checkpoint)
     student_rows = vocabulary_rows(model, len(table), table.min_rows, f"student ({spec.student.model})")
+    if not baseline:  # of one vocabulary only the ids that every model has a row for: the others stand for no text
+        student_rows = min([student_rows, *(head_rows(t.model) for t in spec.teachers if not t.cross_tokenizer)])
     teachers = (
-        [] if baseline else [_teacher(spec, i, modes, table, projections[i], args.device) for i in range(len(spec.teachers))]
+        []
+        if baseline
+        else [_teacher(spec, i, modes, table, student_rows, projections[i], args.device) for i in range(len(spec.teachers))]
     )
     learnable = {i: teacher.learnable for i, teacher in enumerate(teachers) if teacher.learnable is not None}
     if checkpoint is not None and learnable:
@@ -245,7 +249,13 @@ class _Teacher:
 
 
 def _teacher(
-    spec: DistillationSpec, index: int, modes: dict[str, str], student: TokenTable, path: str | Path | None, device: torch.device
+    spec: DistillationSpec,
+    index: int,
+    modes: dict[str, str],
+    student: TokenTable,
+    student_rows: int,
+    path: str | Path | None,
+    device: torch.device,
 ) -> _Teacher:
     teacher, training = spec.teachers[index], spec.training
     name = f"teachers.{index} ({teacher.id})"
@@ -269,7 +279,7 @@ def _teacher(
     setup = TeacherSetup(
         name=name,
         model=teacher.model,
-        num_ids=len(table),
+        num_ids=len(table) if teacher.cross_tokenizer else student_rows,
         min_rows=table.min_rows,
         transport=teacher.transport,
         top_k=teacher.top_k,

@@ -51,7 +51,7 @@ class TeacherSetup:
     """As errors call it: `teachers.0 (qwen)`."""
     model: str
     num_ids: int
-    """Ids of its tokenizer; rows of the lm_head beyond them are padding and are dropped."""
+    """Ids of its tokenizer, or the fewer that the student of the same vocabulary has rows for; the lm_head's rows beyond are dropped."""
     min_rows: int
     """Rows that its lm_head must have (`TokenTable.min_rows`)."""
     transport: str

@@ -28,10 +28,7 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "s
     not all there, a head that `head_logits` does not know (`check_head`), and where rows are to be `packed`, a model that
     mixes their documents (`check_packing`).
     """
-    path = Path(_local(ref))
-    if not path.exists() and not _HUB_ID.fullmatch(ref):
-        raise InputError(f"{ref}: cannot load the model: no such file or folder")
-    place, gguf = _place(ref, path)
+    place, gguf = _place(ref)
     options = {"dtype": dtype, "attn_implementation": attention, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _named(ref):
         loaded: Any = AutoModelForCausalLM.from_pretrained(place, **gguf, **options)
@@ -43,9 +40,10 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "s
     model = (_plain_copy(model, attention) if gguf else model).eval()
     if attention == "flash_attention_2":  # runs on GPUs alone, the checks on the CPU
         model.set_attn_implementation("sdpa")
-    check_head(model, ref)
-    if packed:
-        check_packing(model, ref)
+    with first_layers(model):  # all of a large model would take minutes on a CPU
+        check_head(model, ref)
+        if packed:
+            check_packing(model, ref)
     model.set_attn_implementation(attention)
     return model
 
@@ -64,13 +62,16 @@ def head_rows(ref: str) -> int:
 
 
 def _configuration(ref: str) -> PreTrainedConfig:
-    place, gguf = _place(ref, Path(_local(ref)))
+    place, gguf = _place(ref)
     with _named(ref):
         return AutoConfig.from_pretrained(place, **gguf)
 
 
-def _place(ref: str, path: Path) -> tuple[str, dict[str, str]]:
+def _place(ref: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds the model, and the name of its GGUF there."""
+    path = Path(_local(ref))
+    if not path.exists() and not _HUB_ID.fullmatch(ref):
+        raise InputError(f"{ref}: cannot load the model: no such file or folder")
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     return str(path) if path.exists() else ref, {}
@@ -125,6 +126,20 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise InputError(f"{type(model).__name__}: found no stack of {count} layers")
+
+
+@contextmanager
+def first_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model has only its first layers, as many as hold one of every kind that it has (attention, recurrence, ...)."""
+    layers = decoder_layers(model)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    kinds = [(type(layer), kind) for layer, kind in zip(layers, types)]
+    rest = list(layers)[max(map(kinds.index, kinds)) + 1 :]
+    del layers[len(layers) - len(rest) :]
+    try:
+        yield
+    finally:
+        layers.extend(rest)
 
 
 def prune_layers(model: PreTrainedModel, keep_layers: int | Sequence[int]) -> PreTrainedModel:

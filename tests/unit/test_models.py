@@ -33,6 +33,7 @@ from xtoken_core.models import (
     decoder_layers,
     final_hidden,
     head_logits,
+    head_rows,
     load_model,
     prune_layers,
     save_model,
@@ -224,8 +225,9 @@ def test_rows_of_padding_are_dropped_and_missing_ones_named():
 
 @pytest.mark.parametrize("ref", ["/no/such/folder", "no/such/deep/folder", "missing.gguf/x/y"])
 def test_what_is_missing_is_named(ref):
-    with pytest.raises(InputError, match=f"^{ref}: cannot load the model: no such file or folder$"):
-        load_model(ref)
+    for load in (load_model, head_rows):
+        with pytest.raises(InputError, match=f"^{ref}: cannot load the model: no such file or folder$"):
+            load(ref)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

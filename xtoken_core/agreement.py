@@ -50,7 +50,7 @@ def agreement(
     size = max(1, BATCH_TOKENS // spec.data.max_length)
     results = {}
     for index, teacher in enumerate(spec.teachers):
-        model, other_ids, projection = _load(teacher, student, table, projections)
+        model, other_ids, projection = _load(teacher, student, table, projections, spec.training.attention)
         own_ids = student_ids
         if projection is None:  # the ids that both have a row for
             own_ids = other_ids = min(student_ids, other_ids)
@@ -82,11 +82,11 @@ def agreement(
 
 
 def _load(
-    teacher: TeacherSpec, student: PreTrainedModel, student_table: TokenTable, projections: dict[str, Path | str]
+    teacher: TeacherSpec, student: PreTrainedModel, student_table: TokenTable, projections: dict[str, Path | str], attention: str
 ) -> tuple[PreTrainedModel, int, Projection | None]:
     """The teacher's model beside the student's, how many rows of its lm_head count, and W."""
     table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
-    model = load_model(teacher.model, student.dtype)
+    model = load_model(teacher.model, student.dtype, attention)
     model.to(student.device)  # type: ignore[arg-type]  # transformers wraps it untyped
     ids = vocabulary_rows(model, len(table), table.min_rows, f"teacher {teacher.id}")
     if not teacher.cross_tokenizer:

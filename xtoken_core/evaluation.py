@@ -62,7 +62,7 @@ def evaluate(
     stride = max(1, window // 2)
     result: dict[str, Any] = {"who": who, "model": reference, "window": window, "stride": stride}
     student = not who.startswith("teacher-")
-    if spec.evaluation.bits_per_byte:
+    if spec.measures_bits:
         documents = held_out(spec)
         measured = time.perf_counter()
         result["bits_per_byte"], tokens = measure_bits(spec, loaded, tok, documents, window, stride)
@@ -95,7 +95,7 @@ def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tupl
             raise InputError(f"who: {who}: neither teacher-ID of a teacher, nor student_before, nor a model given")
         reference, tokenizer = teacher.model, teacher.tokenizer
     tok = load_tokenizer(reference, tokenizer)
-    loaded = load_model(reference, dtype)
+    loaded = load_model(reference, dtype, spec.training.attention)
     if layers is not None:
         loaded = prune_layers(loaded, layers)
     loaded.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
@@ -112,10 +112,8 @@ def _as_it_lies(spec: DistillationSpec, who: str, reference: str) -> bool:
 
 
 def held_out(spec: DistillationSpec) -> list[Document]:
-    """The documents to measure on: `evaluation.texts`, else `data.validation`. Raises InputError for none."""
+    """The documents to measure on: `evaluation.texts`, else `data.validation`. Raises InputError for no text in them."""
     uris = spec.evaluation.texts or spec.data.validation
-    if not uris:
-        raise InputError("evaluation.bits_per_byte: needs evaluation.texts or data.validation")
     documents = [document for document in read_documents(uris, spec.data) if document.content]
     if not documents:
         raise InputError(f"{'evaluation.texts' if spec.evaluation.texts else 'data.validation'}: no text")

@@ -285,7 +285,9 @@ def check_replaceable(uri: str) -> None:
     with _reported(uri):
         fs.invalidate_cache()
         if not any(fs.exists(f"{target}/{name}") for name in (RUN_FILE, INCOMPLETE)) and fs.find(target):
-            raise InputError(f"{uri}: holds other things (and no {RUN_FILE}), which publishing would replace; name a place of its own")
+            raise InputError(
+                f"{uri}: holds other things (and no {RUN_FILE}), which publishing would replace; name a place of its own"
+            )
 
 
 def _commit_by_rename(fs: AbstractFileSystem, staging: str, target: str, files: list[str]) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,8 @@ def _distill(
             callbacks=callbacks,
         )
         ready = time.monotonic()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _plainly():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_student(out_dir / "last")
     summary = {
         "steps": trainer.state.global_step,
@@ -201,6 +202,15 @@ def _distill(
             shutil.copytree(out_dir / "last", out_dir / "best", copy_function=os.link)
         (out_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """An InputError of one of the data loader's workers comes with the worker's traceback; its last line says it all."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(str(e).strip().rpartition(f"{InputError.__name__}: ")[2]) from e
 
 
 # -------------------------------------------------------------------------------------------------------- the student

@@ -14,7 +14,7 @@ from tests.tiny import texts, tiny_model, tiny_run
 from xtoken_core.bits_per_byte import bits_per_byte, opener_of, token_nats, windows
 from xtoken_core.dataset import prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.evaluation import bits_interval, evaluate, held_out
+from xtoken_core.evaluation import bits_interval, evaluate, held_out, load_for
 from xtoken_core.projection import write_projection
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
 from xtoken_core.tokenization import encode, load_tokenizer
@@ -174,14 +174,21 @@ def test_models_of_one_vocabulary_meet_on_the_ids_that_all_have_rows_for(tmp_pat
     assert all(found["kl"] > 0 for found in out["agreement"].values())
 
 
-def test_held_out_text_is_needed(run):
+def test_without_text_of_its_own_validation_is_measured_and_without_any_nothing(run, tmp_path):
     folder, spec = run
     assert len(held_out(parsed(spec, evaluation={}))) == 1  # data.validation
-    with pytest.raises(InputError, match="evaluation.bits_per_byte: needs"):
-        held_out(parsed(spec, evaluation={}, data={"train": spec["data"]["train"]}))
+    none = parsed(spec, evaluation={}, data={"train": spec["data"]["train"]})
+    assert "bits_per_byte" not in evaluate(none, "student_before", None, tmp_path / "e.json")
     (folder / "blank.txt").write_text("")
     with pytest.raises(InputError, match="evaluation.texts: no text"):
         held_out(parsed(spec, evaluation={"texts": [str(folder / "blank.txt")]}))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_models_are_measured_with_the_attention_they_are_trained_with(run, attention):
+    _, spec = run
+    model, _, _ = load_for(parsed(spec, training={"attention": attention}), "teacher-other", None)
+    assert model.config._attn_implementation == attention
 
 
 def test_bits_of_chats_are_those_of_the_answers(tmp_path):

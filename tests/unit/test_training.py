@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
+from xtoken_core import training
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import load_rows
 from xtoken_core.errors import InputError
@@ -142,6 +144,18 @@ def test_nothing_of_another_run_is_taken_up(base, values):
     run(other, base, out, baseline=True)
     best, last = (load_file(out / name / "model.safetensors") for name in ("best", "last"))
     assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_rows_that_cannot_be_read_by_a_worker_are_one_line(base, values, monkeypatch):
+    class Lost(list):
+        def __getitem__(self, index):
+            raise InputError("s3://bucket/rows/3: no such file or folder")
+
+    arguments = training.training_arguments
+    monkeypatch.setattr("xtoken_core.shards.rows_of_shards", lambda *_: Lost(range(8)))
+    monkeypatch.setattr(training, "training_arguments", lambda *given: replace(arguments(*given), dataloader_num_workers=1))
+    with pytest.raises(InputError, match="^s3://bucket/rows/3: no such file or folder$"):
+        run(changed(values, training={"max_steps": 1, "eval_steps": None}), base, base / "lost", baseline=True)
 
 
 def test_a_run_resumes_elsewhere_from_kept_checkpoints(base, values):

@@ -106,7 +106,7 @@ def launch(
     """
     given = ResourcesSpec.model_validate_json(resources)
     for uri in (*rows, run_uri, *projections.values()):
-        if not is_remote(uri) and not any(uri.startswith(claim.mount_path) for claim in given.pvc):
+        if not is_remote(uri) and not given.keeps(uri):
             raise InputError(
                 f"resources.nodes: several hosts cannot all reach {uri}; use a pipeline root that is a URI or on a resources.pvc"
             )

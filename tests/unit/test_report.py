@@ -421,6 +421,8 @@ def test_comparison(run, tmp_path):
     assert page.count('<figure class="chart') == 7
     with pytest.raises(InputError, match="two runs"):
         write_comparison([run], tmp_path / "x.html")
+    with pytest.raises(InputError, match=f"^{tmp_path}: Is a directory"):
+        write_comparison([run, other], tmp_path)
 
 
 def test_comparison_of_runs_on_other_documents_colours_nothing(run, tmp_path):

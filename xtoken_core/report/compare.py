@@ -27,12 +27,16 @@ STATES = ("student_after_best", "student_after_last", "baseline_best", "baseline
 
 
 def write_comparison(runs: Sequence[Run], out_html: str | Path) -> Path:
-    """Writes the page that compares runs with the first of them. Raises InputError for fewer than two."""
+    """Writes the page that compares runs with the first of them. Raises InputError for fewer than two, or a page that cannot be written."""
     if len(runs) < 2:
         raise InputError("compare: needs two runs or more")
     page = Path(out_html)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render_comparison(runs), encoding="utf-8")
+    text = render_comparison(runs)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{page}: {e.strerror}") from None
     return page
 
 

@@ -130,8 +130,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def first_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model has only its first layers, as many as hold one of every kind that it has (attention, recurrence, ...)."""
-    layers = decoder_layers(model)
+    """Within, the model has only its first layers, as many as hold one of every kind that it has (attention, recurrence, ...).
+
+    A model whose layers are not in one stack stays whole.
+    """
+    try:
+        layers = decoder_layers(model)
+    except InputError:
+        yield
+        return
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     kinds = [(type(layer), kind) for layer, kind in zip(layers, types)]
     rest = list(layers)[max(map(kinds.index, kinds)) + 1 :]

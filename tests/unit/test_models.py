@@ -32,6 +32,7 @@ from xtoken_core.models import (
     check_head,
     decoder_layers,
     final_hidden,
+    first_layers,
     head_logits,
     head_rows,
     load_model,
@@ -349,3 +350,17 @@ def _write_gguf(path, model):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_first_layers_hold_one_of_every_kind_and_all_come_back():
+    config = Qwen3NextConfig(
+        num_hidden_layers=8, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, vocab_size=50,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    before = list(decoder_layers(model))
+    with first_layers(model):
+        assert config.layer_types[:4] == ["linear_attention"] * 3 + ["full_attention"]
+        assert list(model.model.layers) == before[:4]
+    assert list(decoder_layers(model)) == before

@@ -38,12 +38,12 @@ def root_caution(spec: DistillationSpec) -> str | None:
 
 
 def on_cluster(
-    task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpu: bool = False, retried: bool = False
+    task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpus: int | None = None, retried: bool = False
 ) -> None:
     """Sets up one task.
 
-    `heavy`: it gets the spec's CPU and memory; `gpu`: also accelerators, shared memory and their nodes; `retried`: it is tried
-    again as often as the spec says.
+    `heavy`: it gets the spec's CPU and memory; `gpus`: those as well, so many accelerators (0: a CPU runs it), shared memory and
+    the nodes of GPU steps; `retried`: it is tried again as often as the spec says.
     """
     task.set_container_image(resources.image)
     kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
@@ -53,12 +53,12 @@ def on_cluster(
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
     for claim in resources.pvc:
         kubernetes.mount_pvc(task, claim.name, claim.mount_path)
-    if heavy or gpu:
+    if heavy or gpus is not None:
         task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
         task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
-    if gpu:
-        if resources.gpus_per_node:
-            task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpus_per_node)
+    if gpus is not None:
+        if gpus:
+            task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(gpus)
         # The teachers hand their output over in shared memory, of which a pod has 64 MiB by default.
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=resources.shm)
         for label, value in resources.node_selector.items():

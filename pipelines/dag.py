@@ -40,7 +40,7 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
 
 def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     edges: list[dict[str, Any]] = []
-    add = _adder(compiled, edges)
+    add, gpus = _adder(compiled, edges), compiled.resources.gpus_per_node
     views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=json.dumps(shape(compiled)))
     audit = add(overlap, "overlap", spec=views["overlap"])
 
@@ -59,7 +59,7 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
         training = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
     else:
-        training = {"component": distill, "gpu": True, "rows": rows} | ({"more_rows": uris[1:]} if uris[1:] else {})
+        training = {"component": distill, "gpus": gpus, "rows": rows} | ({"more_rows": uris[1:]} if uris[1:] else {})
     training["checkpoints"] = views["checkpoints"]
     student = add(name="distill", spec=views["distill"], modes=audit["modes"], **training, **matrices)["run"]
     runs = {"student_after": student}
@@ -76,7 +76,7 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
             if who in AGREEMENT:
                 given |= {"rows": rows, "modes": audit["modes"], **matrices}
             given |= {"run": run for prefix, run in runs.items() if who.startswith(prefix)}  # noqa: B035 - of one prefix
-        results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpu=True, who=who, **given)["result"]
+        results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpus=min(gpus, 1), who=who, **given)["result"]
 
     kept = {"run": student} | ({"baseline": runs["baseline"]} if "baseline" in runs else {})
     add(
@@ -99,7 +99,7 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
     """Returns a function that adds a task under its own name, set up for the cluster, and notes its edges in `edges`."""
     tasks: dict[str, dsl.PipelineTask] = {}
 
-    def add(component: Any, name: str, *, after: str = "", heavy: bool = False, gpu: bool = False, **inputs: Any) -> Any:
+    def add(component: Any, name: str, *, after: str = "", heavy: bool = False, gpus: int | None = None, **inputs: Any) -> Any:
         upstream = [after] if after else []
         given = [item for value in inputs.values() for item in (value if isinstance(value, list) else [value])]
         upstream += [item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name]
@@ -115,7 +115,7 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
             task.set_caching_options(False)
         # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
         # waits in the cache for another run); from training on, pre-emption.
-        on_cluster(task, compiled.resources, heavy=heavy, gpu=gpu, retried="distill" in tasks)
+        on_cluster(task, compiled.resources, heavy=heavy, gpus=gpus, retried="distill" in tasks)
         return task.outputs
 
     return add

@@ -267,7 +267,7 @@ class ResourcesSpec(_Section):
         "registry.example.org/xtoken:unset", description="image of every step: your build of manifests/Dockerfile, by digest"
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    gpus_per_node: NonNegativeInt = Field(1, description="GPUs of distill and evaluate; 0: CPU only")
+    gpus_per_node: NonNegativeInt = Field(1, description="GPUs of training; evaluations take one each; 0: CPU only")
     nodes: PositiveInt = Field(1, description="hosts of the distill step; more than one runs as a Kubeflow TrainJob")
     gpu_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name of the accelerator")
     cpu: Quantity = Field("8", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$")

@@ -123,9 +123,13 @@ def test_a_hiccup_of_the_api_ends_no_launcher(cluster, capfd, monkeypatch):
 def test_a_job_that_another_has_deleted_is_told(cluster):
     place = {"group": trainjob.GROUP, "version": trainjob.VERSION, "namespace": "default", "plural": trainjob.PLURAL}
     job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])
-    deleter = threading.Timer(
-        2, lambda: kubernetes.client.CustomObjectsApi().delete_namespaced_custom_object(**place, name="xtoken-distill-1")
-    )
+
+    def delete() -> None:
+        while "xtoken-distill-1" not in cluster.jobs:
+            time.sleep(0.05)
+        kubernetes.client.CustomObjectsApi().delete_namespaced_custom_object(**place, name="xtoken-distill-1")
+
+    deleter = threading.Thread(target=delete)
     deleter.start()
     with pytest.raises(trainjob.TrainJobError, match="xtoken-distill-1: deleted by another"):
         trainjob.run_job(job)

@@ -125,7 +125,7 @@ def test_a_job_that_another_has_deleted_is_told(cluster):
     job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])
 
     def delete() -> None:
-        while "xtoken-distill-1" not in cluster.jobs:
+        while len(cluster.hosts.get("xtoken-distill-1", [])) < 2:
             time.sleep(0.05)
         kubernetes.client.CustomObjectsApi().delete_namespaced_custom_object(**place, name="xtoken-distill-1")
 

@@ -112,7 +112,7 @@ def _distill(
     precision = "bf16" if args.bf16 else "fp32"
     if first_rank:
         logger.info("precision: %s", precision)
-    _check_inputs(out_dir / "checkpoints", spec, modes, baseline)
+        _check_inputs(out_dir / "checkpoints", spec, modes, baseline)
     checkpoint = _latest_checkpoint(out_dir / "checkpoints", checkpoint_uri)
     progress = Progress() if checkpoint is None else Progress(**json.loads((checkpoint / STATE_FILE).read_text()))
     if first_rank:

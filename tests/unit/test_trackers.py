@@ -109,9 +109,9 @@ def test_tensorboard(tracked):
         assert [(e.step, e.value) for e in events.Scalars(f"train/{name}")] == series
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_runs(values, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_runs(values, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "mlflow" else name)
-    spec = DistillationSpec.model_validate(values[1])
+    spec = DistillationSpec.model_validate(changed(values[1], output={"uri": str(tmp_path / "out")}))
     line = r"^training.report_to: mlflow is not installed: pip install mlflow-skinny \(or 'xtoken-pipelines\[tracking\]'\)$"
     with pytest.raises(InputError, match=line):
         resolve(spec.to_json())

@@ -133,9 +133,9 @@ def submit(
 def compare(runs: tuple[str, ...], output: Path) -> None:
     """Put finished runs side by side on one page; RUN is what a spec's output.uri said."""
     from xtoken_core.report import Run, write_comparison
-    from xtoken_core.storage import local_copy
+    from xtoken_core.storage import RUN_FILE, local_copy
 
-    write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/run.json")) for run in runs], output)
+    write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/{RUN_FILE}")) for run in runs], output)
     click.echo(f"{output}: {len(runs)} runs compared")
 
 

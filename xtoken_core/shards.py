@@ -26,19 +26,20 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
     Raises InputError where there is nothing to learn from in all of them.
     """
     shards = [f"{folder}/train" for folder in folders]
-    if len(shards) > 1:  # prepare has checked a single one
-        check_statistics(all_shards([statistics_of(shard) for shard in shards]), "data.train")
+    statistics = [statistics_of(shard) for shard in shards]
+    check_statistics(all_shards(statistics), "data.train")
     if len(shards) == 1 or data.max_rows is not None or data.packing:
         return training_rows(data, *(storage.local_copy(shard) for shard in shards))
-    return StreamedRows(shards)
+    return StreamedRows(shards, [counted["rows"] for counted in statistics])
 
 
 class StreamedRows:
     """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile."""
 
-    def __init__(self, shards: Sequence[str]):
+    def __init__(self, shards: Sequence[str], counts: Sequence[int]):
+        """shards: paths or URIs; counts: rows in each."""
         self.shards = shards
-        self.starts = np.concatenate([[0], np.cumsum([statistics_of(shard)["rows"] for shard in shards])])
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._following: dict[int, int] = {}
         self._fetched: dict[int, Future[Dataset]] = {}
         self._pool = ThreadPoolExecutor(1)

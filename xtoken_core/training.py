@@ -342,12 +342,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArguments:
     """The spec's training section as transformers has it. Raises InputError where rows do not divide over ranks."""
     training, ranks, cuda = spec.training, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
-    accumulation, rest = divmod(training.global_batch_size, training.micro_batch_size * ranks)
-    if rest:
-        raise InputError(
-            f"training.global_batch_size: {training.global_batch_size} rows do not divide over {ranks} ranks "
-            f"by micro-batches of {training.micro_batch_size}"
-        )
+    accumulation = training.accumulation(ranks)
     workers = 2 if cuda else 0
     sharded = training.sharding == "fsdp" and ranks > 1
     return TrainingArguments(

@@ -151,13 +151,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
 
 def check_ranks(spec: DistillationSpec) -> None:
     """Raises InputError unless the rows of a step divide over the GPUs that training gets on a cluster."""
-    training, resources = spec.training, spec.resources
-    ranks = resources.nodes * max(resources.gpus_per_node, 1)
-    if training.global_batch_size % (training.micro_batch_size * ranks):
-        raise InputError(
-            f"training.global_batch_size: {training.global_batch_size} rows do not divide over {ranks} ranks "
-            f"(resources.nodes x resources.gpus_per_node) by micro-batches of {training.micro_batch_size}"
-        )
+    spec.training.accumulation(spec.resources.nodes * max(spec.resources.gpus_per_node, 1))
 
 
 def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:

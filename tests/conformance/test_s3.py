@@ -21,7 +21,7 @@ from tests.tiny import tiny_model, tiny_run
 from xtoken_core import storage
 from xtoken_core.dataset import load_rows, prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.shards import StreamedRows
+from xtoken_core.shards import rows_of_shards
 from xtoken_core.spec import DistillationSpec
 
 MIB = 2**20
@@ -309,7 +309,7 @@ def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):
     for shard in (2, 0, 1):
         prepare_rows(sharded, tmp_path / "shards" / str(shard), "train", shard)
         storage.publish(tmp_path / "shards" / str(shard), f"s3://bucket/rows/{shard}/train")
-    rows = StreamedRows([f"s3://bucket/rows/{shard}/train" for shard in range(3)])
+    rows = rows_of_shards(sharded.data, [f"s3://bucket/rows/{shard}" for shard in range(3)])
 
     def key(row):
         return int(row["document"]), tuple(int(i) for i in row["student_ids"])
@@ -324,6 +324,6 @@ def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):
     rows._pool.shutdown()  # the one that follows is under way
     fetched = len(list((tmp_path / "cache").glob("*.lock"))) - len(cached)
     assert fetched <= 2
-    rows = StreamedRows([f"s3://bucket/rows/{shard}/train" for shard in range(3)])
+    rows = rows_of_shards(sharded.data, [f"s3://bucket/rows/{shard}" for shard in range(3)])
     streamed = [key(rows[i]) for i in order]
     assert streamed[0] == first and sorted(streamed) == whole

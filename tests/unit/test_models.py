@@ -44,6 +44,7 @@ from xtoken_core.models import (
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training import _student_model
 
+OPT = OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -121,7 +122,7 @@ def test_a_head_of_another_form_does_not_load(tmp_path, config):
             num_experts_per_tok=2,
             moe_intermediate_size=16,
         ),
-        OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32),
+        OPT,
     ],
     ids=lambda config: config.model_type,
 )
@@ -150,10 +151,7 @@ def test_flash_attention_is_refused_where_it_would_mix_documents_or_not_run(trai
 
 
 def test_a_packed_runs_student_is_checked_for_it(tmp_path):
-    config = OPTConfig(
-        vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
-    )
-    spec = {"name": "s", "student": {"model": _saved(config, tmp_path)}, "teachers": [{"id": "t", "model": "t"}]}
+    spec = {"name": "s", "student": {"model": _saved(OPT, tmp_path)}, "teachers": [{"id": "t", "model": "t"}]}
     spec |= {"data": {"train": ["t"], "packing": True}, "output": {"uri": "o"}}
     with pytest.raises(InputError, match=rf"^{tmp_path}: data\.packing: OPTForCausalLM"):
         _student_model(DistillationSpec.model_validate(spec), None)

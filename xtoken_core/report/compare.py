@@ -12,7 +12,16 @@ from xtoken_core.report.charts import Chart, Measured, Series, interval_plot, li
 from xtoken_core.report.page import render
 from xtoken_core.report.run import Run
 from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, short_name
-from xtoken_core.report.verdict import Difference, bits_difference, bits_per_byte, interval, label, task_difference, verdict
+from xtoken_core.report.verdict import (
+    Difference,
+    bits_difference,
+    bits_per_byte,
+    interval,
+    label,
+    same_documents,
+    task_difference,
+    verdict,
+)
 
 CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),
@@ -67,12 +76,6 @@ def distinct_names(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name=name) if names.count(run.name) > 1 else run for run, name in zip(runs, named)]
 
 
-def _same_text(a: dict, b: dict) -> bool:
-    """Whether two evaluations measured bits per byte on the same documents, as far as their sizes tell."""
-    first, second = ((result.get("bits_per_byte") or {}).get("documents", {}) for result in (a, b))
-    return all(first.get(key) == second.get(key) for key in ("corpus", "bytes"))
-
-
 def _after(run: Run) -> dict:
     return run.result("student_after_best") or run.result("student_after_last")
 
@@ -80,14 +83,16 @@ def _after(run: Run) -> dict:
 def _summary(runs: Sequence[Run]) -> list[str]:
     """What the runs' students are to the first one's, in plain words."""
     scored = [(score, run.name) for run in runs if (score := bits_per_byte(_after(run))) is not None]
-    careful = "" if all(_same_text(_after(run), _after(runs[0])) for run in runs) else " (not all on the same documents: careful)"
+    careful = (
+        "" if all(same_documents(_after(run), _after(runs[0])) for run in runs) else " (not all on the same documents: careful)"
+    )
     sentences = (
         [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text{careful}."] if scored else []
     )
     words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
     for run in runs[1:]:
         if _after(run) and _after(runs[0]) and (difference := bits_difference(_after(run), _after(runs[0]))):
-            same = "" if _same_text(_after(run), _after(runs[0])) else " (not on the same documents: careful)"
+            same = "" if same_documents(_after(run), _after(runs[0])) else " (not on the same documents: careful)"
             sentences.append(f"{run.name} is {words[difference.tone]} {runs[0].name}: {interval(difference)}{same}.")
     return sentences
 
@@ -109,7 +114,7 @@ def _bits_table(runs: Sequence[Run]) -> Table | None:
 
     def cell(run: Run, who: str) -> Cell:
         own, first = run.result(who), runs[0].result(who)
-        difference = bits_difference(own, first) if run is not runs[0] and _same_text(own, first) else None
+        difference = bits_difference(own, first) if run is not runs[0] and same_documents(own, first) else None
         return _cell(bits_per_byte(own), difference)
 
     rows = [[Cell(run.name), *(cell(run, who) for who in states)] for run in runs]

@@ -75,6 +75,16 @@ def bits_limits(measured: dict[str, Any]) -> str:
     return f"{measured['low']:.3f} to {measured['high']:.3f}"
 
 
+def _documents(result: dict[str, Any]) -> dict[str, Any]:
+    """Corpus, bits and bytes of each held-out document of an evaluation."""
+    return (result.get("bits_per_byte") or {}).get("documents") or {}
+
+
+def same_documents(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two evaluations measured bits per byte on the same documents, as far as their sizes tell."""
+    return bool(_documents(a).get("bytes") == _documents(b).get("bytes"))
+
+
 def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference | None:
     """Difference in bits per byte of two evaluations; None unless both were measured.
 
@@ -84,8 +94,8 @@ def bits_difference(of: dict[str, Any], against: dict[str, Any]) -> Difference |
     a, b = bits_per_byte(of), bits_per_byte(against)
     if a is None or b is None:
         return None
-    documents_a, documents_b = (result["bits_per_byte"].get("documents") or {} for result in (of, against))
-    paired = len(documents_a.get("bits", [])) >= 2 and documents_a.get("bytes") == documents_b.get("bytes")
+    documents_a, documents_b = _documents(of), _documents(against)
+    paired = len(documents_a.get("bits", [])) >= 2 and same_documents(of, against)
     if paired:
         low, high = ratio_interval(np.subtract(documents_a["bits"], documents_b["bits"]), documents_a["bytes"])
     else:

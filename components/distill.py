@@ -42,13 +42,13 @@ def distill(
         projection_6: W of teacher 6.
         projection_7: W of teacher 7.
     """
-    from xtoken_core.workflow import own_folder, step
+    from xtoken_core.workflow.resolve import own_folder, step
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):
         from xtoken_core.spec import DistillationSpec
         from xtoken_core.storage import remove
-        from xtoken_core.training import distill
+        from xtoken_core.training.distill import distill
 
         parsed = DistillationSpec.from_text(spec)
         matrices = [slot and f"{slot.path}/projection.safetensors" for slot in slots[: len(parsed.teachers)]]

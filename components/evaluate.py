@@ -40,11 +40,11 @@ def evaluate(
         projection_6: W of teacher 6.
         projection_7: W of teacher 7.
     """
-    from xtoken_core.workflow import step
+    from xtoken_core.workflow.resolve import step
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step(f"evaluate {who}", result):
-        from xtoken_core.evaluation import evaluate
+        from xtoken_core.evaluation.evaluate import evaluate
         from xtoken_core.spec import DistillationSpec
 
         parsed = DistillationSpec.from_text(spec)

@@ -44,11 +44,11 @@ def launch(
         projection_6: W of teacher 6.
         projection_7: W of teacher 7.
     """
-    from xtoken_core.workflow import step
+    from xtoken_core.workflow.resolve import step
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):
-        from xtoken_core.trainjob import launch
+        from xtoken_core.workflow.trainjob import launch
 
         matrices = {index: slot.uri for index, slot in enumerate(slots) if slot}
         launch(spec, resources, rows, run.uri, modes, matrices, baseline, checkpoints)

@@ -25,7 +25,7 @@ def overlap(spec: str, report: Output[Artifact]) -> NamedTuple("Outputs", [("mod
     import json
     from pathlib import Path
 
-    from xtoken_core.workflow import step
+    from xtoken_core.workflow.resolve import step
 
     with step("overlap", report):
         from xtoken_core.overlap import overlap_report

@@ -16,7 +16,7 @@ def projection(spec: str, matrix: Output[Artifact], teacher: str = ""):
     """
     from pathlib import Path
 
-    from xtoken_core.workflow import step
+    from xtoken_core.workflow.resolve import step
 
     with step("projection", matrix):
         from xtoken_core.projection import write_projection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfp import dsl, kubernetes
 
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
-from xtoken_core.workflow import output_lasts
+from xtoken_core.workflow.resolve import output_lasts
 
 
 def image_caution(image: str) -> str | None:

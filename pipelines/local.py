@@ -26,7 +26,7 @@ from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.report import Run, answer_table
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow import CHECKPOINTS, ERROR_FILE
+from xtoken_core.workflow.resolve import CHECKPOINTS, ERROR_FILE
 
 QUIET = {
     "PYTHONUNBUFFERED": "1",

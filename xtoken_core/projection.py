@@ -178,7 +178,7 @@ def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path
     Writes `projection.safetensors` and `stats.json` (`projection_summary`, with `seconds` and `options`) to `folder`.
     Raises InputError.
     """
-    from xtoken_core.projection_summary import projection_summary
+    from xtoken_core.report.projection_summary import projection_summary
 
     start = time.perf_counter()
     projected = {t.id: (t, t.projection) for t in spec.teachers if t.projection is not None}

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from tests import assets
 from tests.benchmarks.memory import peak_mib
+from tests.support import assets
 from xtoken_core.alignment import Alignment, align, align_rows
 from xtoken_core.tokenization import TokenTable, encode, normalize_for
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tests import assets
 from tests.benchmarks.memory import peak_mib
+from tests.support import assets
 from xtoken_core.overlap import overlap_matrix
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.spec import ProjectionSpec

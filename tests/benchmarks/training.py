@@ -30,17 +30,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-import xtoken_core.student
+import xtoken_core.training.student
 from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
-from xtoken_core.collate import Collator
+from xtoken_core.data.batch import Collator
 from xtoken_core.losses import TeacherBatch
-from xtoken_core.runlog import RunLog
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.student import Student
-from xtoken_core.teachers.process import TeacherSetup
-from xtoken_core.teachers.schedule import GIB, TeacherPool
-from xtoken_core.trainer import DistillationTrainer, Progress
-from xtoken_core.training import prepare_student, training_arguments
+from xtoken_core.teachers.handle import TeacherSetup
+from xtoken_core.teachers.pool import GIB, TeacherPool
+from xtoken_core.training.distill import prepare_student, training_arguments
+from xtoken_core.training.log import RunLog
+from xtoken_core.training.student import Student
+from xtoken_core.training.trainer import DistillationTrainer, Progress
 
 _HEADS = {"num_key_value_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 LLAMA_1B = LlamaConfig(
@@ -198,7 +198,7 @@ class Watch(TrainerCallback):
     @contextlib.contextmanager
     def watching(self):
         """Times every call of the loss in the student's forward (where the fused path makes its gradients too), samples the memory."""
-        original = xtoken_core.student.distillation_loss
+        original = xtoken_core.training.student.distillation_loss
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = self._now()
@@ -214,11 +214,11 @@ class Watch(TrainerCallback):
         sampler = threading.Thread(target=sample)
         if self.device.type == "cuda":
             sampler.start()
-        xtoken_core.student.distillation_loss = timed
+        xtoken_core.training.student.distillation_loss = timed
         try:
             yield
         finally:
-            xtoken_core.student.distillation_loss = original
+            xtoken_core.training.student.distillation_loss = original
             self._stop.set()
             if sampler.is_alive():
                 sampler.join()

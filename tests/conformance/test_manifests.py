@@ -11,8 +11,8 @@ import pytest
 import yaml
 from kubernetes import client
 
-from tests.conformance.schemas import check_resource
-from xtoken_core import trainjob
+from tests.support.schemas import check_resource
+from xtoken_core.workflow import trainjob
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OVERLAYS = sorted(path.parent for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))

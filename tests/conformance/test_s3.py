@@ -16,12 +16,12 @@ import s3fs
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conformance.weed import Weed
-from tests.tiny import tiny_model, tiny_run
+from tests.support.tiny import tiny_model, tiny_run
+from tests.support.weed import Weed
 from xtoken_core import storage
-from xtoken_core.dataset import load_rows, prepare_rows
+from xtoken_core.data.prepare import load_rows, prepare_rows
+from xtoken_core.data.reading import rows_of_shards
 from xtoken_core.errors import InputError
-from xtoken_core.shards import rows_of_shards
 from xtoken_core.spec import DistillationSpec
 
 MIB = 2**20

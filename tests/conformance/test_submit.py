@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from pipelines.submit import Cluster
-from tests.conformance.kfp_server import FakeKfp
-from tests.tiny import tiny_run
+from tests.support.kfp_server import FakeKfp
+from tests.support.tiny import tiny_run
 from xtoken_core.spec import ResourcesSpec
 
 ROOT = Path(__file__).parents[2]

@@ -14,15 +14,15 @@ import kubernetes
 import pytest
 import yaml
 
-from tests.conformance.kubernetes_server import FakeKubernetes
-from tests.conformance.schemas import check_resource
 from tests.conformance.test_manifests import rights
-from tests.tiny import tiny_run
-from xtoken_core import trainjob
-from xtoken_core.dataset import prepare_rows
+from tests.support.kubernetes_server import FakeKubernetes
+from tests.support.schemas import check_resource
+from tests.support.tiny import tiny_run
+from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.projection import write_projection
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
+from xtoken_core.workflow import trainjob
 
 
 @pytest.fixture(scope="module")

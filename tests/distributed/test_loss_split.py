@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.unit.losses_split import SAMPLES, SPECS, step
+from tests.support.losses_split import SAMPLES, SPECS, step
 
 TIMEOUT = 60
 """Seconds a collective may wait for the slowest rank: far more than a step takes, far less than the test's own limit."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.training_run import changed, losses, prepare, run
+from tests.support.training_run import changed, losses, prepare, run
 from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
@@ -47,7 +47,7 @@ def alone(base, values):
 
 def torchrun(values, base, out):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "tests.unit.training_run", json.dumps(values), str(base), str(out)]
+    command = [*launch, "-m", "tests.support.training_run", json.dumps(values), str(base), str(out)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tests.tiny import tiny_model
-from tests.unit.test_teachers import dense, micro_batches, own_logits, setup
+from tests.support.tiny import tiny_model
+from tests.teachers.test_teachers import dense, micro_batches, own_logits, setup
 from xtoken_core.models import load_model, weight_bytes
-from xtoken_core.teachers.process import Shards
-from xtoken_core.teachers.schedule import TeacherPool
+from xtoken_core.teachers.handle import Shards
+from xtoken_core.teachers.pool import TeacherPool
 
 
 def hands_over_the_whole_models_logits(folder, devices, **tolerance):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    pytest.skip("no CUDA device: tests/unit/test_kernels_interpreter.py runs the kernels' logic here", allow_module_level=True)
+    pytest.skip("no CUDA device: tests/losses/test_kernels_interpreter.py runs the kernels' logic here", allow_module_level=True)
 
-from tests.unit.kernel_cases import CASES, Case, build, compare, compare_in_place, distance, evaluate  # noqa: E402
-from tests.unit.losses_cases import oracle_case  # noqa: E402
+from tests.support.kernel_cases import CASES, Case, build, compare, compare_in_place, distance, evaluate  # noqa: E402
+from tests.support.losses_cases import oracle_case  # noqa: E402
 from xtoken_core.losses import distillation_loss, plain  # noqa: E402
 from xtoken_core.losses.kernels import term_sums, tiles  # noqa: E402
 
@@ -97,7 +97,7 @@ def test_gradient_in_place(name, dtype):
 @pytest.mark.parametrize("kind", ["coarse", "flat", "alike", "peaked", "steps"])
 def test_sorted_columns_with_ties(kind, monkeypatch):
     """Sorting by counting: heavy ties, equal logits, both sides alike, almost all mass on one token, and few distinct values."""
-    from tests.unit import kernel_cases
+    from tests.support import kernel_cases
 
     case = Case(("gold",), {"uncommon_topk": 211, "chunk_distribution": "first"}, 2, 40, 1200, seed=60)
     student, ids, mask, samples, teachers, spec, coefficients = build(case)

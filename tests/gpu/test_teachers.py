@@ -8,10 +8,10 @@ import signal
 import pytest
 import torch
 
-from tests.tiny import tiny_model
-from tests.unit.test_teachers import IDS, dense, micro_batches, own_logits, setup
-from xtoken_core.teachers.process import TeacherError
-from xtoken_core.teachers.schedule import TeacherPool
+from tests.support.tiny import tiny_model
+from tests.teachers.test_teachers import IDS, dense, micro_batches, own_logits, setup
+from xtoken_core.teachers.handle import TeacherError
+from xtoken_core.teachers.pool import TeacherPool
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,8 +10,8 @@ import torch
 
 from tests.distributed.test_sharded_teacher import hands_over_the_whole_models_logits
 from tests.gpu.test_teachers import left_behind
-from tests.tiny import tiny_model
-from tests.unit.training_run import FIVE_STEPS, changed, kill_after_a_checkpoint, losses, prepare, start
+from tests.support.tiny import tiny_model
+from tests.support.training_run import FIVE_STEPS, changed, kill_after_a_checkpoint, losses, prepare, start
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

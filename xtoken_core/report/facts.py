@@ -38,7 +38,7 @@ def _training(summary: dict[str, Any]) -> Iterator[Fact]:
 
 
 def _machine(environment: dict[str, Any]) -> Iterator[Fact]:
-    """Of `xtoken_core.environment.describe_environment`."""
+    """Of `xtoken_core.training.environment.describe_environment`."""
     if not environment:
         return
     devices = environment["devices"]

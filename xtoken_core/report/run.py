@@ -13,7 +13,7 @@ finite are null. Times are seconds, sizes bytes, losses nats per token, unless a
 
 `summary`, `baseline_summary` (summary.json of a training): `steps`, `tokens`, `seconds`, `best_step`, `modes` {teacher: loss
     mode}, `parameters`, `resumed_from` (step or null), `seconds_by_phase` {phase: seconds}, `environment` (see
-    `xtoken_core.environment.describe_environment`).
+    `xtoken_core.training.environment.describe_environment`).
 
 `results` (one evaluation each): `who` (`student_before`, `student_after_best`, `student_after_last`, `baseline_best`,
     `baseline_last`, `teacher-<id>`), `model`, `bits_per_byte` {`total`, `low`, `high` (95 % interval), `per_corpus` {name: {`total`,

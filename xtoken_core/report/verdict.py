@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xtoken_core.intervals import Estimate, difference_interval, ratio_interval
+from xtoken_core.evaluation.intervals import Estimate, difference_interval, ratio_interval
 from xtoken_core.report.run import Run
 
 WHO = {

@@ -1,0 +1,107 @@
+"""Each component by itself, on its command line."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from components.cli import command
+from tests.support.tiny import tiny_run
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.resolve import ERROR_FILE
+
+NAMES = ("resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report")
+
+
+def component(name):
+    return getattr(importlib.import_module(f"components.{name}"), name)
+
+
+def call(name, *arguments):
+    return CliRunner().invoke(command(component(name)), [str(a) for a in arguments], standalone_mode=False, catch_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with tiny models, texts and spec.yaml."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tiny_run(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_of_every_input_and_output(name):
+    result = CliRunner().invoke(command(component(name)), ["--help"])
+    assert result.exit_code == 0
+    inputs = component(name).component_spec.inputs or {}
+    outputs = [output for output, kind in (component(name).component_spec.outputs or {}).items() if "Artifact" in str(kind.type)]
+    for option in (*inputs, *outputs):
+        assert f"--{option.replace('_', '-')} " in result.output.replace("/", " ").replace("--no", "")
+
+
+def test_each_step_runs_by_itself(run):
+    """From a spec to a report, one command after the other, the way a person would."""
+    spec = ("--spec", run / "spec.yaml")
+    audit = call("overlap", *spec, "--report", run / "audit.json")
+    assert audit.exception is None, audit.output
+    modes = json.loads(audit.output.splitlines()[-1])["modes"]
+    assert modes["other"] == "p_kl"
+    assert call("projection", *spec, "--matrix", run / "w").exception is None
+    assert call("prepare", *spec, "--rows", run / "rows").exception is None
+    training = ("--rows", run / "rows", "--projection-0", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")
+    trained = subprocess.run(
+        [sys.executable, "-m", "components.distill", *map(str, (*spec, *training))], capture_output=True, text=True, timeout=300
+    )
+    assert trained.returncode == 0, trained.stderr
+    result = call("evaluate", *spec, "--who", "student_after_last", "--run", run / "trained", "--result", run / "result.json")
+    assert result.exception is None, result.output
+    assert json.loads((run / "result.json").read_text())["bits_per_byte"]["total"] > 0
+    pages = ("--page", run / "page.html", "--summary", run / "summary.md", "--metrics", run / "metrics.json")
+    made = ("--overlap", run / "audit.json", "--rows", run / "rows", "--run", run / "trained", "--projection-0", run / "w")
+    assert call("report", *spec, *pages, *made, "--student-after-last", run / "result.json").exception is None
+    assert "bits_per_byte_student_after_last" in json.loads((run / "metrics.json").read_text())
+    assert {path.name for path in (run / "out").iterdir()} == {
+        "report.html", "run.json", "spec.yaml", "student", "logs", "projections"
+    }  # fmt: skip
+    assert DistillationSpec.from_yaml(run / "out" / "spec.yaml") == DistillationSpec.from_yaml(run / "spec.yaml")
+
+
+def invoke(*arguments, **environment):
+    command_line = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command_line, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--spec", "absent.yaml", "--report", "r"], "absent.yaml: cannot read the spec: No such file or directory"),
+        (["--report", "r"], "python -m components.overlap: Missing option '--spec'."),
+        (["--spec", "SPEC", "--report", "r", "--set", "training.max_step=1"], "SPEC: training.max_step: no such field"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2(run, tmp_path, arguments, line):
+    result = invoke("components.overlap", *[str(run / "spec.yaml") if a == "SPEC" else a for a in arguments])
+    assert (result.returncode, result.stderr) == (2, line.replace("SPEC", str(run / "spec.yaml"), 1) + "\n")
+
+
+def test_bad_input_inside_a_step_is_one_line_and_exit_2(run, tmp_path):
+    """The line goes to stderr, and to the file that a program which runs steps asks for."""
+    wrong = ("--set", "teachers.other.projection=null")
+    error = tmp_path / "error"
+    result = invoke(
+        "components.overlap", "--spec", run / "spec.yaml", *wrong, "--report", tmp_path / "r", **{ERROR_FILE: str(error)}
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "no projection, so it must have the student's vocabulary" in result.stderr
+    assert error.read_text() == result.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_is_one_line_and_exit_2(run, tmp_path):
+    result = invoke("components.overlap", "--spec", run / "spec.yaml", "--report", "/dev/full")
+    assert (result.returncode, result.stderr) == (2, "a working file: No space left on device\n")

@@ -1,0 +1,409 @@
+"""Specs as pipelines: what compiles to what, what a step depends on, and runs on this machine."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from pipelines import compiling
+from pipelines.compiling import compile_spec, documents
+from pipelines.local import for_this_machine
+from tests.support.tiny import tiny_run
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.resolve import CHECKPOINTS, evaluated, resolve, shape, view
+
+SPECS = sorted(compiling.SPECS.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with tiny models, texts and spec.yaml (one teacher, nothing evaluated)."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tiny_run(folder, teachers=1)))
+    return folder
+
+
+def spec_of(*overrides, **sections):
+    base = {
+        "name": "run",
+        "student": {"model": "small"},
+        "teachers": [{"id": "big", "model": "big", "projection": {}}, {"id": "same", "model": "same"}],
+        "data": {"train": ["train.txt"], "validation": ["held-out.txt"]},
+        "output": {"uri": "out"},
+    }
+    return DistillationSpec.from_text(json.dumps(base | sections), overrides)
+
+
+def tasks(spec):
+    return documents(compile_spec(spec))[0]["root"]["dag"]["tasks"]
+
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+
+
+def test_the_dag_is_unrolled_over_teachers_under_their_ids():
+    unrolled = tasks(spec_of("evaluation.ce_baseline=true"))
+    assert set(unrolled) == {
+        "resolve", "overlap", "projection-big", "prepare", "distill", "distill-baseline", "evaluate-student-before",
+        "evaluate-student-after-best", "evaluate-student-after-last", "evaluate-baseline-best", "evaluate-baseline-last",
+        "evaluate-teacher-big", "evaluate-teacher-same", "report",
+    }  # fmt: skip
+    assert set(unrolled["distill"]["dependentTasks"]) == {"overlap", "prepare", "projection-big", "resolve"}
+    assert unrolled["distill"]["inputs"]["artifacts"]["projection_0"]["taskOutputArtifact"]["producerTask"] == "projection-big"
+    assert unrolled["report"]["inputs"]["artifacts"]["teacher_1"]["taskOutputArtifact"]["producerTask"] == "evaluate-teacher-same"
+
+
+def test_shards_are_tasks_and_several_hosts_a_launcher():
+    sharded = tasks(spec_of("data.shards=3"))
+    assert {name for name in sharded if name.startswith("prepare")} == {"prepare-0", "prepare-1", "prepare-2"}
+    assert {"prepare-0", "prepare-1", "prepare-2"} <= set(sharded["distill"]["dependentTasks"])
+    pipeline, platform = documents(compile_spec(spec_of("resources.nodes=2")))
+    launcher = pipeline["deploymentSpec"]["executors"]["exec-distill"]["container"]
+    assert launcher["args"][-1] == "launch" and "resources" not in launcher  # its GPUs are those of the job's hosts
+    assert "emptyDirMounts" not in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-distill"]
+
+
+def test_the_report_is_told_the_edges():
+    unrolled = tasks(spec_of())
+    told = unrolled["report"]["inputs"]["parameters"]["tasks"]["runtimeValue"]["constant"]
+    assert [task["name"] for task in told][:2] == ["resolve", "overlap"]
+    for task in told:
+        assert set(task["after"]) <= set(unrolled[task["name"]].get("dependentTasks", []))
+    assert {task["name"] for task in told} == set(unrolled)
+
+
+def test_nothing_is_evaluated_without_a_measure():
+    assert evaluated(spec_of(data={"train": ["t"]})) == []
+    assert evaluated(spec_of("evaluation.tasks=[arc_easy]", data={"train": ["t"]})) == [
+        "student_before", "student_after_last", "teacher-big", "teacher-same"
+    ]  # fmt: skip
+    assert not [name for name in tasks(spec_of("evaluation.bits_per_byte=false")) if name.startswith("evaluate")]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_committed_compiled_forms_are_fresh(path):
+    committed = (compiling.COMPILED / path.name).read_text()
+    fresh = compile_spec(DistillationSpec.from_yaml(path))
+    assert documents(fresh) == documents(committed), "stale: run `make compile`"
+
+
+def test_a_stale_compiled_form_is_found_and_mended(run, tmp_path, monkeypatch):
+    for name in ("SPECS", "COMPILED"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(compiling, name, tmp_path / name)
+    spec = tmp_path / "SPECS" / "tiny.yaml"
+    shutil.copy(run / "spec.yaml", spec)
+    assert compiling.compile_all() == [tmp_path / "COMPILED" / "tiny.yaml"]
+    assert compiling.stale() == []
+    spec.write_text(spec.read_text().replace("max_steps: 2", "max_steps: 3"))
+    assert compiling.stale() == [spec]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_what_is_compiled_parses_as_kfp_reads_it(path):
+    """Every message is one of KFP's, no field unknown: the pipeline, and each task's Kubernetes settings."""
+    pipeline, platform = yaml.safe_load_all(compile_spec(DistillationSpec.from_yaml(path)))
+    json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert configs.keys() == pipeline["deploymentSpec"]["executors"].keys()
+    for config in configs.values():
+        json_format.ParseDict(config, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+
+
+RESOURCES = {
+    "image": "example.org/xtoken@sha256:" + "0" * 64,
+    "image_pull_policy": "Always",
+    "gpus_per_node": 4,
+    "gpu_type": "amd.com/gpu",
+    "cpu": "12",
+    "memory": "100Gi",
+    "shm": "20Gi",
+    "retries": 3,
+    "node_selector": {"pool": "gpu"},
+    "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
+    "secrets": [{"secret": "s3", "key": "id", "env": "AWS_ACCESS_KEY_ID"}],
+    "pvc": [{"name": "models", "mount_path": "/models"}],
+}
+
+
+def test_gpu_steps_get_what_resources_say():
+    pipeline, platform = documents(compile_spec(spec_of(resources=RESOURCES)))
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, task in pipeline["root"]["dag"]["tasks"].items():
+        container = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+        config = configs[f"exec-{name}"]
+        gpu = name == "distill" or name.startswith("evaluate")
+        assert container["image"] == RESOURCES["image"]
+        assert config["imagePullPolicy"] == "Always"
+        assert config["secretAsEnv"][0]["keyToEnv"][0] == {"secretKey": "id", "envVar": "AWS_ACCESS_KEY_ID"}
+        assert config["pvcMount"][0]["mountPath"] == "/models"
+        assert ("accelerator" in container.get("resources", {})) == gpu
+        assert ("emptyDirMounts" in config) == ("nodeSelector" in config) == ("tolerations" in config) == gpu
+        tried_once = name in ("resolve", "overlap", "prepare", "projection-big")
+        assert task.get("retryPolicy", {}).get("maxRetryCount") == (None if tried_once else 3)
+        if gpu:
+            count = "4" if name == "distill" else "1"  # evaluations take a model each, all at a time
+            assert container["resources"]["accelerator"] == {
+                "type": "amd.com/gpu", "resourceType": "amd.com/gpu", "count": count, "resourceCount": count
+            }  # fmt: skip
+            assert container["resources"]["resourceMemoryLimit"] == "100Gi"
+            assert config["emptyDirMounts"] == [
+                {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "20Gi"}
+            ]
+            assert config["nodeSelector"]["labels"] == {"pool": "gpu"}
+            assert config["tolerations"][0]["key"] == "gpu"
+
+
+def test_training_is_cached_here_and_never_on_a_cluster():
+    compiled = compile_spec(spec_of("evaluation.ce_baseline=true"))
+    cached = {name: bool(task["cachingOptions"]) for name, task in documents(compiled)[0]["root"]["dag"]["tasks"].items()}
+    assert {name for name, on in cached.items() if not on} == {"resolve", "distill", "distill-baseline", "report"}
+    here = for_this_machine(compiled)["root"]["dag"]["tasks"]
+    assert {name for name, task in here.items() if not task["cachingOptions"]} == {"resolve", "report"}
+
+
+# ------------------------------------------------------------------------------------------------ what a step depends on
+
+STEPS = ("overlap", "projection", "prepare", "distill", "baseline", "evaluate_student", "evaluate_teacher")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("training.max_steps=7", {"distill", "baseline"}),
+        ("loss.temperature=2", {"distill", "evaluate_student"}),
+        ("loss.mode=gold", {"distill", "overlap", "evaluate_student"}),
+        ("loss.dynamic_scaling=false", {"distill"}),
+        ("teachers.same.weight=0.5", {"distill"}),
+        ("teachers.big.projection.top_k=2", {"distill", "projection"}),
+        ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teacher"}),
+        ("student.keep_layers=2", {"distill", "baseline", "evaluate_student"}),
+        ("evaluation.limit=3", {"evaluate_student", "evaluate_teacher"}),
+        ("evaluation.ce_baseline=true", set()),
+        ("output.uri=elsewhere", set()),
+        ("resources.memory=1Gi", set()),
+        ("name=other", set()),
+    ],
+)
+def test_a_step_sees_only_what_it_reads(override, changed):
+    def views(spec):
+        return {step: view(spec, step, teacher=0 if step in ("projection", "evaluate_teacher") else None) for step in STEPS}
+
+    before, after = views(spec_of()), views(spec_of(override))
+    assert {step for step in STEPS if before[step] != after[step]} == changed
+
+
+def test_views_follow_the_files_that_a_step_reads(run):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml")
+    before = resolve(spec.to_json())
+    assert DistillationSpec.from_text(before["distill"]).training == spec.training
+    document = run / "train" / "0.txt"
+    text = document.read_text()
+    document.write_text(text + " More.")
+    after = resolve(spec.to_json())
+    document.write_text(text)
+    assert {step for step in before if before[step] != after[step]} == {"prepare", "inputs"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("resources.memory=1Gi", 'resources.memory: "1Gi" contradicts the compiled pipeline, which has "64Gi" built in'),
+        ("data.shards=2", "data.shards: 2 contradicts"),
+        ("resources.nodes=2", "resources.nodes: 2 contradicts"),
+        ("evaluation.ce_baseline=true", "evaluation.ce_baseline: true contradicts"),
+        ("teachers.other.id=another", 'teachers: ["another"] contradicts'),
+        ("teachers.other.projection=null", "teachers.other.projection"),
+        ("training.max_steps=x", "spec: training.max_steps"),
+        ("training.max_steps='", "overrides: No closing quotation"),
+        ("teachers.other.model=/absent", "teachers.other.model: /absent: no such file or folder"),
+        ("student.model=/absent.gguf", "student.model: /absent.gguf: no such file or folder"),
+        ("data.train=[/absent.txt]", "data.train: /absent.txt: no such file"),
+        ("output.uri=/proc/none/out", "/proc/none/out: "),
+    ],
+)
+def test_overrides_at_submission_are_checked_before_anything_runs(run, overrides, message):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml")
+    with pytest.raises(InputError) as caught:
+        resolve(spec.to_json(), overrides, json.dumps(shape(spec)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_divide_over_the_gpus_of_a_cluster_and_not_of_this_machine(run, monkeypatch):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml", ["resources.gpus_per_node=3"]).to_json()
+    with pytest.raises(InputError, match="training.global_batch_size: 2 rows do not divide over 3 ranks"):
+        resolve(spec)
+    monkeypatch.setenv(CHECKPOINTS, "/somewhere")
+    assert resolve(spec)["checkpoints"] == "/somewhere"
+
+
+@pytest.mark.parametrize("mount", ["/elsewhere", None])
+def test_checkpoints_lie_beside_an_output_that_outlives_its_pod(run, mount):
+    claim = {"resources": {"pvc": [{"name": "work", "mount_path": mount or str(run)}]}}
+    spec = yaml.safe_load((run / "spec.yaml").read_text()) | claim
+    assert resolve(json.dumps(spec))["checkpoints"] == ("" if mount else f"{run}/out.checkpoints")
+
+
+def test_overrides_that_a_compiled_pipeline_can_follow_are_taken(run):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml")
+    overrides = shlex.join(["training.max_steps=9", f"output.uri={run}/else where"])
+    views = resolve(spec.to_json(), overrides, json.dumps(shape(spec)))
+    assert DistillationSpec.from_text(views["distill"]).training.max_steps == 9
+    assert DistillationSpec.from_text(views["report"]).output.uri == f"{run}/else where"
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def pipelines(*arguments, **options):
+    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options
+    )
+
+
+def test_validate_and_compile(run, tmp_path):
+    valid = pipelines("validate", run / "spec.yaml", "--set", "training.max_steps=3")
+    assert valid.returncode == 0 and "valid" in valid.stdout
+    assert pipelines("compile", run / "spec.yaml", "-o", tmp_path / "deep" / "p.yaml").returncode == 0
+    assert documents((tmp_path / "deep" / "p.yaml").read_text())[0]["pipelineInfo"]["name"] == "tiny"
+
+
+def test_compile_tells_what_a_cluster_would_lose(run):
+    ready = ("--set", f"resources.image={RESOURCES['image']}", "--set", "output.uri=s3://bucket/out")
+    told = pipelines("compile", run / "spec.yaml", *ready)
+    assert told.returncode == 0 and told.stderr.startswith("training.save_steps: not set; ") and told.stderr.count("\n") == 1
+    for enough in ("training.save_steps=1", "resources.gpus_per_node=0", "resources.retries=0"):
+        assert pipelines("compile", run / "spec.yaml", *ready, "--set", enough).stderr == ""
+    local = pipelines("compile", run / "spec.yaml", *ready[:2], "--set", "training.save_steps=1")
+    assert local.returncode == 0 and local.stderr.startswith(f"output.uri: {run}/out would be lost with the pod")
+    uneven = pipelines("compile", run / "spec.yaml", *ready, "--set", "resources.nodes=3")
+    assert uneven.returncode == 2 and uneven.stderr.startswith("training.global_batch_size: 2 rows do not divide over 3 ranks")
+
+
+@pytest.mark.parametrize("verb", ["validate", "compile", "run", "submit"])
+def test_bad_input_is_one_line_and_exit_2(verb, run):
+    bad = pipelines(verb, run / "spec.yaml", "--set", "training.max_step=3")
+    assert (bad.returncode, bad.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("SPEC", "-o", "."), "Is a directory"),
+        (("SPEC", "--check"), "--check: is about the specs of pipelines/specs"),
+        (("--set", "training.max_steps=3", "--check"), "need a SPEC"),
+        (("-o", "p.yaml"), "need a SPEC"),
+    ],
+)
+def test_compile_refuses_what_it_would_ignore_or_cannot_write(run, arguments, line):
+    bad = pipelines("compile", *(run / "spec.yaml" if argument == "SPEC" else argument for argument in arguments))
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert line in bad.stderr.splitlines()[-1] and "Traceback" not in bad.stderr
+
+
+def steps(output, ending):
+    """Tasks of the progress lines (`[ 2/6] overlap: ...`) that hold `ending`."""
+    return {found[1] for line in output.splitlines() if ending in line and (found := re.match(r"\[ *\d+/\d+\] ([\w-]+)", line))}
+
+
+def reported(run):
+    """Tasks that the run's report marks as taken from the cache; all have a duration but the report itself."""
+    told = json.loads((run / "out" / "run.json").read_text())["tasks"]
+    assert all(task["seconds"] is not None for task in told if task["name"] != "report")
+    return {task["name"] for task in told if task["status"] == "cached"}
+
+
+def test_a_run_reuses_what_has_not_changed(run):
+    """Everything the first time; then nothing but what publishes; then training alone, when only its steps change."""
+    command = (
+        "run",
+        run / "spec.yaml",
+        "--runs",
+        run / "runs",
+        "--set",
+        "evaluation.bits_per_byte=false",
+        "--set",
+        "data.shards=2",
+    )
+    first = pipelines(*command)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert reported(run) == set()
+    assert first.stdout.count(": done after") == 7 and "unchanged" not in first.stdout
+    assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
+
+    second = pipelines(*command)
+    assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
+    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
+    prepared = json.loads((run / "out" / "run.json").read_text())["prepare"]["train"]
+    assert prepared["documents"] == 4 and len(prepared["corpora"]) == 1  # of both shards
+    third = pipelines(*command, "--set", "training.max_steps=3")
+    assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other"}
+    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projection-other"}
+    assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
+
+
+def test_bad_input_inside_a_run_is_its_last_line(run, tmp_path):
+    """A vocabulary that does not fit shows when the tokenizers are first loaded; nothing is published."""
+    same = ("--set", "teachers.other.projection=null", "--set", f"output.uri={tmp_path}/out")
+    bad = pipelines("run", run / "spec.yaml", "--runs", tmp_path / "runs", *same)
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1 and "must have the student's vocabulary" in bad.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
+    """In the middle of training, with its teacher running; the next run takes what was done and goes on from the checkpoint."""
+    command = ["run", run / "spec.yaml", "--runs", tmp_path / "runs", "--set", f"output.uri={tmp_path}/out"]
+    command += ["--set", "evaluation.bits_per_byte=false", "--set", "training.max_steps=30", "--set", "training.save_steps=5"]
+    before = set(os.listdir("/dev/shm"))
+    arguments, environment = [sys.executable, "-m", "pipelines", *map(str, command)], os.environ | {"OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while not list((tmp_path / "runs" / "checkpoints").glob("*/checkpoint-*")) and started.poll() is None:
+            time.sleep(0.1)
+        processes = psutil.Process(started.pid).children(recursive=True)
+        asked = time.monotonic()
+        started.terminate()
+        _, errors = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert len(processes) >= 3  # KFP's executor, the student and its teacher among them
+    assert time.monotonic() - asked < 20
+    assert not [process for process in processes if process.is_running()]
+    assert (started.returncode, errors) == (143, "tiny: ended by SIGTERM; the next run goes on from what was done\n")
+    assert set(os.listdir("/dev/shm")) <= before
+    assert not (tmp_path / "out").exists()
+
+    resumed = pipelines(*command)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert steps(resumed.stdout, "unchanged") == {"overlap", "prepare", "projection-other"}
+    assert json.loads((tmp_path / "out" / "logs" / "summary.json").read_text())["resumed_from"] >= 5
+
+
+def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):
+    """Killed from outside, as for want of memory: no matter of the spec. The log is named, the exit code is 1."""
+    command = [sys.executable, "-m", "pipelines", "run", run / "spec.yaml", "--runs", tmp_path / "runs"]
+    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    step = None
+    while step is None and started.poll() is None:
+        time.sleep(0.1)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            step = next((p for p in psutil.Process(started.pid).children(recursive=True) if "overlap" in p.cmdline()), None)
+    step.kill()
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 1 and errors.startswith("overlap: the step failed")
+    assert errors.count("\n") == 1 and "Traceback" not in errors

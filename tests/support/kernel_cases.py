@@ -1,0 +1,194 @@
+"""Small batches on which the kernels are held to the plain path: every mode, option and way in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from tests.support.losses_cases import random_batch, random_projection, random_teacher
+from xtoken_core.losses import HiddenLogits, TopKLogits, plain
+from xtoken_core.losses.selection import resolve_teachers
+from xtoken_core.losses.types import AveragedLogits, Coefficients
+from xtoken_core.spec import LossSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: teachers' modes (`same`, `top_k`, `averaged`, p_kl, gold, h_kl), options of the loss, and how logits come."""
+
+    modes: tuple[str, ...]
+    options: dict = field(default_factory=dict)
+    batch: int = 2
+    length: int = 9
+    vocab: int = 37
+    hidden: bool = False
+    coefficients: bool = False
+    learnable: bool = False
+    top_k_entries: int = 3
+    head: dict = field(default_factory=dict)
+    seed: int = 0
+
+
+CASES = {
+    "p_kl": Case(("p_kl",), {"vocab_topk": 12}),
+    "p_kl_reverse_temperature": Case(("p_kl",), {"vocab_topk": 12, "reverse_kl": True, "temperature": 2.0}, seed=1),
+    "p_kl_first": Case(("p_kl",), {"vocab_topk": 12, "chunk_distribution": "first"}, seed=2),
+    "p_kl_first_reverse": Case(("p_kl",), {"vocab_topk": 12, "chunk_distribution": "first", "reverse_kl": True}, seed=3),
+    "p_kl_batch_scope": Case(("p_kl",), {"vocab_topk": 12, "topk_scope": "batch"}, seed=4),
+    "p_kl_whole": Case(("p_kl",), {"vocab_topk": 1000}, seed=5),
+    "p_kl_many_entries": Case(("p_kl",), {"vocab_topk": 5}, vocab=150, top_k_entries=9, seed=6),
+    "p_kl_learnable": Case(("p_kl",), {"vocab_topk": 12, "temperature": 1.5}, learnable=True, seed=7),
+    "same": Case(("same",), {"vocab_topk": 12}, seed=8),
+    "same_reverse_temperature": Case(("same",), {"vocab_topk": 12, "reverse_kl": True, "temperature": 2.0}, seed=9),
+    "same_whole": Case(("same",), {"vocab_topk": 1000, "temperature": 2.0}, seed=10),
+    "top_k": Case(("top_k",), {"vocab_topk": 20, "temperature": 1.3}, seed=11),
+    "averaged": Case(("averaged",), {"temperature": 1.3}, seed=12),
+    "averaged_reverse": Case(("averaged",), {"reverse_kl": True}, seed=13),
+    "gold": Case(("gold",), {"uncommon_topk": 6}, seed=14),
+    "gold_all_uncommon": Case(("gold",), {"temperature": 0.7}, seed=15),
+    "h_kl": Case(("h_kl",), {"uncommon_topk": 6, "temperature": 2.0}, seed=16),
+    "h_kl_reverse": Case(("h_kl",), {"uncommon_topk": 6, "reverse_kl": True}, seed=17),
+    "h_kl_first": Case(("h_kl",), {"chunk_distribution": "first"}, seed=18),
+    "several": Case(("p_kl", "same", "gold"), {"vocab_topk": 12, "temperature": 1.5}, seed=19),
+    "two_p_kl": Case(("p_kl", "p_kl"), {"vocab_topk": 12}, coefficients=True, seed=20),
+    "two_h_kl": Case(("h_kl", "gold"), {"reverse_kl": True}, seed=21),
+    "no_teacher": Case((), {}, seed=22),
+    "hidden_p_kl": Case(("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=23),
+    "hidden_p_kl_learnable": Case(("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, learnable=True, seed=24),
+    "hidden_late": Case(("p_kl", "same"), {"vocab_topk": 12, "temperature": 2.0}, hidden=True, seed=25),
+    "hidden_capped": Case(
+        ("p_kl",), {"vocab_topk": 12}, hidden=True, coefficients=True, head={"softcap": 5.0, "scale": 0.5}, seed=26
+    ),
+    "hidden_gold": Case(("gold",), {"uncommon_topk": 6}, hidden=True, coefficients=True, head={"bias": True}, seed=27),
+    "hidden_several": Case(("same", "h_kl", "p_kl"), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=28),
+    "hidden_averaged": Case(("averaged",), {}, hidden=True, coefficients=True, seed=29),
+}
+
+
+def _formed(like: torch.Tensor, generator: torch.Generator, head: dict) -> HiddenLogits:
+    """Hidden states and an lm_head that form logits of the shape of `like`."""
+    b, t, v = like.shape
+    hidden, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((b, t, 16), (v, 16), (v,)))
+    return HiddenLogits(hidden, weight, bias if head.get("bias") else None, head.get("scale", 1.0), head.get("softcap"))
+
+
+def build(case: Case):
+    """Student (float64 leaves), input_ids, token_mask, sample_mask, resolved teachers, spec, coefficients."""
+    generator = torch.Generator().manual_seed(case.seed)
+    spec = LossSpec(mode="p_kl", **case.options)
+    logits, ids, mask, samples = random_batch(case.seed, case.batch, case.length, case.vocab)
+    student = _formed(logits, generator, case.head) if case.hidden else logits
+    teachers = []
+    for i, mode in enumerate(case.modes):
+        cross = mode in ("p_kl", "gold", "h_kl")
+        teacher = random_teacher(case.seed + 7 * i, case.batch, case.length, case.vocab, cross, mode=mode if cross else None)
+        if cross and case.top_k_entries != 3:
+            w = random_projection(generator, case.vocab, teacher.logits.shape[-1], case.top_k_entries)
+            w.indices[:] = torch.where(w.indices >= 0, w.indices % max(case.vocab // 4, 1), -1)  # columns that many tokens map to
+            teacher = replace(teacher, projection=w)
+        if case.hidden and mode != "top_k":
+            teacher = replace(teacher, logits=_formed(teacher.logits, generator, {}))
+        if mode == "top_k":
+            values, indices = teacher.logits.topk(8)
+            teacher = replace(teacher, logits=TopKLogits(values, indices, case.vocab))
+        if mode == "averaged":
+            other = random_teacher(case.seed + 50, case.batch, case.length, case.vocab, False).logits
+            teacher = replace(teacher, logits=AveragedLogits((teacher.logits, other), (0.3, 0.7)))
+        teachers.append(teacher)
+    teachers = resolve_teachers(teachers, ids, mask, spec)
+    n = len(teachers)
+    coefficients = Coefficients(torch.tensor(0.7), torch.arange(1, n + 1) * 0.3) if case.coefficients else None
+    return student, ids, mask, samples, teachers, spec, coefficients
+
+
+def _moved(x, device, dtype):
+    """Every floating tensor of a logits-like to `dtype`, all to `device`."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to(device, dtype if x.is_floating_point() else x.dtype)
+    if isinstance(x, HiddenLogits):
+        return replace(x, hidden=_moved(x.hidden, device, dtype), weight=_moved(x.weight, device, dtype), bias=None if x.bias is None else _moved(x.bias, device, dtype))  # fmt: skip  # noqa: E501
+    if isinstance(x, TopKLogits):
+        return replace(x, values=_moved(x.values, device, dtype), indices=x.indices.to(device))
+    return replace(x, parts=tuple(_moved(p, device, dtype) for p in x.parts))
+
+
+def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtype, inputs_dtype: torch.dtype | None = None):
+    """(TermSums, gradients) in `dtype`; inputs are rounded to `inputs_dtype` first. The graph is retained."""
+    student, ids, mask, samples, teachers, spec, coefficients = build(case)
+    if inputs_dtype is not None:
+        student = _moved(student, "cpu", inputs_dtype)
+        teachers = [replace(t, logits=_moved(t.logits, "cpu", inputs_dtype)) for t in teachers]
+    student = _moved(student, device, dtype)
+    leaves = (
+        [student]
+        if isinstance(student, torch.Tensor)
+        else [x for x in (student.hidden, student.weight, student.bias) if x is not None]
+    )
+    moved = []
+    for t in teachers:
+        fields = {k: getattr(t, k).to(device) for k in ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid", "chunk_exact") if getattr(t, k) is not None}  # fmt: skip  # noqa: E501
+        projection = t.projection
+        if projection is not None:
+            weights = projection.weights.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+            if case.learnable:
+                leaves.append(weights.requires_grad_())
+            projection = replace(projection, indices=projection.indices.to(device), weights=weights)
+        moved.append(replace(t, logits=_moved(t.logits, device, dtype), projection=projection, **fields))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    if coefficients is not None:
+        coefficients = Coefficients(coefficients.ce.to(device), coefficients.kd.to(device))
+    sums = implementation(student, ids.to(device), mask.to(device), samples.to(device), moved, spec, coefficients)
+    if coefficients is not None:
+        value = sums.total
+    else:
+        value = 0.7 * sums.ce + sum(0.3 * (i + 1) * kd for i, kd in enumerate(sums.kd))
+    (1.3 * value).backward(retain_graph=True)
+    return sums, [leaf.grad for leaf in leaves]
+
+
+def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative, by Frobenius norms."""
+    found, truth = found.detach().double().cpu(), truth.detach().double().cpu()
+    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def compare(case: Case, device: torch.device, dtype: torch.dtype, tolerance: float = 1e-5) -> None:
+    """The kernels on `device` in `dtype` against the plain path in float64 on the same numbers."""
+    from xtoken_core.losses.kernels import term_sums
+
+    found, gradients = evaluate(term_sums, case, device, dtype, inputs_dtype=dtype)
+    truth, expected = evaluate(plain.term_sums, case, torch.device("cpu"), torch.float64, inputs_dtype=dtype)
+    for name in ("ce", "kd", "correct", "common", "uncommon"):
+        a, b = getattr(found, name), getattr(truth, name)
+        assert a.shape == b.shape, name
+        assert torch.allclose(a.double().cpu(), b.double(), rtol=1e-5, atol=2e-6), (name, a, b)
+    _, plainly = evaluate(plain.term_sums, case, device, dtype)
+    for i, (a, b, c) in enumerate(zip(gradients, expected, plainly, strict=True)):
+        assert a.isfinite().all()
+        assert distance(a, b) < max(tolerance, 1.5 * distance(c, b)), (i, distance(a, b), distance(c, b))
+
+
+def compare_in_place(case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    """`overwrite`: bit for bit the same gradient, in the memory of the logits unless a gold or h_kl teacher reads them; then no second backward."""
+    from xtoken_core.losses.kernels import term_sums
+
+    _, [expected] = evaluate(term_sums, case, device, dtype)
+    seen = []
+
+    def overwriting(student, *rest):
+        sums = term_sums(student, *rest, overwrite=True)
+        seen.append((student, sums))
+        return sums
+
+    _, [found] = evaluate(overwriting, case, device, dtype)
+    assert torch.equal(found, expected)
+    [(student, sums)] = seen
+    if any(mode in ("gold", "h_kl") for mode in case.modes):
+        assert student.data_ptr() != found.data_ptr()
+        return
+    assert student.data_ptr() == found.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (sums.ce if sums.total is None else sums.total).backward()

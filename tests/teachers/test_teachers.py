@@ -1,0 +1,257 @@
+"""Teacher processes: what they hand over, in which order they run, and that they are gone afterwards. Real processes throughout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from tests.support.tiny import tiny_model
+from xtoken_core.errors import InputError
+from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits, distillation_loss, teacher_scores
+from xtoken_core.models import load_model
+from xtoken_core.spec import LossSpec
+from xtoken_core.teachers.handle import TeacherError, TeacherSetup
+from xtoken_core.teachers.pool import TeacherPool
+
+IDS = 380
+"""Of the tiny model's 400 rows: the rest plays padding."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("teacher"), 400)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(pool):
+    before, children = set(os.listdir("/dev/shm")), set(_children(os.getpid()))
+    yield
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_")]
+    assert {c for c in _children(os.getpid()) if b"spawn_main" in _command(c)} <= children
+
+
+def _children(pid):
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def setup(folder, name="teachers.0 (one)", **changes):
+    base = TeacherSetup(
+        name=name,
+        model=str(folder),
+        num_ids=IDS,
+        min_rows=IDS,
+        transport="hidden",
+        top_k=None,
+        residency="auto",
+        dtype=torch.float32,
+        attention="sdpa",
+        device=torch.device("cpu"),
+        threads=1,
+    )
+    return replace(base, **changes)
+
+
+def micro_batches(*shapes, seed=0):
+    generator = np.random.default_rng(seed)
+    return [{"input_ids": generator.integers(0, IDS, shape)} for shape in shapes]
+
+
+def own_logits(folder, batch):
+    with torch.no_grad():
+        return load_model(str(folder))(torch.from_numpy(batch["input_ids"])).logits[..., :IDS]
+
+
+def dense(logits):
+    if isinstance(logits, TopKLogits):
+        return torch.zeros(logits.shape, device=logits.values.device).scatter_(-1, logits.indices.long(), logits.values)
+    return logits.dense() if isinstance(logits, HiddenLogits) else logits
+
+
+@pytest.fixture(scope="module")
+def pool(folder):
+    """Three teachers of one model, each with another transport; the second stays where it is."""
+    score = LossSpec(mode="p_kl", weight_metric="ce")
+    setups = [
+        setup(folder, "hidden", residency="offload"),
+        setup(folder, "logits", transport="logits"),
+        setup(folder, "topk", transport="topk", top_k=IDS, residency="offload", scores=score),
+    ]
+    with TeacherPool(setups) as pool:
+        yield pool
+
+
+def scored(batches):
+    """The same micro-batches with what a score is made of; the second half of every row is masked."""
+    result = []
+    for batch in batches:
+        mask = np.ones(batch["input_ids"].shape, dtype=np.int64)
+        mask[:, mask.shape[1] // 2 :] = 0
+        names = {"input_ids": batch["input_ids"], "token_mask": mask, "token_bytes": mask.astype(np.int32)}
+        result.append(batch | {f"scored_{k}": v for k, v in names.items()} | {"sample_mask": np.ones(len(mask), np.float32)})
+    return result
+
+
+def run(pool, batches):
+    return pool.run([batches, batches, scored(batches)])
+
+
+def test_every_transport_hands_over_the_models_logits_and_gives_the_same_loss(folder, pool):
+    batches = micro_batches((2, 9), (1, 14))
+    losses = []
+    for given in run(pool, batches):
+        for batch, logits in zip(batches, given.logits):
+            torch.testing.assert_close(dense(logits), own_logits(folder, batch))
+        ids = torch.from_numpy(batches[0]["input_ids"])
+        student = torch.randn(2, 9, IDS, generator=torch.Generator().manual_seed(0))
+        ones, spec = torch.ones_like(ids), LossSpec(mode="p_kl", vocab_topk=50)
+        losses.append(distillation_loss(student, ids, ones, torch.ones(2), [TeacherBatch(given.logits[0])], spec).loss.item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_buffers_are_shared_anew_only_when_they_grow(folder, pool):
+    sizes, addresses, heads = [], [], []
+    for shape in ((2, 30), (1, 5), (2, 29), (3, 50), (2, 9)):
+        batch = micro_batches(shape)[0]
+        logits = run(pool, [batch])[0].logits[0]
+        torch.testing.assert_close(logits.dense(), own_logits(folder, batch))
+        sizes.append(pool.teachers[0].shared_bytes)
+        addresses.append(logits.hidden.data_ptr())
+        heads.append(logits.weight.data_ptr())
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3] == sizes[4]
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert addresses[3] == addresses[4]
+    assert len(set(heads)) == 1  # the lm_head is shared once
+    assert logits.weight.shape == (IDS, 32)
+
+
+def test_scores_are_those_of_the_teachers_own_logits(folder, pool):
+    batch = scored(micro_batches((2, 9)))[0]
+    given = run(pool, micro_batches((2, 9)))
+    ids, mask = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["scored_token_mask"])
+    expected = teacher_scores(own_logits(folder, batch), ids, mask, torch.ones(2), pool.teachers[2].setup.scores)
+    assert given[2].scores[0] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert given[0].scores == []
+
+
+def test_one_teacher_has_left_before_the_next_is_brought_in(pool):
+    for _ in range(2):
+        run(pool, micro_batches((2, 9)))
+        order = [(event.teacher, event.what) for event in pool.events]
+        visits = [("hidden", "onload"), ("hidden", "run"), ("hidden", "offload")]
+        assert order == [*visits, ("logits", "run"), *(("topk", what) for _, what in visits)]
+        assert all(a.started <= a.ended <= b.started for a, b in zip(pool.events, pool.events[1:]))
+
+
+def test_outputs_are_released_once_per_run(pool):
+    run(pool, micro_batches((1, 4)))
+    before = [t.releases for t in pool.teachers]
+    for _ in range(3):
+        run(pool, micro_batches((1, 4)))  # gives back the run before
+    assert [t.releases for t in pool.teachers] == [n + 3 for n in before]
+    pool.release()
+    pool.release()
+    assert [t.releases for t in pool.teachers] == [n + 4 for n in before]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_are_released_once_when_the_students_step_raises(folder, count):
+    pool = TeacherPool([setup(folder, f"t{i}") for i in range(count)])
+    with pytest.raises(ZeroDivisionError), pool:
+        pool.run([micro_batches((1, 4))] * count)
+        raise ZeroDivisionError
+    pool.close()
+    assert [t.releases for t in pool.teachers] == [1] * count
+
+
+def test_a_killed_teacher_ends_the_run_within_seconds(folder):
+    pool = TeacherPool([setup(folder, "teachers.0 (one)"), setup(folder, "teachers.1 (two)")])
+    last_words = r"^teachers\.1 \(two\): its process died \(SIGKILL, perhaps out of memory\)$"
+    with pytest.raises(TeacherError, match=last_words), pool:
+        pool.run([micro_batches((1, 4))] * 2)
+        pool.check()
+        started = time.monotonic()
+        os.kill(pool.teachers[1]._process.pid, signal.SIGKILL)
+        with pytest.raises(TeacherError, match=last_words):  # while the student works
+            while time.monotonic() - started < 10:
+                pool.check()
+        pool.run([micro_batches((1, 4))] * 2)  # and when it wants something of the teacher
+    assert time.monotonic() - started < 15
+    assert [t.releases for t in pool.teachers] == [2, 1]
+
+
+def test_a_teacher_that_fails_says_why(folder):
+    with pytest.raises(TeacherError, match=r"^teachers\.0 \(one\): IndexError: "), TeacherPool([setup(folder)]) as pool:
+        pool.run([[{"input_ids": np.full((1, 4), 10**6)}]])
+
+
+def test_a_missing_model_is_bad_input_and_ends_the_others_too(folder, tmp_path):
+    missing = setup(tmp_path / "none", "teachers.1 (gone)")
+    with pytest.raises(InputError, match=r"^teachers\.1 \(gone\): .*none: cannot load the model: no such file"):
+        TeacherPool([setup(folder), missing]).__enter__()
+
+
+def test_a_model_that_does_not_fit_is_named_once(folder, tmp_path):
+    with pytest.raises(InputError, match=rf"^teachers\.0 \(one\): {folder}: its lm_head has 400 rows, fewer than the 401 ids"):
+        TeacherPool([setup(folder, num_ids=401, min_rows=401)]).__enter__()
+    shape = {"vocab_size": 60, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=32)).save_pretrained(tmp_path)
+    mixing = setup(tmp_path, num_ids=60, min_rows=60, transport="logits", packed=True)
+    with pytest.raises(InputError, match=rf"^teachers\.0 \(one\): {tmp_path}: data\.packing: OPTForCausalLM"):
+        TeacherPool([mixing]).__enter__()
+
+
+INTERRUPTED = """
+import sys, time
+import numpy as np
+from tests.teachers.test_teachers import setup, micro_batches
+from xtoken_core.teachers.pool import TeacherPool
+
+if __name__ == "__main__":
+    with TeacherPool([setup(sys.argv[1], "t0")]) as pool:
+        pool.run([micro_batches((1, 4))])
+        print(*(t._process.pid for t in pool.teachers), flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_path, how):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    root = Path(__file__).parents[2]
+    student = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    teachers = [int(pid) for pid in student.stdout.readline().split()]
+    assert len(teachers) == 1
+    if how == signal.SIGINT:
+        os.killpg(student.pid, how)  # as a terminal does: teachers get it too
+    else:
+        student.send_signal(how)
+    student.wait(20)
+    deadline = time.monotonic() + 10
+    while any(b"spawn_main" in _command(pid) for pid in teachers):
+        assert time.monotonic() < deadline, "a teacher outlived its student"
+        time.sleep(0.1)

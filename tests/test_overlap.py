@@ -1,0 +1,181 @@
+"""Overlap of real vocabularies, the audit by class, and the mode it calls for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from components.overlap import compare
+from tests.support import assets
+from tests.test_alignment import make_table
+from xtoken_core.errors import InputError
+from xtoken_core.overlap import (
+    CLASSES,
+    Coverage,
+    audit,
+    compare_tokenizers,
+    overlap_figure,
+    overlap_matrix,
+    overlap_report,
+    resolve_mode,
+    token_classes,
+    vocabulary_overlap,
+)
+from xtoken_core.spec import DistillationSpec
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "coefficient"),
+    [
+        ("llama3", "qwen3", 0.8560),
+        ("llama3", "gemma3", 0.6753),
+        ("llama3", "o200k", 0.8066),
+        ("qwen3", "gemma3", 0.6329),
+        ("qwen3", "o200k", 0.6519),
+        ("gemma3", "o200k", 0.6552),
+    ],
+)
+def test_overlap_of_real_vocabularies(a: str, b: str, coefficient: float) -> None:
+    found = vocabulary_overlap(assets.table(a), assets.table(b))
+    assert round(found.coefficient, 4) == coefficient
+    assert found == vocabulary_overlap(assets.table(b), assets.table(a))
+    assert found.shared == sum(token in assets.table(b).ids_by_bytes for token in assets.table(a).ids_by_bytes)
+
+
+def test_overlap_counts_distinct_bytes_of_ordinary_tokens() -> None:
+    left = make_table([b"a", b"b", b"b", b"<s>"], special=(3,))
+    right = make_table([b"b", b"c", b"d", b"<s>"], special=(3,))
+    assert (vocabulary_overlap(left, right).shared, vocabulary_overlap(left, right).coefficient) == (1, 0.5)
+    assert vocabulary_overlap(left, make_table([])).coefficient == 0.0
+
+
+def test_classes_of_tokens() -> None:
+    expected = {
+        b"12": ["digits", "two_digit_numbers"],
+        b"123": ["digits", "three_digit_numbers"],
+        b"1": ["digits", "single_character"],
+        b" 7": ["digits"],
+        b" the": ["letters"],
+        "ña".encode(): ["letters"],
+        b"  \n": ["whitespace"],
+        b" ": ["whitespace", "single_character"],
+        b" !=": ["punctuation"],
+        b"x1": ["other"],
+        b"\xe4\xb8": ["other"],
+        "中".encode(): ["letters", "single_character"],
+        "١٢".encode(): ["digits"],  # not the ASCII numbers
+    }
+    assert {token: token_classes(token) for token in expected} == expected
+
+
+def test_audit_counts_by_class() -> None:
+    coverage = audit(make_table([b"12", b"34", b" a", b"b", b"!"]), make_table([b"12", b" a", b"z"]))
+    assert list(coverage) == list(CLASSES)
+    assert coverage["two_digit_numbers"] == Coverage(2, 1) and coverage["letters"] == Coverage(2, 1)
+    assert coverage["punctuation"] == Coverage(1, 0) and coverage["three_digit_numbers"].share == 1.0
+    partition = CLASSES[:5]
+    assert sum(coverage[name].tokens for name in partition) == 5
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "mode", "reason"),
+    [
+        ("llama3", "qwen3", "p_kl", "0 of 100 two-digit numbers and 0 of 1000 three-digit numbers"),
+        ("llama3", "o200k", "h_kl", "100 of 100 two-digit numbers and 1000 of 1000 three-digit numbers"),
+        ("llama3", "claude", "h_kl", "989 of 1000"),
+        ("smollm2", "llama3", "h_kl", "no tokens for two- or three-digit numbers"),
+        ("deepseek", "gemma3", "p_kl", "0 of 100"),
+    ],
+)
+def test_mode_of_real_pairs(student: str, teacher: str, mode: str, reason: str) -> None:
+    found, why = resolve_mode(audit(assets.table(student), assets.table(teacher)))
+    assert found == mode and reason in why
+
+
+def test_mode_at_the_limit_and_with_an_empty_class() -> None:
+    numbers = [f"{i:02}".encode() for i in range(100)]
+    full = make_table(numbers)
+    assert resolve_mode(audit(full, make_table(numbers[:95])))[0] == "h_kl"
+    assert resolve_mode(audit(full, make_table(numbers[:94])))[0] == "p_kl"
+
+
+def spec(*teachers: dict) -> DistillationSpec:
+    return DistillationSpec.from_text(
+        json.dumps(
+            {
+                "name": "test",
+                "student": {"model": "student", "tokenizer": str(assets.tokenizer_folder("gpt2"))},
+                "teachers": [{"model": "teacher", **teacher} for teacher in teachers],
+                "data": {"train": ["x"]},
+                "output": {"uri": "x"},
+            }
+        )
+    )
+
+
+def test_report_of_a_spec() -> None:
+    gpt2, mistral = (str(assets.tokenizer_folder(name)) for name in ("gpt2", "mistral"))
+    report = overlap_report(
+        spec(
+            {"id": "other", "tokenizer": mistral, "projection": {}},
+            {"id": "same", "tokenizer": gpt2},
+            {"id": "set", "tokenizer": mistral, "projection": {}, "mode": "gold"},
+        )
+    )
+    assert json.loads(json.dumps(report)) == report
+    modes = {name: teacher["mode"] for name, teacher in report["teachers"].items()}
+    assert modes == {"other": "p_kl", "same": "same_vocabulary", "set": "gold"}
+    other = report["teachers"]["other"]
+    assert "0 of 100 two-digit numbers" in other["reason"]
+    assert other["coverage"]["two_digit_numbers"] == {"tokens": 100, "covered": 0, "share": 0.0}
+    assert other["size"] == 32000 and report["student"]["fingerprint"] == assets.SOURCES["gpt2"].fingerprint
+    c = vocabulary_overlap(assets.table("gpt2"), assets.table("mistral")).coefficient
+    assert report["matrix"]["names"] == ["student", "other", "same", "set"]
+    assert report["matrix"]["coefficient"] == [[1, c, 1, c], [c, 1, c, 1], [1, c, 1, c], [c, 1, c, 1]]
+
+
+def test_a_teacher_of_another_vocabulary_needs_a_projection() -> None:
+    with pytest.raises(InputError) as caught:
+        overlap_report(spec({"id": "other", "tokenizer": str(assets.tokenizer_folder("mistral"))}))
+    for part in ("teachers.0 (other)", assets.SOURCES["gpt2"].fingerprint, assets.SOURCES["mistral"].fingerprint):
+        assert part in str(caught.value)
+
+
+def test_heat_map() -> None:
+    tables = [make_table([b"a", b"b"]), make_table([b"b", b"c", b"d"]), make_table([b"c"])]
+    matrix = overlap_matrix(tables)
+    assert matrix.tolist() == [[1.0, 0.5, 0.0], [0.5, 1.0, 1.0], [0.0, 1.0, 1.0]]
+    axes = overlap_figure(["a", "b", "c"], matrix).axes[0]
+    assert [text.get_text() for text in axes.texts] == [
+        "1.000",
+        ".500",
+        ".000",
+        ".500",
+        "1.000",
+        "1.000",
+        ".000",
+        "1.000",
+        "1.000",
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_many_tokenizers_at_once(tmp_path: Path) -> None:
+    names = ["smollm2", "mistral", "gpt2"]
+    found = compare_tokenizers([str(assets.tokenizer_folder(name)) for name in names], tmp_path / "out")
+    assert found == json.loads((tmp_path / "out/overlap.json").read_text())
+    assert found["names"] == names and found["fingerprints"] == [assets.SOURCES[name].fingerprint for name in names]
+    pairs = [[vocabulary_overlap(assets.table(a), assets.table(b)).coefficient for a in names] for b in names]
+    assert found["coefficient"] == [[round(c, 4) for c in row] for row in pairs]
+    assert (tmp_path / "out/overlap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_that_compares(tmp_path: Path) -> None:
+    folders = [str(assets.tokenizer_folder(name)) for name in ("mistral", "gpt2")]
+    result = CliRunner().invoke(compare, [*folders, "--output", str(tmp_path)], catch_exceptions=False)
+    coefficient = vocabulary_overlap(assets.table("mistral"), assets.table("gpt2")).coefficient
+    assert result.output == f"mistral 1.0000 {coefficient:.4f}\ngpt2    {coefficient:.4f} 1.0000\n"
+    assert (tmp_path / "overlap.png").exists()

@@ -1,0 +1,134 @@
+"""TensorBoard, Weights & Biases (offline) and MLflow (SQLite) get what log.jsonl gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.training_run import changed, prepare, steps
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.training import trackers
+from xtoken_core.workflow.resolve import resolve
+
+pytest.importorskip("wandb")
+mlflow = pytest.importorskip("mlflow")
+
+ROOT = Path(__file__).parents[2]
+SERIES = ("loss", "ce", "kd", "kd_other", "kd_same", "weight_other", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def train(values: dict, folder: Path, out: Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A training in a process of its own, in the folder `cwd`, with no tracker's settings but `environment`."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
+    settings = {"PYTHONPATH": str(ROOT), "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "tests.support.training_run", json.dumps(values), str(folder), str(out)]
+    return subprocess.run(command, cwd=cwd, env=plain | settings, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    section = {"max_steps": 3, "eval_steps": 3, "report_to": ["tensorboard", "wandb", "mlflow"]}
+    return folder, prepare(folder, loss={"weight_metric": "ce"}, training=section)
+
+
+@pytest.fixture(scope="module")
+def tracked(values):
+    """The folder that a tracked training wrote."""
+    folder, spec = values
+    cwd, out = folder / "cwd", folder / "out"
+    cwd.mkdir()
+    done = train(spec, folder, out, cwd, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    assert list(cwd.iterdir()) == []
+    return out
+
+
+def expected(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """The series of log.jsonl."""
+    return {name: [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps(out)] for name in SERIES}
+
+
+def wandb_records(path: Path) -> list:
+    """The records of an offline run's file: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, records, parts = path.read_bytes(), 7, [], b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_offline(tracked):
+    [file] = tracked.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(file)
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.project, run.display_name) == ("xtoken", "student from other + same")
+    told = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert told["loss"]["weight_metric"] == "ce" and [t["id"] for t in told["teachers"]] == ["other", "same"]
+    lines = []
+    for record in records:
+        if record.HasField("history"):
+            lines.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    for name, series in expected(tracked).items():
+        assert [(line["train/global_step"], line[f"train/{name}"]) for line in lines if f"train/{name}" in line] == series
+    assert sum("eval/validation_bits_per_byte" in line for line in lines) == 2
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def test_mlflow_in_a_database_of_the_run(tracked):
+    client = mlflow.tracking.MlflowClient(f"sqlite:///{tracked}/mlflow.db")
+    [run] = client.search_runs(["0"])
+    assert (run.info.run_name, run.info.status) == ("student from other + same", "FINISHED")
+    assert json.loads(run.data.tags["spec"])["training"]["max_steps"] == 3
+    for name, series in expected(tracked).items():
+        assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == series
+    assert len(client.get_metric_history(run.info.run_id, "eval_validation_bits_per_byte")) == 2
+
+
+def test_tensorboard(tracked):
+    events = EventAccumulator(str(tracked / "tensorboard")).Reload()
+    for name, series in expected(tracked).items():
+        assert [(e.step, e.value) for e in events.Scalars(f"train/{name}")] == series
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_runs(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "mlflow" else name)
+    spec = DistillationSpec.model_validate(changed(values[1], output={"uri": str(tmp_path / "out")}))
+    line = r"^training.report_to: mlflow is not installed: pip install mlflow-skinny \(or 'xtoken-pipelines\[tracking\]'\)$"
+    with pytest.raises(InputError, match=line):
+        resolve(spec.to_json())
+
+
+def test_an_unknown_tracker_is_bad_input(values):
+    with pytest.raises(InputError, match=r"training.report_to.0: .*'tensorboard', 'wandb' or 'mlflow'"):
+        DistillationSpec.from_text(json.dumps(changed(values[1], training={"report_to": ["wandbb"]})))
+
+
+def test_a_tracker_that_refuses_is_one_line(values, tmp_path):
+    """W&B without a key, MLflow without a server to be had."""
+    folder, spec = values
+    for name, environment in (
+        ("wandb", {"WANDB_MODE": "online"}),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
+    ):
+        refused = train(changed(spec, training={"report_to": [name]}), folder, tmp_path / name, tmp_path, **environment)
+        last = refused.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"xtoken_core.errors.InputError: training.report_to: {name}: "), refused.stderr

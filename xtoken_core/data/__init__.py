@@ -1,0 +1,1 @@
+"""Documents to batches: reading, chats, rows, Arrow, collation."""

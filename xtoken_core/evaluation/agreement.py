@@ -1,0 +1,124 @@
+"""How far a student and a teacher predict the same, on rows that both can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xtoken_core.data.batch import Collator
+from xtoken_core.data.prepare import load_rows
+from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
+from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.projection import Projection
+from xtoken_core.spec import DistillationSpec, TeacherSpec
+from xtoken_core.tokenization import TokenTable, load_tokenizer
+
+BATCH_TOKENS = 1024
+"""About how many positions get full logits at a time."""
+
+
+@torch.no_grad()
+def agreement(
+    spec: DistillationSpec,
+    student: PreTrainedModel,
+    rows_folder: str | Path,
+    projections: dict[str, Path | str],
+    modes: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    """What each teacher and the student have in common, by teacher id.
+
+    `kl`: the loss's own divergence, nats per chunk, or per token with the student's vocabulary. `top1`: at how many of the
+    places where both begin a chunk (or token) their first choices are the same; of two vocabularies, where the teacher's is
+    the first piece of the student's in W. `chunks`: how many were compared. `mode`: the loss mode.
+
+    Args:
+        spec: student, teachers and loss are read; each teacher counts by itself, whatever the aggregation.
+        student: on its device.
+        rows_folder: what `prepare_rows` wrote for validation.
+        projections: file of W by id of each teacher of another vocabulary.
+        modes: p_kl, h_kl or gold by teacher id.
+    """
+    alone = {"aggregation": "sum", "weight_metric": None, "normalize_by_vocab": False, "dynamic_scaling": False}
+    loss = spec.loss.model_copy(update=alone)
+    rows, collate = load_rows(rows_folder), Collator.for_rows(spec, rows_folder)
+    table = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
+    student_ids = vocabulary_rows(student, len(table), table.min_rows, "student")
+    size = max(1, BATCH_TOKENS // spec.data.max_length)
+    results = {}
+    for index, teacher in enumerate(spec.teachers):
+        model, other_ids, projection = _load(teacher, student, table, projections, spec.training.attention)
+        own_ids = student_ids
+        if projection is None:  # the ids that both have a row for
+            own_ids = other_ids = min(student_ids, other_ids)
+        mode = modes[teacher.id] if teacher.cross_tokenizer else None
+        counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        same = places = 0
+        for start in range(0, len(rows), size):
+            batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.device)
+            theirs = batch["teachers"][index] or batch
+            # full logits, formed once: both comparisons read them
+            own = head_logits(student, final_hidden(student, batch["input_ids"]), own_ids).dense()
+            other = head_logits(model, final_hidden(model, theirs["input_ids"]), other_ids).dense()
+            fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
+            seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
+            inputs = batch["input_ids"], batch["token_mask"], batch["sample_mask"], [seen], loss
+            part = batch_counts(*inputs)
+            counts += part.cpu()
+            sums += loss_sums(own, *inputs, StepTotals.from_sums(part, [seen], loss)).cpu()
+            agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch["token_mask"])
+            same, places = same + int(agrees.sum()), places + len(agrees)
+        totals = StepTotals.from_sums(counts, [seen], loss)
+        results[teacher.id] = {
+            "kl": float(loss_metrics(sums, totals, loss)["kl_loss_t0"]),
+            "top1": same / max(places, 1),
+            "chunks": int(totals.kd_counts[0]),
+            "mode": mode or "same_vocabulary",
+        }
+    return results
+
+
+def _load(
+    teacher: TeacherSpec, student: PreTrainedModel, student_table: TokenTable, projections: dict[str, Path | str], attention: str
+) -> tuple[PreTrainedModel, int, Projection | None]:
+    """The teacher's model beside the student's, how many rows of its lm_head count, and W."""
+    table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
+    model = load_model(teacher.model, student.dtype, attention)
+    model.to(student.device)  # type: ignore[arg-type]  # transformers wraps it untyped
+    ids = vocabulary_rows(model, len(table), table.min_rows, f"teacher {teacher.id}")
+    if not teacher.cross_tokenizer:
+        return model, ids, None
+    projection = Projection.load(projections[teacher.id], student_table.fingerprint, table.fingerprint)
+    return model, ids, projection.to(student.device)
+
+
+def _same_choice(student: Tensor, teacher: Tensor, seen: TeacherBatch, token_mask: Tensor) -> Tensor:
+    """bool [n]: whether both put the same token first, at each place that both predict; student, teacher: first choices [B, T]."""
+    if seen.projection is None:
+        return (student == teacher)[:, :-1][token_mask[:, 1:] != 0]
+    assert seen.student_chunk_id is not None and seen.teacher_chunk_id is not None and seen.chunk_valid is not None
+    same = []
+    for b, valid in enumerate(seen.chunk_valid):
+        chunks = valid.nonzero()[:, 0]
+        # the row before a chunk's first token predicts it
+        own, other = (_first(ids[b], chunks) - 1 for ids in (seen.student_chunk_id, seen.teacher_chunk_id))
+        same.append(seen.projection.indices[student[b, own], 0] == teacher[b, other])
+    return torch.cat(same)
+
+
+def _first(ids: Tensor, chunks: Tensor) -> Tensor:
+    """[n]: position of the first token of each chunk in ids [T], which ascend but for -1 outside chunks."""
+    inside = (ids >= 0).nonzero()[:, 0]
+    return inside[torch.searchsorted(ids[inside].contiguous(), chunks)]
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on another device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return [_moved(value, device) for value in batch] if isinstance(batch, list) else batch

@@ -1,0 +1,226 @@
+"""What a model is worth: bits per byte of held-out text, agreement with teachers, benchmarks, samples of its text.
+
+How two results differ, and whether by more than the noise: `report.verdict`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from xtoken_core import storage
+from xtoken_core.data.chat import ChatTokenizer
+from xtoken_core.data.documents import Document, read_documents
+from xtoken_core.data.rows import Side
+from xtoken_core.errors import InputError
+from xtoken_core.evaluation.agreement import agreement
+from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
+from xtoken_core.evaluation.intervals import ratio_interval
+from xtoken_core.models import load_model, prune_layers
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.tokenization import load_tokenizer, row_bos
+
+SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
+
+
+def evaluate(
+    spec: DistillationSpec,
+    who: str,
+    model: str | Path | None,
+    out_path: str | Path,
+    rows: str | Path | None = None,
+    projections: dict[str, Path | str] | None = None,
+    modes: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Measures one model by what `spec.evaluation` asks for; writes the result to `out_path` as JSON and returns it.
+
+    Keys of the result: who, model, window, stride (tokens), seconds, tokens_per_second (of bits per byte), and where measured
+    bits_per_byte (total, low, high; per_corpus, the same with documents and bytes; documents: corpus, bits and bytes of each),
+    agreement (see `agreement`), tasks (see `benchmarks`), samples (prompt, text, reference).
+
+    Args:
+        spec: the run; a teacher's evaluation needs only that teacher in it.
+        who: teacher-ID, student_before, or a trained student (student_after_best, baseline_last, ...).
+        model: folder or reference of a trained student, else None: the spec names it.
+        out_path: file to write.
+        rows: folder that holds the validation rows in `validation`, for the agreement of a student; None: none is measured.
+        projections: file of W by teacher id, for the agreement.
+        modes: loss mode by teacher id, for the agreement.
+
+    Raises InputError.
+    """
+    started = time.perf_counter()
+    loaded, tok, reference = load_for(spec, who, model)
+    window = spec.evaluation.window or spec.data.max_length
+    stride = max(1, window // 2)
+    result: dict[str, Any] = {"who": who, "model": reference, "window": window, "stride": stride}
+    student = not who.startswith("teacher-")
+    if spec.measures_bits:
+        documents = held_out(spec)
+        measured = time.perf_counter()
+        result["bits_per_byte"], tokens = measure_bits(spec, loaded, tok, documents, window, stride)
+        result["tokens_per_second"] = tokens / (time.perf_counter() - measured)
+        if student:
+            result["samples"] = samples(loaded, tok, documents)
+    validation = rows and Path(rows) / "validation"
+    if student and validation and validation.exists():
+        result["agreement"] = agreement(spec, loaded, validation, projections or {}, modes or {})
+    if spec.evaluation.tasks:
+        from xtoken_core.evaluation.harness import run_tasks
+
+        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, reference if _as_it_lies(spec, who, reference) else None)
+    result["seconds"] = time.perf_counter() - started
+    Path(out_path).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    return result
+
+
+def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
+    """The model (on the GPU, in bfloat16, if there is one), its tokenizer, and where it is from. Raises InputError."""
+    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+    layers = None
+    if model is not None:
+        reference, tokenizer = str(model), None
+    elif who == "student_before":
+        reference, tokenizer, layers = spec.student.model, spec.student.tokenizer, spec.student.keep_layers
+    else:
+        teacher = next((t for t in spec.teachers if who == f"teacher-{t.id}"), None)
+        if teacher is None:
+            raise InputError(f"who: {who}: neither teacher-ID of a teacher, nor student_before, nor a model given")
+        reference, tokenizer = teacher.model, teacher.tokenizer
+    tok = load_tokenizer(reference, tokenizer)
+    loaded = load_model(reference, dtype, spec.training.attention)
+    if layers is not None:
+        loaded = prune_layers(loaded, layers)
+    loaded.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
+    return loaded, tok, reference
+
+
+def _as_it_lies(spec: DistillationSpec, who: str, reference: str) -> bool:
+    """Whether another program that loads the reference gets the same model and tokenizer."""
+    changed: tuple[Any, ...] = {
+        "student_before": (spec.student.tokenizer, spec.student.keep_layers),
+        **{f"teacher-{teacher.id}": (teacher.tokenizer,) for teacher in spec.teachers},
+    }.get(who, ())
+    return not any(changed) and not storage.is_remote(reference) and not reference.endswith(".gguf")
+
+
+def held_out(spec: DistillationSpec) -> list[Document]:
+    """The documents to measure on: `evaluation.texts`, else `data.validation`. Raises InputError for no text in them."""
+    uris = spec.evaluation.texts or spec.data.validation
+    documents = [document for document in read_documents(uris, spec.data) if document.content]
+    if not documents:
+        raise InputError(f"{'evaluation.texts' if spec.evaluation.texts else 'data.validation'}: no text")
+    return documents
+
+
+# ------------------------------------------------------------------------------------------------------ bits per byte
+
+
+def measure_bits(
+    spec: DistillationSpec,
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerFast,
+    documents: Sequence[Document],
+    window: int,
+    stride: int,
+) -> tuple[dict[str, Any], int]:
+    """The `bits_per_byte` of a result, and how many tokens it took."""
+    ids, counted, sizes = _tokens(spec, tok, documents)
+    nats = token_nats(model, ids, opener_of(tok), row_bos(tok), window, stride)
+    bits = np.array([float(n[c].sum()) for n, c in zip(nats, counted)]) / np.log(2)
+    corpora = np.array([document.corpus for document in documents])
+    return {
+        **bits_interval(bits, sizes),
+        "per_corpus": {
+            name: bits_interval(bits[here], sizes[here]) | {"documents": int(here.sum()), "bytes": int(sizes[here].sum())}
+            for name in sorted(set(corpora.tolist()))
+            for here in [corpora == name]
+        },
+        "documents": {"corpus": corpora.tolist(), "bits": bits.tolist(), "bytes": sizes.tolist()},
+    }, sum(map(len, ids))
+
+
+def _tokens(
+    spec: DistillationSpec, tok: PreTrainedTokenizerFast, documents: Sequence[Document]
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Per document its ids, which of them count (bool), and the bytes they stand for: all of a text, a chat's targets."""
+    side = Side.of("the model", "student", tok)
+    if spec.data.format == "text":
+        ids = side.encode([document.content for document in documents])
+        sizes = np.array([len(document.content.encode()) for document in documents])
+        return ids, [np.ones(len(i), bool) for i in ids], sizes
+    chats = ChatTokenizer([side], spec.data.assistant_only)([document.content for document in documents])
+    for document, chat in zip(documents, chats):
+        if isinstance(chat, str):
+            raise InputError(f"{document.source}: {chat}")
+    usable = [chat for chat in chats if not isinstance(chat, str)]
+    # a token that ends a turn is a target, but no text
+    counted = [(chat.targets[0] > 0) & (chat.widths[0] > 0) for chat in usable]
+    sizes = np.array([int(chat.widths[0][c].sum()) for chat, c in zip(usable, counted)])
+    return [chat.ids[0] for chat in usable], counted, sizes
+
+
+def bits_interval(bits: np.ndarray, sizes: np.ndarray) -> dict[str, float | None]:
+    """Bits per byte over documents [N] with its 95 % bootstrap interval over them: total, low, high.
+
+    None for one document: how much its parts differ tells how even it is, and not how other documents would come out.
+    """
+    low, high = ratio_interval(bits, sizes) if len(bits) > 1 else (None, None)
+    return {"total": float(bits.sum() / sizes.sum()), "low": low, "high": high}
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+@torch.no_grad()
+def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[dict[str, str]]:
+    """Greedy continuations of the first held-out texts of each corpus in turn: prompt, text, reference.
+
+    The prompt is a text's beginning, or a chat up to the assistant's first answer.
+    """
+    results = []
+    for document in _one_of_each(documents)[:SAMPLES]:
+        prompt, reference = _prompt(tok, document)
+        bos = row_bos(tok)
+        ids = tok(prompt, add_special_tokens=False)["input_ids"]
+        if isinstance(document.content, str) and bos is not None:
+            ids = [bos, *ids]
+        inputs = torch.tensor([ids], device=model.device)
+        output = model.generate(  # type: ignore[operator]
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+        )
+        text = str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+        results.append({"prompt": prompt, "text": text, "reference": reference})
+    return results
+
+
+def _one_of_each(documents: Sequence[Document]) -> list[Document]:
+    """Documents, the first of every corpus first, then the second of every corpus, and so on."""
+    rank: dict[str, int] = {}
+    keyed: list[tuple[int, int, Document]] = []
+    for document in documents:
+        keyed.append((rank.get(document.corpus, 0), len(keyed), document))
+        rank[document.corpus] = rank.get(document.corpus, 0) + 1
+    return [document for _, _, document in sorted(keyed, key=lambda k: k[:2])]
+
+
+def _prompt(tok: PreTrainedTokenizerFast, document: Document) -> tuple[str, str]:
+    if isinstance(document.content, str):
+        text = document.content
+        cut = text.rfind(" ", 1, PROMPT_CHARACTERS)  # the next word begins with its space
+        cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
+        return text[:cut], text[cut : cut + PROMPT_CHARACTERS]
+    asked = next((i for i, m in enumerate(document.content) if m["role"] == "assistant"), len(document.content))
+    prompt = str(tok.apply_chat_template(document.content[:asked], tokenize=False, add_generation_prompt=True))
+    return prompt, document.content[asked]["content"][:PROMPT_CHARACTERS] if asked < len(document.content) else ""

@@ -1,0 +1,214 @@
+"""A teacher in a process of its own: the process, and the student's handle of it.
+
+The two talk over a pipe in strict turns: the student sends a command, the teacher does it and replies. Outputs travel
+through the shared buffers of `transport`, never through the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from xtoken_core.errors import InputError
+from xtoken_core.losses.types import HiddenLogits, TopKLogits
+from xtoken_core.spec import LossSpec
+from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
+
+Logits = Tensor | HiddenLogits | TopKLogits
+Inputs = dict[str, np.ndarray]
+"""One micro-batch of a teacher: input_ids [R, L], and of packed rows position_ids [R, L]. For scores also sample_mask [B],
+scored_input_ids, scored_token_mask and scored_token_bytes [B, T], and of packed rows gather [B, T]: where in R * L each token lies."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The process group of one teacher's processes, one on each rank: each holds a share of the weights (FSDP2)."""
+
+    address: str
+    """host:port at which they meet."""
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TeacherSetup:
+    """Everything a teacher process needs to begin."""
+
+    name: str
+    """As errors call it: `teachers.0 (qwen)`."""
+    model: str
+    num_ids: int
+    """Ids of its tokenizer, or the fewer that the student of the same vocabulary has rows for; the lm_head's rows beyond are dropped."""
+    min_rows: int
+    """Rows that its lm_head must have (`TokenTable.min_rows`)."""
+    transport: str
+    top_k: int | None
+    residency: str
+    dtype: torch.dtype
+    attention: str
+    device: torch.device
+    threads: int
+    packed: bool = False
+    """Whether its rows hold several documents."""
+    shards: Shards | None = None
+    """Set where the weights are spread over the teachers of all ranks."""
+    scores: LossSpec | None = None
+    """Set where the loss weights or selects teachers: what to score the teacher by."""
+
+
+class TeacherError(RuntimeError):
+    """A teacher process failed or died; the message holds its last words."""
+
+
+# ------------------------------------------------------------------------------------------------- in the teacher
+
+
+def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
+    """Body of a teacher process: serves commands until it is told to close or the student is gone."""
+    student = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
+    torch.set_num_threads(setup.threads)
+    try:
+        from xtoken_core.teachers.worker import TeacherServer  # imports transformers: seconds in which errors are reported too
+
+        server = TeacherServer(setup)
+        pipe.send(("done", _stamped(time.monotonic(), server.describe())))
+        while (message := pipe.recv())[0] != "close":
+            command, arguments = message
+            started = time.monotonic()
+            pipe.send(("done", _stamped(started, getattr(server, command)(*arguments))))
+    except (EOFError, BrokenPipeError):
+        for process in (student, os.getpid()):
+            remove_traces(process)  # the student is gone and cannot
+        os._exit(0)  # torch would miss its counters
+    except InputError as e:
+        pipe.send(("bad input", str(e)))
+    except BaseException as e:
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(e).__name__}: {e}"))
+
+
+def _stamped(started: float, result: dict[str, Any]) -> dict[str, Any]:
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"started": started, "ended": time.monotonic(), "host_bytes": memory, **result}
+
+
+# ------------------------------------------------------------------------------------------------- in the student
+
+
+class Teacher:
+    """The student's handle of one teacher process."""
+
+    def __init__(self, setup: TeacherSetup):
+        self.setup = setup
+        self.resident = False
+        self.releases = 0
+        """How often outputs of this teacher have been given back: once per run."""
+        self._leased = False
+        self._inbox = Inbox()
+        context = mp.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=teacher_main, args=(theirs, setup), name=setup.name, daemon=True)
+        self._process.start()
+        theirs.close()  # so that reading ends when the teacher does
+
+    def wait_ready(self) -> None:
+        """Waits until the model is loaded. Raises InputError or TeacherError with the teacher's last words."""
+        self.info = self._reply()
+
+    def call(self, command: str, *arguments: Any) -> dict[str, Any]:
+        """Sends a command (a method of TeacherServer) and waits for the result, with `started` and `ended` (monotonic s)."""
+        with contextlib.suppress(OSError):  # dead: its reply says why
+            self._pipe.send((command, arguments))
+        return self._reply()
+
+    def run(self, inputs: Sequence[Inputs]) -> tuple[list[Logits], dict[str, Any]]:
+        """Runs micro-batches through the teacher. The outputs are valid until `release`."""
+        self.release()
+        result = self.call("run", inputs)
+        self._leased = True
+        return self._outputs(result["shapes"]), result
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the buffers that both processes map."""
+        return self._inbox.nbytes
+
+    def release(self) -> None:
+        """Gives the outputs of the last run back, once."""
+        if self._leased:
+            self._leased = False
+            self.releases += 1
+
+    def check(self) -> None:
+        """Raises TeacherError if the process is no longer alive."""
+        if not self._process.is_alive():
+            self._reply()
+
+    def close(self) -> None:
+        """Ends the process and unmaps its buffers. Harmless when repeated."""
+        self.release()
+        self._inbox.close()
+        if self._pipe.closed:
+            return
+        with contextlib.suppress(OSError):
+            self._pipe.send(("close", ()))
+        for end in (lambda: None, self._process.terminate, self._process.kill):
+            end()
+            self._process.join(5)
+            if self._process.exitcode is not None:
+                break
+        self._pipe.close()
+        if self._process.pid is not None:
+            remove_traces(self._process.pid)
+
+    def _reply(self) -> dict[str, Any]:
+        wait([self._pipe, self._process.sentinel])
+        kind: str = "dead"
+        result: Any = ""
+        try:
+            if self._pipe.poll():
+                kind, result = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            pass
+        if kind == "bad input":
+            raise InputError(f"{self.setup.name}: {result}")
+        if kind == "failed":
+            raise TeacherError(f"{self.setup.name}: {result}")
+        if kind == "dead":
+            self._process.join(5)
+            raise TeacherError(f"{self.setup.name}: its process died ({_cause(self._process.exitcode)})")
+        self._inbox.receive(result.pop("handles", {}))
+        return result
+
+    def _outputs(self, shapes: list[Shape]) -> list[Logits]:
+        dtype, rows, tensors = self.setup.dtype, self.info["rows"], self._inbox.tensors
+        if self.setup.transport == "logits":
+            return list(tensors("logits", shapes, dtype))
+        if self.setup.transport == "topk":
+            values, indices = tensors("values", shapes, dtype), tensors("indices", shapes, torch.int32)
+            return [TopKLogits(v, i, rows) for v, i in zip(values, indices)]
+        head = self.info["head"]
+        (weight,) = tensors("head", [head["shape"]], dtype)
+        bias = tensors("bias", [head["shape"][:1]], dtype)[0][:rows] if head["bias"] else None
+        return [HiddenLogits(h, weight[:rows], bias, head["scale"], head["softcap"]) for h in tensors("hidden", shapes, dtype)]
+
+
+def _cause(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name

@@ -1,0 +1,1 @@
+"""A spec to a trained student: the step, the trainer, checkpoints, logs."""

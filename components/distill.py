@@ -42,7 +42,8 @@ def distill(
         projection_6: W of teacher 6.
         projection_7: W of teacher 7.
     """
-    from xtoken_core.workflow.resolve import own_folder, step
+    from xtoken_core.workflow.step import step
+    from xtoken_core.workflow.versions import own_folder
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):

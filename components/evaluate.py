@@ -40,7 +40,7 @@ def evaluate(
         projection_6: W of teacher 6.
         projection_7: W of teacher 7.
     """
-    from xtoken_core.workflow.resolve import step
+    from xtoken_core.workflow.step import step
 
     slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step(f"evaluate {who}", result):

@@ -25,11 +25,11 @@ def overlap(spec: str, report: Output[Artifact]) -> NamedTuple("Outputs", [("mod
     import json
     from pathlib import Path
 
-    from xtoken_core.workflow.resolve import step
+    from xtoken_core.workflow.step import step
 
     with step("overlap", report):
-        from xtoken_core.overlap import overlap_report
         from xtoken_core.spec import DistillationSpec
+        from xtoken_core.workflow.vocabularies import overlap_report
 
         audit = overlap_report(DistillationSpec.from_text(spec))
         Path(report.path).write_text(json.dumps(audit, ensure_ascii=False), encoding="utf-8")
@@ -41,7 +41,7 @@ def overlap(spec: str, report: Output[Artifact]) -> NamedTuple("Outputs", [("mod
 @click.option("--output", required=True, metavar="FOLDER", help="For overlap.json and the heat map, overlap.png.")
 def compare(tokenizers: tuple[str, ...], output: str) -> None:
     """Compare the vocabularies of any number of tokenizers, each with each."""
-    from xtoken_core.overlap import compare_tokenizers
+    from xtoken_core.workflow.vocabularies import compare_tokenizers
 
     found = compare_tokenizers(tokenizers, output)
     width = max(map(len, found["names"]))

@@ -18,7 +18,7 @@ def prepare(spec: str, rows: Output[Dataset], shard: int = 0) -> NamedTuple("Out
         rows: Folder for the rows, train and validation (Arrow).
         shard: Which of data.shards shares of the documents; shard 0 also does the validation documents.
     """
-    from xtoken_core.workflow.resolve import step
+    from xtoken_core.workflow.step import step
 
     with step("prepare", rows):
         from xtoken_core.data.prepare import prepare_rows

@@ -16,11 +16,11 @@ def projection(spec: str, matrix: Output[Artifact], teacher: str = ""):
     """
     from pathlib import Path
 
-    from xtoken_core.workflow.resolve import step
+    from xtoken_core.workflow.step import step
 
     with step("projection", matrix):
-        from xtoken_core.projection import write_projection
         from xtoken_core.spec import DistillationSpec
+        from xtoken_core.workflow.vocabularies import write_projection
 
         Path(matrix.path).mkdir(parents=True, exist_ok=True)
         write_projection(DistillationSpec.from_text(spec), teacher, matrix.path)

@@ -80,13 +80,13 @@ def report(
     """
     from pathlib import Path
 
-    from xtoken_core.workflow.resolve import step
+    from xtoken_core.workflow.step import step
 
     projections = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     teachers = (teacher_0, teacher_1, teacher_2, teacher_3, teacher_4, teacher_5, teacher_6, teacher_7)
     with step("report", page):
-        from xtoken_core.report import markdown
-        from xtoken_core.report import metrics as figures
+        from xtoken_core.report.answer import markdown
+        from xtoken_core.report.answer import metrics as figures
         from xtoken_core.spec import DistillationSpec
         from xtoken_core.workflow.publish import finish
 

@@ -24,7 +24,8 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         overrides: Changes to it, as dotted.key=value items separated by blanks.
         compiled: What the compiled pipeline has built in, as JSON; a spec that contradicts it is refused.
     """
-    from xtoken_core.workflow.resolve import resolve, step
+    from xtoken_core.workflow.resolve import resolve
+    from xtoken_core.workflow.step import step
 
     with step("resolve") as times:
         views = resolve(spec, overrides, compiled)

@@ -132,7 +132,8 @@ def submit(
 )
 def compare(runs: tuple[str, ...], output: Path) -> None:
     """Put finished runs side by side on one page; RUN is what a spec's output.uri said."""
-    from xtoken_core.report import Run, write_comparison
+    from xtoken_core.report.compare import write_comparison
+    from xtoken_core.report.run import Run
     from xtoken_core.storage import RUN_FILE, local_copy
 
     write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/{RUN_FILE}")) for run in runs], output)

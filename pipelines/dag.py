@@ -18,7 +18,8 @@ from components.report import report
 from components.resolve import resolve
 from pipelines.cluster import on_cluster
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import evaluated, shape
+from xtoken_core.workflow.resolve import shape
+from xtoken_core.workflow.subjects import evaluated
 
 NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and

@@ -24,9 +24,11 @@ from kfp import components, local
 from pipelines.compiling import compile_spec, documents
 from xtoken_core import storage
 from xtoken_core.errors import InputError
-from xtoken_core.report import Run, answer_table
+from xtoken_core.report.answer import answer_table
+from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import CHECKPOINTS, ERROR_FILE
+from xtoken_core.workflow.resolve import CHECKPOINTS
+from xtoken_core.workflow.step import ERROR_FILE
 
 QUIET = {
     "PYTHONUNBUFFERED": "1",

@@ -42,7 +42,7 @@ from xtoken_core.models import (
     weight_bytes,
 )
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.training.distill import _student_model
+from xtoken_core.training.student import student_model
 
 OPT = OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
 SIZES = {
@@ -154,7 +154,7 @@ def test_a_packed_runs_student_is_checked_for_it(tmp_path):
     spec = {"name": "s", "student": {"model": _saved(OPT, tmp_path)}, "teachers": [{"id": "t", "model": "t"}]}
     spec |= {"data": {"train": ["t"], "packing": True}, "output": {"uri": "o"}}
     with pytest.raises(InputError, match=rf"^{tmp_path}: data\.packing: OPTForCausalLM"):
-        _student_model(DistillationSpec.model_validate(spec), None)
+        student_model(DistillationSpec.model_validate(spec), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

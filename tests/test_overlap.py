@@ -12,19 +12,10 @@ from components.overlap import compare
 from tests.support import assets
 from tests.test_alignment import make_table
 from xtoken_core.errors import InputError
-from xtoken_core.overlap import (
-    CLASSES,
-    Coverage,
-    audit,
-    compare_tokenizers,
-    overlap_figure,
-    overlap_matrix,
-    overlap_report,
-    resolve_mode,
-    token_classes,
-    vocabulary_overlap,
-)
+from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, resolve_mode, token_classes, vocabulary_overlap
+from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.vocabularies import compare_tokenizers, overlap_report
 
 
 @pytest.mark.parametrize(

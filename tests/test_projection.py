@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from tests.support import assets
 from xtoken_core.errors import InputError
-from xtoken_core.projection import Projection, build_projection, spell_vocabulary, write_projection
+from xtoken_core.projection import Projection, build_projection, spell_vocabulary
 from xtoken_core.report.projection_summary import projection_block, projection_summary
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
+from xtoken_core.workflow.vocabularies import write_projection
 
 PAIRS = (("llama3", "qwen3"), ("smollm2", "gemma3"), ("mistral", "smollm2"), ("gpt2", "mistral"), ("llama2", "llama3"))
 BUILT: dict[tuple[str, str], Projection] = {}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
-from xtoken_core.tokenization import TokenTable, load_tokenizer
+from xtoken_core.tokenization import TokenTable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 NUMBER_COVERAGE = 0.95
 """Share of two- and of three-digit numbers that a teacher must hold for h_kl."""
@@ -112,52 +108,6 @@ def resolve_mode(coverage: Audit) -> tuple[Literal["p_kl", "h_kl"], str]:
     return "h_kl", f"the teacher holds {counts} of the student"
 
 
-def overlap_report(spec: DistillationSpec) -> dict[str, Any]:
-    """Loads the tokenizers of a spec and compares each teacher's vocabulary with the student's.
-
-    Returns a JSON-able dict: `student`; `teachers` by id, each with fingerprint, size, overlap, coverage by class, and
-    the mode of its loss with the reason for it; `matrix`, the overlap of every pair. Raises InputError for a teacher
-    without `projection` whose vocabulary is not the student's.
-    """
-    student = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
-    tables = {t.id: TokenTable.from_tokenizer(load_tokenizer(t.model, t.tokenizer)) for t in spec.teachers}
-    teachers = {}
-    for index, teacher in enumerate(spec.teachers):
-        table = tables[teacher.id]
-        if not teacher.cross_tokenizer and table.fingerprint != student.fingerprint:
-            raise InputError(
-                f"teachers.{index} ({teacher.id}): no projection, so it must have the student's vocabulary, but its fingerprint "
-                f"is {table.fingerprint} and the student's is {student.fingerprint}"
-            )
-        coverage = audit(student, table)
-        chosen = teacher.mode or spec.loss.mode
-        if not teacher.cross_tokenizer:
-            mode, reason = "same_vocabulary", "every id stands for the same bytes as the student's"
-        elif chosen == "auto":
-            mode, reason = resolve_mode(coverage)
-        else:
-            mode, reason = chosen, "set in the spec"
-        teachers[teacher.id] = {
-            "tokenizer": teacher.tokenizer or teacher.model,
-            "fingerprint": table.fingerprint,
-            "size": len(table),
-            "same_vocabulary": not teacher.cross_tokenizer,
-            **asdict(vocabulary_overlap(student, table)),
-            "coverage": {name: {**asdict(c), "share": c.share} for name, c in coverage.items()},
-            "mode": mode,
-            "reason": reason,
-        }
-    return {
-        "student": {
-            "tokenizer": spec.student.tokenizer or spec.student.model,
-            "fingerprint": student.fingerprint,
-            "size": len(student),
-        },
-        "teachers": teachers,
-        "matrix": {"names": ["student", *tables], "coefficient": overlap_matrix([student, *tables.values()]).tolist()},
-    }
-
-
 def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:
     """Overlap coefficient of every pair, float64 [N, N], symmetric, with ones on the diagonal."""
     matrix = np.eye(len(tables))
@@ -165,42 +115,3 @@ def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:
         for j in range(i):
             matrix[i, j] = matrix[j, i] = vocabulary_overlap(a, tables[j]).coefficient
     return matrix
-
-
-def compare_tokenizers(refs: Sequence[str], folder: str | Path) -> dict[str, Any]:
-    """Compares any number of tokenizers, given as `load_tokenizer` takes them, each with each.
-
-    Writes `overlap.json` (what is returned: names, fingerprints, sizes, `coefficient` [N][N]) and the heat map
-    `overlap.png` to `folder`, which is made. Raises InputError.
-    """
-    tables = [TokenTable.from_tokenizer(load_tokenizer(ref)) for ref in refs]
-    names = [ref.rstrip("/").rsplit("/", 1)[-1] for ref in refs]
-    matrix = overlap_matrix(tables)
-    found = {
-        "names": names,
-        "fingerprints": [table.fingerprint for table in tables],
-        "sizes": [len(table) for table in tables],
-        "coefficient": matrix.round(4).tolist(),
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "overlap.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    overlap_figure(names, matrix).savefig(folder / "overlap.png", dpi=150)
-    return found
-
-
-def overlap_figure(names: Sequence[str], matrix: np.ndarray) -> Figure:
-    """Heat map of `overlap_matrix`, one row and column per tokenizer."""
-    from matplotlib.figure import Figure
-
-    side = 1.6 + 0.62 * len(names)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    for (i, j), value in np.ndenumerate(matrix):
-        axes.text(j, i, f"{value:.3f}".lstrip("0"), ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
-    axes.set_title("Shared byte strings / the smaller vocabulary")
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    return figure

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec, ProjectionSpec
-from xtoken_core.tokenization import ROLES, TokenTable, bare_tokenizer, load_tokenizer
+from xtoken_core.spec import ProjectionSpec
+from xtoken_core.tokenization import ROLES, TokenTable, bare_tokenizer
 
 FORMAT = "xtoken-projection"
 FORMAT_VERSION = "1"
@@ -170,40 +169,6 @@ def _rows_from_counts(counts: dict[Any, Any], rows: int | None, path: str | Path
     indices, weights = torch.full((rows, int(per_row.max())), -1), torch.zeros(rows, int(per_row.max()), dtype=torch.float64)
     indices[student, slot], weights[student, slot] = torch.from_numpy(teacher), torch.from_numpy(values)
     return indices, weights
-
-
-def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path) -> None:
-    """Builds (or, with `projection.uri`, fetches and checks) W for one teacher of a spec; no id: the only one with a projection.
-
-    Writes `projection.safetensors` and `stats.json` (`projection_summary`, with `seconds` and `options`) to `folder`.
-    Raises InputError.
-    """
-    from xtoken_core.report.projection_summary import projection_summary
-
-    start = time.perf_counter()
-    projected = {t.id: (t, t.projection) for t in spec.teachers if t.projection is not None}
-    if teacher_id not in projected and (teacher_id or len(projected) != 1):
-        raise InputError(f"teacher: {teacher_id or 'not given'}: one of {', '.join(projected) or 'none'} is to be projected to")
-    teacher, options = projected[teacher_id or next(iter(projected))]
-    toks = load_tokenizer(spec.student.model, spec.student.tokenizer), load_tokenizer(teacher.model, teacher.tokenizer)
-    tables = TokenTable.from_tokenizer(toks[0]), TokenTable.from_tokenizer(toks[1])
-    if options.uri is None:
-        projection = build_projection(*toks, options)
-    else:
-        projection = _fetch(options.uri, *tables)
-    settings = options.model_dump(mode="json", exclude={"learnable", "learning_rate"})
-    projection.save(Path(folder) / "projection.safetensors", tables[0].fingerprint, tables[1].fingerprint, settings)
-    stats = {**projection_summary(projection, *tables), "options": settings, "seconds": round(time.perf_counter() - start, 3)}
-    (Path(folder) / "stats.json").write_text(json.dumps(stats))
-
-
-def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
-    from xtoken_core.storage import local_copy
-
-    path = local_copy(uri)
-    if uri.endswith(".safetensors"):
-        return Projection.load(path, student.fingerprint, teacher.fingerprint)
-    return Projection.from_nemo_rl(path, len(student), len(teacher))
 
 
 # -------------------------------------------------------------------------------------------------- building

@@ -35,12 +35,13 @@ from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
 from xtoken_core.data.batch import Collator
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.teachers.handle import TeacherSetup
 from xtoken_core.teachers.pool import GIB, TeacherPool
-from xtoken_core.training.distill import prepare_student, training_arguments
+from xtoken_core.teachers.setup import TeacherSetup
+from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.log import RunLog
-from xtoken_core.training.student import Student
-from xtoken_core.training.trainer import DistillationTrainer, Progress
+from xtoken_core.training.settings import training_arguments
+from xtoken_core.training.student import Student, prepare_student
+from xtoken_core.training.trainer import DistillationTrainer
 
 _HEADS = {"num_key_value_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 LLAMA_1B = LlamaConfig(

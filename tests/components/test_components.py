@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from components.cli import command
 from tests.support.tiny import tiny_run
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import ERROR_FILE
+from xtoken_core.workflow.step import ERROR_FILE
 
 NAMES = ("resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report")
 

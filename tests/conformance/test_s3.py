@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.tiny import tiny_model, tiny_run
 from tests.support.weed import Weed
 from xtoken_core import storage
-from xtoken_core.data.prepare import load_rows, prepare_rows
-from xtoken_core.data.reading import rows_of_shards
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 

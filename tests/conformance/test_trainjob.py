@@ -20,9 +20,9 @@ from tests.support.schemas import check_resource
 from tests.support.tiny import tiny_run
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.projection import write_projection
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow import trainjob
+from xtoken_core.workflow.vocabularies import write_projection
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 from tests.support import assets
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.chat import ChatTokenizer, template_parts
-from xtoken_core.data.prepare import load_rows, prepare_rows
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.data.reading import load_rows
 from xtoken_core.data.rows import Side, Tokenized, document_rows
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec

@@ -18,19 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from tests.support import assets
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.batch import Collator
-from xtoken_core.data.prepare import (
-    PackedRows,
-    all_shards,
-    check_statistics,
-    load_rows,
-    pack,
-    prepare_rows,
-    row_lengths,
-    statistics_of,
-    training_rows,
-)
-from xtoken_core.data.reading import rows_of_shards
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.data.reading import PackedRows, load_rows, pack, row_lengths, rows_of_shards, training_rows
 from xtoken_core.data.rows import Side, common_cuts, document_rows, spans, tokenize_texts
+from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import normalize_for

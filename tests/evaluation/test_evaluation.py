@@ -15,10 +15,10 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.evaluation.bits_per_byte import bits_per_byte, opener_of, token_nats, windows
 from xtoken_core.evaluation.evaluate import bits_interval, evaluate, held_out, load_for
-from xtoken_core.projection import write_projection
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
 from xtoken_core.tokenization import encode, load_tokenizer
 from xtoken_core.training.distill import distill
+from xtoken_core.workflow.vocabularies import write_projection
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from xtoken_core.evaluation import harness as benchmarks
 from xtoken_core.evaluation.bits_per_byte import opener_of
 from xtoken_core.evaluation.evaluate import _as_it_lies, evaluate
 from xtoken_core.evaluation.intervals import difference_interval, share_interval
-from xtoken_core.report import Run
 from xtoken_core.report.page import render_report
+from xtoken_core.report.run import Run
 from xtoken_core.report.tables import tasks_table
 from xtoken_core.report.verdict import score_difference, task_difference, verdict
 from xtoken_core.spec import DistillationSpec

@@ -10,8 +10,8 @@ import torch
 
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import IDS, dense, micro_batches, own_logits, setup
-from xtoken_core.teachers.handle import TeacherError
 from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.setup import TeacherError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

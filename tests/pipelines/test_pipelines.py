@@ -23,7 +23,9 @@ from pipelines.local import for_this_machine
 from tests.support.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import CHECKPOINTS, evaluated, resolve, shape, view
+from xtoken_core.workflow.resolve import CHECKPOINTS, resolve, shape
+from xtoken_core.workflow.subjects import evaluated
+from xtoken_core.workflow.views import view
 
 SPECS = sorted(compiling.SPECS.glob("*.yaml"))
 

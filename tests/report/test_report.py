@@ -11,14 +11,16 @@ import pytest
 
 from tests.support.report_sample import LEVELS, sample_run, write_files
 from xtoken_core.errors import InputError
-from xtoken_core.report import Run, answer_table, markdown, metrics, write_comparison, write_report
+from xtoken_core.report.answer import answer_table, markdown, metrics
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import MAX_POINTS, Series, duration, line_chart, nice_ticks, number, tick_texts
+from xtoken_core.report.compare import write_comparison
 from xtoken_core.report.curves import charts, phase_bars, run_seconds, task_bars
-from xtoken_core.report.dag import dag_picture, density_picture
+from xtoken_core.report.dag import dag_picture
 from xtoken_core.report.facts import teacher_facts
-from xtoken_core.report.page import render_report
-from xtoken_core.report.run import MAX_LINES
+from xtoken_core.report.page import render_report, write_report
+from xtoken_core.report.projection_summary import density_picture
+from xtoken_core.report.run import MAX_LINES, Run
 from xtoken_core.report.tables import bits_table, parts_table, settings_that_differ, tasks_table
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
 

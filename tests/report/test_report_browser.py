@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from tests.support.report_sample import sample_run
-from xtoken_core.report import write_comparison, write_report
+from xtoken_core.report.compare import write_comparison
+from xtoken_core.report.page import write_report
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra [test])")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

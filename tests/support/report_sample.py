@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xtoken_core.report import Run, write_comparison, write_report
+from xtoken_core.report.compare import write_comparison
+from xtoken_core.report.page import write_report
+from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 
 SPEC = """

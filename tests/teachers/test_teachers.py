@@ -20,8 +20,8 @@ from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits, distillation_loss, teacher_scores
 from xtoken_core.models import load_model
 from xtoken_core.spec import LossSpec
-from xtoken_core.teachers.handle import TeacherError, TeacherSetup
 from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.setup import TeacherError, TeacherSetup
 
 IDS = 380
 """Of the tiny model's 400 rows: the rest plays padding."""

@@ -17,18 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
 from xtoken_core.data.batch import Collator
-from xtoken_core.data.prepare import load_rows
+from xtoken_core.data.reading import Shuffled, load_rows
 from xtoken_core.errors import InputError
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts
 from xtoken_core.models import final_hidden, head_logits, load_model
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.teachers.handle import TeacherError
+from xtoken_core.teachers.setup import TeacherError
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training import distill as training
-from xtoken_core.training.distill import compute_dtype, training_arguments
+from xtoken_core.training.settings import compute_dtype, training_arguments
 from xtoken_core.training.student import MicroBatch, Student, model_inputs, teacher_batch
-from xtoken_core.training.trainer import Shuffled
 
 
 @pytest.fixture(scope="module")

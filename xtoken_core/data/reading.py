@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 
 from xtoken_core import storage
-from xtoken_core.data.prepare import all_shards, check_statistics, load_rows, statistics_of, training_rows
+from xtoken_core.data.rows import Row
+from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.spec import DataSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,3 +74,97 @@ class StreamedRows:
         if shard not in self._fetched:
             self._fetched[shard] = self._pool.submit(lambda: load_rows(storage.local_copy(self.shards[shard])))
         return self._fetched[shard]
+
+
+def row_budget(data: DataSpec) -> int:
+    """Rows that `data.max_rows` leaves; with packing, the tokens that would fill them."""
+    return (data.max_rows or 0) * (data.max_length if data.packing else 1)
+
+
+def load_rows(*folders: str | Path) -> Dataset:
+    """The rows that `prepare_rows` wrote, memory-mapped, as numpy arrays; those of several shards in document order."""
+    import datasets
+
+    parts = [datasets.Dataset.from_file(str(Path(folder) / "rows.arrow")) for folder in folders]
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if len(parts) > 1:
+        rows = rows.select(np.argsort(rows.with_format("numpy")["document"][:], kind="stable"))
+    return rows.with_format("numpy")
+
+
+def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows:
+    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so."""
+    rows = load_rows(*folders)
+    if data.max_rows is not None:
+        cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
+        rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < row_budget(data)))))
+    if not data.packing:
+        return rows
+    columns = [name.removesuffix("_ids") for name in rows.column_names if name.endswith("_ids")]
+    plan = pack(np.stack([row_lengths(rows, column) for column in columns], axis=1), data.max_length)
+    return PackedRows(rows, plan[: data.max_rows])
+
+
+def row_lengths(rows: Dataset, column: str) -> np.ndarray:
+    """[rows] int64: tokens of each row on one side, read off Arrow's offsets."""
+    import pyarrow.compute as pc
+
+    table = rows.select_columns([f"{column}_ids"]).with_format("arrow")[:]
+    return pc.list_value_length(table.column(0)).to_numpy().astype(np.int64)
+
+
+class PackedRows:
+    """A map-style dataset whose items are lists of rows that share a row of the batch."""
+
+    def __init__(self, rows: Dataset, plan: Sequence[Sequence[int]]):
+        self.rows, self.plan = rows, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        return [self.rows[i] for i in self.plan[index]]
+
+
+def pack(lengths: np.ndarray, limit: int, open_bins: int = 64) -> list[list[int]]:
+    """Which rows go together: first fit, among the last few bins opened.
+
+    lengths: [rows, sides]. No side of a bin exceeds `limit`. Returns the rows' indices by bin, bins in order of opening.
+    """
+    bins: list[list[int]] = []
+    free = np.zeros((open_bins, lengths.shape[1]), np.int64)  # a ring: bin b has its space at b % open_bins
+    for row, need in enumerate(lengths):
+        recent = np.arange(max(0, len(bins) - open_bins), len(bins))
+        fitting = recent[(free[recent % open_bins] >= need).all(axis=1)]
+        if len(fitting):
+            chosen = int(fitting[0])
+        else:
+            chosen = len(bins)
+            bins.append([])
+            free[chosen % open_bins] = limit
+        bins[chosen].append(row)
+        free[chosen % open_bins] -= need
+    return bins
+
+
+class Shuffled(Dataset):
+    """`length` items of a dataset, in a new order every epoch; the order depends on the seed alone, not on ranks or batches."""
+
+    def __init__(self, rows: Any, length: int, seed: int):
+        self.rows, self.length, self.seed = rows, length, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        epoch, position = divmod(index, len(self.rows))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = (
+                self.rows.order(generator)
+                if isinstance(self.rows, StreamedRows)
+                else torch.randperm(len(self.rows), generator=generator)
+            )
+            self._epoch, self._order = epoch, order
+        return self.rows[int(self._order[position])]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xtoken_core.data.batch import Collator
-from xtoken_core.data.prepare import load_rows
+from xtoken_core.data.reading import load_rows
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
 from xtoken_core.projection import Projection

@@ -23,11 +23,10 @@ from xtoken_core.errors import InputError
 from xtoken_core.evaluation.agreement import agreement
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
 from xtoken_core.evaluation.intervals import ratio_interval
+from xtoken_core.evaluation.samples import samples
 from xtoken_core.models import load_model, prune_layers
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
-
-SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
 
 
 def evaluate(
@@ -174,53 +173,3 @@ def bits_interval(bits: np.ndarray, sizes: np.ndarray) -> dict[str, float | None
     """
     low, high = ratio_interval(bits, sizes) if len(bits) > 1 else (None, None)
     return {"total": float(bits.sum() / sizes.sum()), "low": low, "high": high}
-
-
-# ------------------------------------------------------------------------------------------------------------ samples
-
-
-@torch.no_grad()
-def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[dict[str, str]]:
-    """Greedy continuations of the first held-out texts of each corpus in turn: prompt, text, reference.
-
-    The prompt is a text's beginning, or a chat up to the assistant's first answer.
-    """
-    results = []
-    for document in _one_of_each(documents)[:SAMPLES]:
-        prompt, reference = _prompt(tok, document)
-        bos = row_bos(tok)
-        ids = tok(prompt, add_special_tokens=False)["input_ids"]
-        if isinstance(document.content, str) and bos is not None:
-            ids = [bos, *ids]
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(  # type: ignore[operator]
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=SAMPLE_TOKENS,
-            do_sample=False,
-            pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
-        )
-        text = str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
-        results.append({"prompt": prompt, "text": text, "reference": reference})
-    return results
-
-
-def _one_of_each(documents: Sequence[Document]) -> list[Document]:
-    """Documents, the first of every corpus first, then the second of every corpus, and so on."""
-    rank: dict[str, int] = {}
-    keyed: list[tuple[int, int, Document]] = []
-    for document in documents:
-        keyed.append((rank.get(document.corpus, 0), len(keyed), document))
-        rank[document.corpus] = rank.get(document.corpus, 0) + 1
-    return [document for _, _, document in sorted(keyed, key=lambda k: k[:2])]
-
-
-def _prompt(tok: PreTrainedTokenizerFast, document: Document) -> tuple[str, str]:
-    if isinstance(document.content, str):
-        text = document.content
-        cut = text.rfind(" ", 1, PROMPT_CHARACTERS)  # the next word begins with its space
-        cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
-        return text[:cut], text[cut : cut + PROMPT_CHARACTERS]
-    asked = next((i for i, m in enumerate(document.content) if m["role"] == "assistant"), len(document.content))
-    prompt = str(tok.apply_chat_template(document.content[:asked], tokenize=False, add_generation_prompt=True))
-    return prompt, document.content[asked]["content"][:PROMPT_CHARACTERS] if asked < len(document.content) else ""

@@ -15,8 +15,6 @@ from xtoken_core.report.charts import duration
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 142, 54, 44, 12
 """Of the DAG's boxes, in pixels."""
 
-SHADES = 8
-
 
 @dataclass(frozen=True)
 class Box:
@@ -145,25 +143,3 @@ def _task_lines(task: dict[str, Any]) -> list[str]:
 
 def _shortened(name: str, length: int = 21) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-@dataclass(frozen=True)
-class Density:
-    """A matrix of bins in shades: one SVG path of unit squares for each, darkest last, with its opacity."""
-
-    width: int
-    height: int
-    paths: list[tuple[float, str]]
-
-
-def density_picture(bins: Sequence[Sequence[float]]) -> Density:
-    """The picture of a matrix of non-negative sums, shaded by the logarithm of each."""
-    grid = np.log1p(np.asarray(bins, dtype=float))
-    shade = np.ceil(SHADES * grid / (grid.max() or 1)).astype(int)
-    paths = []
-    for level in range(1, SHADES + 1):
-        rows, columns = np.nonzero(shade == level)
-        path = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist()))
-        if path:
-            paths.append((round(level / SHADES, 3), path))
-    return Density(grid.shape[1], grid.shape[0], paths)

@@ -14,8 +14,9 @@ from xtoken_core.report import tables
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import Measured, Spans, duration, interval_plot
 from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, run_seconds, task_bars
-from xtoken_core.report.dag import dag_picture, density_picture
+from xtoken_core.report.dag import dag_picture
 from xtoken_core.report.facts import run_facts, teacher_facts
+from xtoken_core.report.projection_summary import density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
 from xtoken_core.storage import RUN_FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,28 @@ def _density(indices: np.ndarray, weights: np.ndarray, columns: int, shape: tupl
         row, indices[row, slot], bins=shape, range=[(0, len(indices)), (0, columns)], weights=weights[row, slot]
     )
     return sums.round(4).tolist()
+
+
+SHADES = 8
+
+
+@dataclass(frozen=True)
+class Density:
+    """A matrix of bins in shades: one SVG path of unit squares for each, darkest last, with its opacity."""
+
+    width: int
+    height: int
+    paths: list[tuple[float, str]]
+
+
+def density_picture(bins: Sequence[Sequence[float]]) -> Density:
+    """The picture of a matrix of non-negative sums, shaded by the logarithm of each."""
+    grid = np.log1p(np.asarray(bins, dtype=float))
+    shade = np.ceil(SHADES * grid / (grid.max() or 1)).astype(int)
+    paths = []
+    for level in range(1, SHADES + 1):
+        rows, columns = np.nonzero(shade == level)
+        path = "".join(f"M{x} {y}h1v1h-1z" for y, x in zip(rows.tolist(), columns.tolist()))
+        if path:
+            paths.append((round(level / SHADES, 3), path))
+    return Density(grid.shape[1], grid.shape[0], paths)

@@ -7,104 +7,19 @@ through the shared buffers of `transport`, never through the pipe.
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import signal
-import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from xtoken_core.errors import InputError
 from xtoken_core.losses.types import HiddenLogits, TopKLogits
-from xtoken_core.spec import LossSpec
+from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetup
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
-
-Logits = Tensor | HiddenLogits | TopKLogits
-Inputs = dict[str, np.ndarray]
-"""One micro-batch of a teacher: input_ids [R, L], and of packed rows position_ids [R, L]. For scores also sample_mask [B],
-scored_input_ids, scored_token_mask and scored_token_bytes [B, T], and of packed rows gather [B, T]: where in R * L each token lies."""
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The process group of one teacher's processes, one on each rank: each holds a share of the weights (FSDP2)."""
-
-    address: str
-    """host:port at which they meet."""
-    rank: int
-    size: int
-
-
-@dataclass(frozen=True)
-class TeacherSetup:
-    """Everything a teacher process needs to begin."""
-
-    name: str
-    """As errors call it: `teachers.0 (qwen)`."""
-    model: str
-    num_ids: int
-    """Ids of its tokenizer, or the fewer that the student of the same vocabulary has rows for; the lm_head's rows beyond are dropped."""
-    min_rows: int
-    """Rows that its lm_head must have (`TokenTable.min_rows`)."""
-    transport: str
-    top_k: int | None
-    residency: str
-    dtype: torch.dtype
-    attention: str
-    device: torch.device
-    threads: int
-    packed: bool = False
-    """Whether its rows hold several documents."""
-    shards: Shards | None = None
-    """Set where the weights are spread over the teachers of all ranks."""
-    scores: LossSpec | None = None
-    """Set where the loss weights or selects teachers: what to score the teacher by."""
-
-
-class TeacherError(RuntimeError):
-    """A teacher process failed or died; the message holds its last words."""
-
-
-# ------------------------------------------------------------------------------------------------- in the teacher
-
-
-def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
-    """Body of a teacher process: serves commands until it is told to close or the student is gone."""
-    student = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
-    torch.set_num_threads(setup.threads)
-    try:
-        from xtoken_core.teachers.worker import TeacherServer  # imports transformers: seconds in which errors are reported too
-
-        server = TeacherServer(setup)
-        pipe.send(("done", _stamped(time.monotonic(), server.describe())))
-        while (message := pipe.recv())[0] != "close":
-            command, arguments = message
-            started = time.monotonic()
-            pipe.send(("done", _stamped(started, getattr(server, command)(*arguments))))
-    except (EOFError, BrokenPipeError):
-        for process in (student, os.getpid()):
-            remove_traces(process)  # the student is gone and cannot
-        os._exit(0)  # torch would miss its counters
-    except InputError as e:
-        pipe.send(("bad input", str(e)))
-    except BaseException as e:
-        traceback.print_exc()
-        pipe.send(("failed", f"{type(e).__name__}: {e}"))
-
-
-def _stamped(started: float, result: dict[str, Any]) -> dict[str, Any]:
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"started": started, "ended": time.monotonic(), "host_bytes": memory, **result}
-
+from xtoken_core.teachers.worker import teacher_main
 
 # ------------------------------------------------------------------------------------------------- in the student
 

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import torch
 
-from xtoken_core.teachers.handle import Inputs, Logits, Teacher, TeacherSetup
+from xtoken_core.teachers.handle import Teacher
+from xtoken_core.teachers.setup import Inputs, Logits, TeacherSetup
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel
 from xtoken_core.losses import HiddenLogits, StepTotals, TeacherBatch, TopKLogits, distillation_loss, loss_sums
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.losses.types import Logits
-from xtoken_core.models import final_hidden, head_logits
-from xtoken_core.spec import LossSpec
+from xtoken_core.models import decoder_layers, final_hidden, head_logits, load_model, prune_layers
+from xtoken_core.spec import DistillationSpec, LossSpec
 
 Batch = dict[str, Any]
 """One micro-batch of `xtoken_core.data.batch.Collator`."""
@@ -110,3 +111,24 @@ def _inputs(side: Batch, sample_mask: Tensor, with_scores: bool) -> dict[str, An
         if "packed" in side:
             tensors["gather"] = side["packed"]["gather"]
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTrainedModel:
+    """The student in float32, pruned, or as a checkpoint left it."""
+    ref = spec.student.model if checkpoint is None else str(checkpoint)
+    model = load_model(ref, torch.float32, spec.training.attention, spec.data.packing)
+    if checkpoint is None and spec.student.keep_layers is not None:
+        prune_layers(model, spec.student.keep_layers)
+    return prepare_student(model, spec)
+
+
+def prepare_student(model: PreTrainedModel, spec: DistillationSpec) -> PreTrainedModel:
+    """Sets what the spec's training section asks of the model itself: activation checkpointing, compilation."""
+    model.config.use_cache = False
+    if spec.training.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    if spec.training.compile:
+        for layer in decoder_layers(model):  # one compilation for all layers, whatever wraps them
+            layer.compile()
+    return model

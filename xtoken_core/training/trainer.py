@@ -13,7 +13,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,59 +21,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from xtoken_core.data.reading import StreamedRows
+from xtoken_core.data.reading import Shuffled
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, dynamic_scale, loss_metrics
 from xtoken_core.models import save_model
 from xtoken_core.teachers.pool import GIB, TeacherPool
+from xtoken_core.training.checkpoints import LEARNABLE_FILE, STATE_FILE, Progress
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.student import Batch, MicroBatch, Student, teacher_batch, teacher_inputs
-
-STATE_FILE = "distillation.json"
-"""Written last into a checkpoint: one without it is not complete."""
-LEARNABLE_FILE = "learnable.safetensors"
-
-
-@dataclass
-class Progress:
-    """What a run has to remember beside weights, optimizer and scheduler."""
-
-    scale: float | None = None
-    """Dynamic scaling's factor for the next step, from the last step's sums."""
-    tokens: int = 0
-    """Student tokens trained on so far, over all ranks."""
-    best_step: int | None = None
-    best_bits_per_byte: float | None = None
-    last_bits_per_byte: float | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("data", "teachers", "student", "validation", "save"), 0.0)
-    )
-    """By phase, of this rank."""
-
-
-class Shuffled(Dataset):
-    """`length` items of a dataset, in a new order every epoch; the order depends on the seed alone, not on ranks or batches."""
-
-    def __init__(self, rows: Any, length: int, seed: int):
-        self.rows, self.length, self.seed = rows, length, seed
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        epoch, position = divmod(index, len(self.rows))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = (
-                self.rows.order(generator)
-                if isinstance(self.rows, StreamedRows)
-                else torch.randperm(len(self.rows), generator=generator)
-            )
-            self._epoch, self._order = epoch, order
-        return self.rows[int(self._order[position])]
 
 
 class DistillationTrainer(Trainer):

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import yaml
 
 from xtoken_core import storage
-from xtoken_core.data.prepare import all_shards, statistics_of
+from xtoken_core.data.statistics import all_shards, statistics_of
 from xtoken_core.errors import InputError
-from xtoken_core.report import Run, write_report
+from xtoken_core.report.page import write_report
+from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 
 

@@ -7,70 +7,22 @@ step's inputs then runs a step again exactly when something it depends on has ch
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
 import os
-import re
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.spec import MAX_TEACHERS, DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
-
-ERROR_FILE = "XTOKEN_ERROR_FILE"
-"""Environment variable: where a step that stops for bad input leaves its line, for the program that started it."""
+from xtoken_core.workflow.subjects import evaluated
+from xtoken_core.workflow.versions import Versions
+from xtoken_core.workflow.views import view
 
 CHECKPOINTS = "XTOKEN_CHECKPOINTS"
 """Environment variable: where a local run keeps the checkpoints from which an interrupted training resumes."""
-
-_TOKENIZERS = {"student": ("model", "tokenizer"), "teachers": ("id", "model", "tokenizer", "projection")}
-_TEXTS = ("validation", "format", "text_key", "messages_key", "assistant_only", "max_length")
-_DIVERGENCE = (
-    "mode",
-    "chunk_distribution",
-    "topk_scope",
-    "vocab_topk",
-    "uncommon_topk",
-    "temperature",
-    "reverse_kl",
-    "exact_match_only",
-)
-_MEASURES = ("bits_per_byte", "texts", "window", "tasks", "num_fewshot", "limit")
-
-READS: dict[str, dict[str, tuple[str, ...]]] = {
-    "overlap": {**_TOKENIZERS, "teachers": (*_TOKENIZERS["teachers"], "mode"), "loss": ("mode",)},
-    "projection": _TOKENIZERS,
-    "prepare": {**_TOKENIZERS, "data": ("*",)},
-    "distill": {
-        "student": ("*",),
-        "teachers": ("*",),
-        "loss": ("*",),
-        "data": ("*",),
-        "training": ("*",),
-        "resources": ("nodes", "gpus_per_node"),
-    },
-    "baseline": {**_TOKENIZERS, "student": ("*",), "data": ("*",), "training": ("*",), "resources": ("gpus_per_node",)},
-    "evaluate_student": {
-        **_TOKENIZERS,
-        "student": ("*",),
-        "loss": _DIVERGENCE,
-        "data": _TEXTS,
-        "evaluation": _MEASURES,
-        "training": ("attention",),
-    },
-    "evaluate_teacher": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
-    "report": {"*": ("*",)},
-}
-"""Fields of the spec that each kind of step reads; `*`: all."""
 
 
 def shape(spec: DistillationSpec) -> dict[str, Any]:
@@ -83,20 +35,6 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
         "evaluation": evaluated(spec),
     }
     return fixed | {f"resources.{name}": value for name, value in spec.resources.model_dump(mode="json").items()}
-
-
-def evaluated(spec: DistillationSpec) -> list[str]:
-    """Who is measured: student_before, student_after_best, student_after_last, baseline_..., teacher-<id>; none without a measure."""
-    measure = spec.evaluation
-    if not (measure.tasks or spec.measures_bits):
-        return []
-    checkpoints = ("best", "last") if spec.data.validation else ("last",)
-    return [
-        "student_before",
-        *(f"student_after_{checkpoint}" for checkpoint in checkpoints),
-        *(f"baseline_{checkpoint}" for checkpoint in checkpoints if measure.ce_baseline),
-        *(f"teacher-{teacher.id}" for teacher in spec.teachers),
-    ]
 
 
 def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str, Any]:
@@ -128,7 +66,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
         from xtoken_core.evaluation.harness import plan_tasks
 
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
-    versions, student = _Versions(), spec.student
+    versions, student = Versions(), spec.student
     models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
     train, held_out = _named("data.train", spec.data.train), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
@@ -154,40 +92,6 @@ def check_ranks(spec: DistillationSpec) -> None:
     spec.training.accumulation(spec.resources.nodes * max(spec.resources.gpus_per_node, 1))
 
 
-def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:
-    """The spec as one kind of step reads it, as JSON that `DistillationSpec.from_text` takes, `content` as a comment.
-
-    `teacher`: only the teacher of that index is kept.
-    """
-    full = spec.model_dump(mode="json", exclude_defaults=True)
-    if teacher is not None:
-        full["teachers"] = [full["teachers"][teacher]]
-    kept: dict[str, Any] = {}
-    for section, fields in READS[step].items():
-        if section == "*":
-            kept |= full
-        elif section == "teachers":
-            kept["teachers"] = [_pick(t, fields) for t in full["teachers"]]
-            if step in (
-                "overlap",
-                "prepare",
-                "evaluate_student",
-                "evaluate_teacher",
-                "baseline",
-            ):  # whether there is one, not which
-                kept["teachers"] = [t | {"projection": {}} if t.get("projection") else t for t in kept["teachers"]]
-        elif section in full:
-            kept[section] = _pick(full[section], fields)
-    kept = {"name": "view", "output": {"uri": "unused"}} | kept
-    kept["data"] = {"train": ["unused"]} | kept.get("data", {})
-    text = DistillationSpec.from_text(json.dumps(kept), source=f"the {step} step's part of the spec").to_json()
-    return f"{text}  # {content}" if content else text
-
-
-def _pick(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    return dict(section) if fields == ("*",) else {k: v for k, v in section.items() if k in fields}
-
-
 def _split(overrides: str) -> list[str]:
     try:
         return shlex.split(overrides)
@@ -206,109 +110,5 @@ def output_lasts(spec: DistillationSpec) -> bool:
     return storage.is_remote(spec.output.uri) or spec.resources.keeps(storage.normalize(spec.output.uri))
 
 
-def own_folder(root: str, *inputs: str) -> str | None:
-    """The folder of `root` that belongs to one set of inputs alone, so that nothing is resumed under others; None without a root."""
-    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
-    return f"{root.rstrip('/')}/{digest}" if root else None
-
-
 def _named(field: str, uris: Iterable[str]) -> list[tuple[str, str]]:
     return [(field, uri) for uri in uris]
-
-
-# -------------------------------------------------------------------------------------------------------- cache keys
-
-
-class _Versions:
-    """Digests of the models and files of a spec, each looked up once. Raises InputError for what is not there."""
-
-    def __init__(self) -> None:
-        self.known: list[dict[str, str]] = []
-
-    def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[tuple[str, str]] = ()) -> str:
-        """Digest of the code, of models with their tokenizers and W, and of texts (field, URI)."""
-        parts = [code_digest()]
-        for model in models:
-            field = f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
-            parts.append(self._lookup(f"{field}.model", model.model, model_version))
-            if model.tokenizer:
-                parts.append(self._lookup(f"{field}.tokenizer", model.tokenizer, model_version))
-            if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
-                parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
-        parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in texts]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-    def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
-        found = next((entry["version"] for entry in self.known if entry["uri"] == uri), None)
-        if found is None:
-            try:
-                found = version(uri)
-            except InputError as e:
-                raise InputError(f"{field}: {e}") from None
-        if {"field": field, "uri": uri, "version": found} not in self.known:
-            self.known.append({"field": field, "uri": uri, "version": found})
-        return found
-
-
-def model_version(ref: str) -> str:
-    """What changes when a model does: the commit of a hub id, else `storage.fingerprint`. Raises InputError."""
-    if storage.is_remote(ref) or Path(storage.normalize(ref)).exists():
-        return storage.fingerprint(ref)
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", ref) or ref.endswith(".gguf"):
-        raise InputError(f"{ref}: no such file or folder")
-    import huggingface_hub
-
-    try:
-        return str(huggingface_hub.HfApi().model_info(ref, timeout=20).sha)
-    except Exception as e:  # no network, or offline mode: then what was downloaded before
-        cached = huggingface_hub.try_to_load_from_cache(ref, "config.json")
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{ref}: no such folder, and not to be had from the hub ({type(e).__name__}: {reason})") from None
-
-
-@cache
-def code_digest() -> str:
-    """Digest of the library's own source, so that results of other code are never taken from a cache."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------------ running
-
-
-@contextlib.contextmanager
-def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
-    """Runs a step's body: says when it begins and ends, and turns bad input into one line on stderr and exit code 2.
-
-    `outputs`: the step's artifacts, whose metadata are given `started` (unix seconds) and `seconds`. Yields a function that
-    tells the two so far, for a step that has no artifacts.
-    """
-    start = time.time()
-
-    def times() -> dict[str, float]:
-        return {"started": round(start, 1), "seconds": round(time.time() - start, 1)}
-
-    print(f"{name}: started", flush=True)
-    try:
-        yield times
-    except InputError as e:
-        _stop(str(e))
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _stop(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}")
-    for output in outputs:
-        output.metadata |= times()
-    print(f"{name}: done in {times()['seconds']} s", flush=True)
-
-
-def _stop(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-    if path := os.environ.get(ERROR_FILE):
-        Path(path).write_text(line + "\n", encoding="utf-8")
-    sys.exit(2)

@@ -1,0 +1,78 @@
+"""The spec's training section as PyTorch and transformers have it."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
+
+
+def training_loss(spec: DistillationSpec, baseline: bool) -> LossSpec:
+    """The loss with `auto` out of the way (each teacher has its mode); the baseline's is CE, of weight 1."""
+    if baseline:
+        return LossSpec(mode="p_kl", dynamic_scaling=True)
+    return spec.loss.model_copy(update={"mode": "p_kl"}) if spec.loss.mode == "auto" else spec.loss
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """What `training.precision` means on this machine. `auto`: bfloat16 where the hardware multiplies it; where it does not, it is
+    emulated, some thirty times slower than float32 on a CPU with AVX2 alone.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
+        has = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
+    return torch.bfloat16 if has else torch.float32
+
+
+def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArguments:
+    """The spec's training section as transformers has it. Raises InputError where rows do not divide over ranks."""
+    training, ranks, cuda = spec.training, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    accumulation = training.accumulation(ranks)
+    workers = 2 if cuda else 0
+    sharded = training.sharding == "fsdp" and ranks > 1
+    return TrainingArguments(
+        output_dir=str(out_dir / "checkpoints"),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=_scheduler(training),
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        bf16=compute_dtype(training.precision) == torch.bfloat16,
+        use_cpu=not cuda,
+        ddp_backend=None if cuda or ranks == 1 else "gloo",
+        ddp_find_unused_parameters=False,
+        fsdp=True if sharded else None,  # type: ignore[arg-type]
+        fsdp_config={"version": 2} if sharded else None,
+        logging_steps=training.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if spec.data.validation else "no",
+        eval_steps=training.eval_steps or training.max_steps,
+        eval_on_start=bool(spec.data.validation),
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or training.max_steps,
+        save_total_limit=2,
+        report_to="none",  # see `trackers`
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=max(2, math.ceil(accumulation / workers)) if workers else None,  # a whole step ahead
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _scheduler(training: TrainingSpec) -> str:
+    return "constant_with_warmup" if training.scheduler == "constant" and training.warmup_steps else training.scheduler

@@ -1,0 +1,78 @@
+"""Cache keys that follow content: digests of models, files and the library's code."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+from xtoken_core import storage
+from xtoken_core.errors import InputError
+from xtoken_core.spec import StudentSpec, TeacherSpec
+
+
+def own_folder(root: str, *inputs: str) -> str | None:
+    """The folder of `root` that belongs to one set of inputs alone, so that nothing is resumed under others; None without a root."""
+    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+    return f"{root.rstrip('/')}/{digest}" if root else None
+
+
+class Versions:
+    """Digests of the models and files of a spec, each looked up once. Raises InputError for what is not there."""
+
+    def __init__(self) -> None:
+        self.known: list[dict[str, str]] = []
+
+    def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[tuple[str, str]] = ()) -> str:
+        """Digest of the code, of models with their tokenizers and W, and of texts (field, URI)."""
+        parts = [code_digest()]
+        for model in models:
+            field = f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
+            parts.append(self._lookup(f"{field}.model", model.model, model_version))
+            if model.tokenizer:
+                parts.append(self._lookup(f"{field}.tokenizer", model.tokenizer, model_version))
+            if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
+                parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
+        parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in texts]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
+        found = next((entry["version"] for entry in self.known if entry["uri"] == uri), None)
+        if found is None:
+            try:
+                found = version(uri)
+            except InputError as e:
+                raise InputError(f"{field}: {e}") from None
+        if {"field": field, "uri": uri, "version": found} not in self.known:
+            self.known.append({"field": field, "uri": uri, "version": found})
+        return found
+
+
+def model_version(ref: str) -> str:
+    """What changes when a model does: the commit of a hub id, else `storage.fingerprint`. Raises InputError."""
+    if storage.is_remote(ref) or Path(storage.normalize(ref)).exists():
+        return storage.fingerprint(ref)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", ref) or ref.endswith(".gguf"):
+        raise InputError(f"{ref}: no such file or folder")
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().model_info(ref, timeout=20).sha)
+    except Exception as e:  # no network, or offline mode: then what was downloaded before
+        cached = huggingface_hub.try_to_load_from_cache(ref, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{ref}: no such folder, and not to be had from the hub ({type(e).__name__}: {reason})") from None
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the library's own source, so that results of other code are never taken from a cache."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""The part of the spec that each step reads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from xtoken_core.spec import DistillationSpec
+
+_TOKENIZERS = {"student": ("model", "tokenizer"), "teachers": ("id", "model", "tokenizer", "projection")}
+
+_TEXTS = ("validation", "format", "text_key", "messages_key", "assistant_only", "max_length")
+
+_DIVERGENCE = (
+    "mode",
+    "chunk_distribution",
+    "topk_scope",
+    "vocab_topk",
+    "uncommon_topk",
+    "temperature",
+    "reverse_kl",
+    "exact_match_only",
+)
+
+_MEASURES = ("bits_per_byte", "texts", "window", "tasks", "num_fewshot", "limit")
+
+READS: dict[str, dict[str, tuple[str, ...]]] = {
+    "overlap": {**_TOKENIZERS, "teachers": (*_TOKENIZERS["teachers"], "mode"), "loss": ("mode",)},
+    "projection": _TOKENIZERS,
+    "prepare": {**_TOKENIZERS, "data": ("*",)},
+    "distill": {
+        "student": ("*",),
+        "teachers": ("*",),
+        "loss": ("*",),
+        "data": ("*",),
+        "training": ("*",),
+        "resources": ("nodes", "gpus_per_node"),
+    },
+    "baseline": {**_TOKENIZERS, "student": ("*",), "data": ("*",), "training": ("*",), "resources": ("gpus_per_node",)},
+    "evaluate_student": {
+        **_TOKENIZERS,
+        "student": ("*",),
+        "loss": _DIVERGENCE,
+        "data": _TEXTS,
+        "evaluation": _MEASURES,
+        "training": ("attention",),
+    },
+    "evaluate_teacher": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
+    "report": {"*": ("*",)},
+}
+"""Fields of the spec that each kind of step reads; `*`: all."""
+
+
+def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:
+    """The spec as one kind of step reads it, as JSON that `DistillationSpec.from_text` takes, `content` as a comment.
+
+    `teacher`: only the teacher of that index is kept.
+    """
+    full = spec.model_dump(mode="json", exclude_defaults=True)
+    if teacher is not None:
+        full["teachers"] = [full["teachers"][teacher]]
+    kept: dict[str, Any] = {}
+    for section, fields in READS[step].items():
+        if section == "*":
+            kept |= full
+        elif section == "teachers":
+            kept["teachers"] = [_pick(t, fields) for t in full["teachers"]]
+            if step in (
+                "overlap",
+                "prepare",
+                "evaluate_student",
+                "evaluate_teacher",
+                "baseline",
+            ):  # whether there is one, not which
+                kept["teachers"] = [t | {"projection": {}} if t.get("projection") else t for t in kept["teachers"]]
+        elif section in full:
+            kept[section] = _pick(full[section], fields)
+    kept = {"name": "view", "output": {"uri": "unused"}} | kept
+    kept["data"] = {"train": ["unused"]} | kept.get("data", {})
+    text = DistillationSpec.from_text(json.dumps(kept), source=f"the {step} step's part of the spec").to_json()
+    return f"{text}  # {content}" if content else text
+
+
+def _pick(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    return dict(section) if fields == ("*",) else {k: v for k, v in section.items() if k in fields}

@@ -1,5 +1,6 @@
 # make demo   sets up and runs the main job on two real models, on a CPU
 # make test   sets up and runs the tests
+# make docs   builds the documentation in build/site
 #
 # PYTHON=python3.12          another interpreter
 # CONSTRAINTS=gpu.txt        other pins (constraints.txt pins the CPU-tested versions; empty: no pins)
@@ -12,7 +13,7 @@ BIN         := $(VENV)/bin
 PIP_INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 OVERRIDES    = $(foreach s,$(SET),--set $(s))
 
-.PHONY: demo test lint format compile clean
+.PHONY: demo test lint format compile docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pipelines.demo_models
@@ -33,6 +34,9 @@ format: $(VENV)/.installed-test
 compile: $(VENV)/.installed
 	$(BIN)/python -m pipelines compile
 
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
 
@@ -42,5 +46,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP_INSTALL) -e ".[test,eval,tracking]"
+	$(PIP_INSTALL) -e ".[test,eval,tracking,docs]"
 	@touch $@

@@ -1,0 +1,54 @@
+"""The documentation: it builds without a warning, its specs are valid, its snippets run, it names every field of the spec."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec.fields import spec_fields
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "README.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_specs_on_a_page_are_valid(page):
+    specs = [block for block in blocks(page, "yaml") if "student:" in block]
+    for block in specs:
+        DistillationSpec.from_text(block, source=page.name)
+    assert specs or page.stem not in ("index", "README", "chats", "gpus")
+
+
+def test_the_loss_snippet_runs():
+    (snippet,) = blocks(ROOT / "docs" / "developers" / "losses.md", "python")
+    names: dict = {}
+    exec(snippet, names)
+    assert names["student_logits"].grad.abs().sum() > 0
+
+
+def test_the_site_builds_and_names_every_field(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"NO_MKDOCS_2_WARNING": "1", "PATH": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    reference = (tmp_path / "spec" / "index.html").read_text(encoding="utf-8")
+    assert [f.path for f in spec_fields() if f"<code>{f.path.rpartition('.')[2]}</code>" not in reference and not f.section] == []
+
+
+def test_every_field_has_its_values_and_a_default():
+    found = {field.path: field for field in spec_fields()}
+    assert found["loss.mode"].kind.startswith("p_kl | ") and found["loss.temperature"].default == "1.0"
+    assert found["teachers[].projection.top_k"].kind == "integer, above 0"
+    assert found["student.model"].default == "required" and found["training"].section
+
+
+def test_pages_in_the_menu_are_those_that_exist():
+    named = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} | {"spec.md"}
+    assert named == there

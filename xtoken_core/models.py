@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,12 +14,44 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from xtoken_core.errors import InputError
 from xtoken_core.losses.types import HiddenLogits
+from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model together with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    table: TokenTable
+    """The bytes of the tokenizer's ids."""
+    rows: int
+    """Rows of the lm_head that belong to ids of the tokenizer; rows beyond them are padding."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, who: str) -> Loaded:
+        """Puts a model and its tokenizer together. `who` names the model in the InputError for an lm_head of too few rows."""
+        table = TokenTable.from_tokenizer(tokenizer)
+        return cls(model, tokenizer, table, vocabulary_rows(model, len(table), table.min_rows, who))
+
+
+def load(ref: str, tokenizer: str | None, who: str, dtype: torch.dtype, attention: str) -> Loaded:
+    """Loads a model and its tokenizer onto the CPU; `tokenizer` None: the model's own. Raises InputError as `load_model` does."""
+    loaded = load_tokenizer(ref, tokenizer)
+    return Loaded.of(load_model(ref, dtype, attention), loaded, who)
 
 
 def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", packed: bool = False) -> PreTrainedModel:

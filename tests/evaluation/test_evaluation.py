@@ -187,8 +187,8 @@ def test_without_text_of_its_own_validation_is_measured_and_without_any_nothing(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_models_are_measured_with_the_attention_they_are_trained_with(run, attention):
     _, spec = run
-    model, _, _ = load_for(parsed(spec, training={"attention": attention}), "teacher-other", None)
-    assert model.config._attn_implementation == attention
+    loaded, _ = load_for(parsed(spec, training={"attention": attention}), "teacher-other", None)
+    assert loaded.model.config._attn_implementation == attention
 
 
 def test_bits_of_chats_are_those_of_the_answers(tmp_path):

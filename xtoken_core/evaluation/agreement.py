@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
-from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.models import Loaded, final_hidden, head_logits, load
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, TeacherSpec
-from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 BATCH_TOKENS = 1024
 """About how many positions get full logits at a time."""
@@ -24,7 +23,7 @@ BATCH_TOKENS = 1024
 @torch.no_grad()
 def agreement(
     spec: DistillationSpec,
-    student: PreTrainedModel,
+    student: Loaded,
     rows_folder: str | Path,
     projections: dict[str, Path | str],
     modes: dict[str, str],
@@ -45,23 +44,21 @@ def agreement(
     alone = {"aggregation": "sum", "weight_metric": None, "normalize_by_vocab": False, "dynamic_scaling": False}
     loss = spec.loss.model_copy(update=alone)
     rows, collate = load_rows(rows_folder), Collator.for_rows(spec, rows_folder)
-    table = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
-    student_ids = vocabulary_rows(student, len(table), table.min_rows, "student")
     size = max(1, BATCH_TOKENS // spec.data.max_length)
     results = {}
     for index, teacher in enumerate(spec.teachers):
-        model, other_ids, projection = _load(teacher, student, table, projections, spec.training.attention)
-        own_ids = student_ids
+        model, other_ids, projection = _load(teacher, student, projections, spec.training.attention)
+        own_ids = student.rows
         if projection is None:  # the ids that both have a row for
-            own_ids = other_ids = min(student_ids, other_ids)
+            own_ids = other_ids = min(own_ids, other_ids)
         mode = modes[teacher.id] if teacher.cross_tokenizer else None
         counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
         same = places = 0
         for start in range(0, len(rows), size):
-            batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.device)
+            batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.model.device)
             theirs = batch["teachers"][index] or batch
             # full logits, formed once: both comparisons read them
-            own = head_logits(student, final_hidden(student, batch["input_ids"]), own_ids).dense()
+            own = head_logits(student.model, final_hidden(student.model, batch["input_ids"]), own_ids).dense()
             other = head_logits(model, final_hidden(model, theirs["input_ids"]), other_ids).dense()
             fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
             seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
@@ -82,17 +79,16 @@ def agreement(
 
 
 def _load(
-    teacher: TeacherSpec, student: PreTrainedModel, student_table: TokenTable, projections: dict[str, Path | str], attention: str
+    teacher: TeacherSpec, student: Loaded, projections: dict[str, Path | str], attention: str
 ) -> tuple[PreTrainedModel, int, Projection | None]:
     """The teacher's model beside the student's, how many rows of its lm_head count, and W."""
-    table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
-    model = load_model(teacher.model, student.dtype, attention)
-    model.to(student.device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    ids = vocabulary_rows(model, len(table), table.min_rows, f"teacher {teacher.id}")
+    device = student.model.device
+    other = load(teacher.model, teacher.tokenizer, f"teacher {teacher.id}", student.model.dtype, attention)
+    other.model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     if not teacher.cross_tokenizer:
-        return model, ids, None
-    projection = Projection.load(projections[teacher.id], student_table.fingerprint, table.fingerprint)
-    return model, ids, projection.to(student.device)
+        return other.model, other.rows, None
+    projection = Projection.load(projections[teacher.id], student.table.fingerprint, other.table.fingerprint)
+    return other.model, other.rows, projection.to(device)
 
 
 def _same_choice(student: Tensor, teacher: Tensor, seen: TeacherBatch, token_mask: Tensor) -> Tensor:

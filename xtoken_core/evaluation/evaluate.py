@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from xtoken_core import storage
 from xtoken_core.data.chat import ChatTokenizer
@@ -24,9 +24,9 @@ from xtoken_core.evaluation.agreement import agreement
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
 from xtoken_core.evaluation.intervals import ratio_interval
 from xtoken_core.evaluation.samples import samples
-from xtoken_core.models import load_model, prune_layers
+from xtoken_core.models import Loaded, load, prune_layers
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.tokenization import load_tokenizer, row_bos
+from xtoken_core.tokenization import row_bos
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
     Raises InputError.
     """
     started = time.perf_counter()
-    loaded, tok, reference = load_for(spec, who, model)
+    loaded, reference = load_for(spec, who, model)
     window = spec.evaluation.window or spec.data.max_length
     stride = max(1, window // 2)
     result: dict[str, Any] = {"who": who, "model": reference, "window": window, "stride": stride}
@@ -64,24 +64,26 @@ def evaluate(
     if spec.measures_bits:
         documents = held_out(spec)
         measured = time.perf_counter()
-        result["bits_per_byte"], tokens = measure_bits(spec, loaded, tok, documents, window, stride)
+        result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents, window, stride)
         result["tokens_per_second"] = tokens / (time.perf_counter() - measured)
         if student:
-            result["samples"] = samples(loaded, tok, documents)
+            result["samples"] = samples(loaded.model, loaded.tokenizer, documents)
     validation = rows and Path(rows) / "validation"
     if student and validation and validation.exists():
         result["agreement"] = agreement(spec, loaded, validation, projections or {}, modes or {})
     if spec.evaluation.tasks:
         from xtoken_core.evaluation.harness import run_tasks
 
-        result["tasks"] = run_tasks(spec.evaluation, loaded, tok, reference if _as_it_lies(spec, who, reference) else None)
+        result["tasks"] = run_tasks(
+            spec.evaluation, loaded.model, loaded.tokenizer, reference if _as_it_lies(spec, who, reference) else None
+        )
     result["seconds"] = time.perf_counter() - started
     Path(out_path).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     return result
 
 
-def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
-    """The model (on the GPU, in bfloat16, if there is one), its tokenizer, and where it is from. Raises InputError."""
+def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tuple[Loaded, str]:
+    """The model (on the GPU, in bfloat16, if there is one) with its tokenizer, and where it is from. Raises InputError."""
     dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
     layers = None
     if model is not None:
@@ -93,12 +95,11 @@ def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tupl
         if teacher is None:
             raise InputError(f"who: {who}: neither teacher-ID of a teacher, nor student_before, nor a model given")
         reference, tokenizer = teacher.model, teacher.tokenizer
-    tok = load_tokenizer(reference, tokenizer)
-    loaded = load_model(reference, dtype, spec.training.attention)
+    loaded = load(reference, tokenizer, who, dtype, spec.training.attention)
     if layers is not None:
-        loaded = prune_layers(loaded, layers)
-    loaded.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    return loaded, tok, reference
+        prune_layers(loaded.model, layers)
+    loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
+    return loaded, reference
 
 
 def _as_it_lies(spec: DistillationSpec, who: str, reference: str) -> bool:
@@ -123,16 +124,12 @@ def held_out(spec: DistillationSpec) -> list[Document]:
 
 
 def measure_bits(
-    spec: DistillationSpec,
-    model: PreTrainedModel,
-    tok: PreTrainedTokenizerFast,
-    documents: Sequence[Document],
-    window: int,
-    stride: int,
+    spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document], window: int, stride: int
 ) -> tuple[dict[str, Any], int]:
     """The `bits_per_byte` of a result, and how many tokens it took."""
+    tok = loaded.tokenizer
     ids, counted, sizes = _tokens(spec, tok, documents)
-    nats = token_nats(model, ids, opener_of(tok), row_bos(tok), window, stride)
+    nats = token_nats(loaded.model, ids, opener_of(tok), row_bos(tok), window, stride)
     bits = np.array([float(n[c].sum()) for n, c in zip(nats, counted)]) / np.log(2)
     corpora = np.array([document.corpus for document in documents])
     return {

@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 from xtoken_core.data.batch import Collator
 from xtoken_core.errors import InputError
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import head_rows, vocabulary_rows
+from xtoken_core.models import Loaded, head_rows
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers.pool import TeacherPool
-from xtoken_core.tokenization import TokenTable, load_tokenizer
+from xtoken_core.tokenization import load_tokenizer
 from xtoken_core.training.checkpoints import (
     LEARNABLE_FILE,
     STATE_FILE,
@@ -122,9 +122,8 @@ def _distill(
             restore(checkpoint, out_dir)
 
     tokenizer = load_tokenizer(spec.student.model, spec.student.tokenizer)
-    table = TokenTable.from_tokenizer(tokenizer)
-    model = student_model(spec, checkpoint)
-    student_rows = vocabulary_rows(model, len(table), table.min_rows, f"student ({spec.student.model})")
+    loaded = Loaded.of(student_model(spec, checkpoint), tokenizer, f"student ({spec.student.model})")
+    model, table, student_rows = loaded.model, loaded.table, loaded.rows
     if not baseline:  # of one vocabulary only the ids that every model has a row for: the others stand for no text
         student_rows = min([student_rows, *(head_rows(t.model) for t in spec.teachers if not t.cross_tokenizer)])
     teachers = (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.processes import forkservers, teacher_processes
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import IDS, dense, micro_batches, own_logits, setup
 from xtoken_core.teachers.pool import TeacherPool
@@ -56,3 +58,16 @@ def test_nothing_is_left_of_a_killed_teacher(folder):
         os.kill(pool.teachers[0]._process.pid, signal.SIGKILL)
         pool.run([micro_batches((1, 4))])
     assert left_behind() <= before
+
+
+def test_the_process_that_teachers_are_forked_from_never_opens_a_gpu(folder):
+    """CUDA that was begun before a fork is of no use after it; a teacher itself has the GPU open."""
+
+    def devices(process):
+        opened = (os.path.realpath(path) for path in Path(f"/proc/{process.pid}/fd").iterdir())
+        return {device for device in opened if device.startswith("/dev/nvidia")}
+
+    with TeacherPool([setup(folder, device=torch.device("cuda", 0))]) as pool:
+        pool.run([micro_batches((1, 4))])
+        [forkserver], [teacher] = forkservers(os.getpid()), teacher_processes(os.getpid())
+        assert devices(teacher) and not devices(forkserver)

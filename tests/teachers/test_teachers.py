@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
+from tests.support.processes import is_forked, teacher_processes
 from tests.support.tiny import tiny_model
 from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits, distillation_loss, teacher_scores
@@ -34,21 +35,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(pool):
-    before, children = set(os.listdir("/dev/shm")), set(_children(os.getpid()))
+    before, teachers = set(os.listdir("/dev/shm")), set(teacher_processes(os.getpid()))
     yield
     assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_")]
-    assert {c for c in _children(os.getpid()) if b"spawn_main" in _command(c)} <= children
-
-
-def _children(pid):
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-
-
-def _command(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    assert set(teacher_processes(os.getpid())) <= teachers
 
 
 def setup(folder, name="teachers.0 (one)", **changes):
@@ -244,14 +234,15 @@ def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
-    teachers = [int(pid) for pid in student.stdout.readline().split()]
-    assert len(teachers) == 1
+    [pid] = student.stdout.readline().split()
+    [teacher] = teacher_processes(student.pid)
+    assert teacher.pid == int(pid)
     if how == signal.SIGINT:
         os.killpg(student.pid, how)  # as a terminal does: teachers get it too
     else:
         student.send_signal(how)
     student.wait(20)
     deadline = time.monotonic() + 10
-    while any(b"spawn_main" in _command(pid) for pid in teachers):
+    while is_forked(teacher):
         assert time.monotonic() < deadline, "a teacher outlived its student"
         time.sleep(0.1)

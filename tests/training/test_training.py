@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.processes import teacher_processes
 from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
@@ -206,9 +204,7 @@ def test_a_dead_teacher_ends_the_run(base, values):
     while not (log.exists() and "grad_norm" in log.read_text()):
         assert student.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    children = [int(c) for task in Path(f"/proc/{student.pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    teachers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(teachers[-1], signal.SIGKILL)
+    teacher_processes(student.pid)[-1].kill()
     killed = time.monotonic()
     _, errors = student.communicate(timeout=60)
     assert time.monotonic() - killed < 15

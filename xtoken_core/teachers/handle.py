@@ -7,6 +7,7 @@ through the shared buffers of `transport`, never through the pipe.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -21,7 +22,9 @@ from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetu
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
 from xtoken_core.teachers.worker import teacher_main
 
-# ------------------------------------------------------------------------------------------------- in the student
+_FORKSERVER = mp.get_context("forkserver")
+"""Starts teachers as copies of one process that has imported what they need, and has never touched a GPU: CUDA does not survive a fork."""
+_FORKSERVER.set_forkserver_preload(["xtoken_core.teachers.worker"])
 
 
 class Teacher:
@@ -34,9 +37,9 @@ class Teacher:
         """How often outputs of this teacher have been given back: once per run."""
         self._leased = False
         self._inbox = Inbox()
-        context = mp.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=teacher_main, args=(theirs, setup), name=setup.name, daemon=True)
+        self._pipe, theirs = _FORKSERVER.Pipe()
+        arguments = (theirs, setup, os.getpid())
+        self._process = _FORKSERVER.Process(target=teacher_main, args=arguments, name=setup.name, daemon=True)
         self._process.start()
         theirs.close()  # so that reading ends when the teacher does
 

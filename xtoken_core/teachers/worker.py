@@ -118,14 +118,11 @@ class TeacherServer:
         return teacher_scores(logits, ids, mask, inputs["sample_mask"], self.setup.scores, widths)
 
 
-def teacher_main(pipe: Connection, setup: TeacherSetup) -> None:
-    """Body of a teacher process: serves commands until it is told to close or the student is gone."""
-    student = os.getppid()
+def teacher_main(pipe: Connection, setup: TeacherSetup, student: int) -> None:
+    """Serves commands until it is told to close or the student, a process id, is gone. The body of a teacher process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
     try:
-        from xtoken_core.teachers.worker import TeacherServer  # imports transformers: seconds in which errors are reported too
-
         server = TeacherServer(setup)
         pipe.send(("done", _stamped(time.monotonic(), server.describe())))
         while (message := pipe.recv())[0] != "close":

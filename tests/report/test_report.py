@@ -13,7 +13,7 @@ from tests.support.report_sample import LEVELS, sample_run, write_files
 from xtoken_core.errors import InputError
 from xtoken_core.report.answer import answer_table, markdown, metrics
 from xtoken_core.report.cautions import cautions
-from xtoken_core.report.charts import MAX_POINTS, Series, duration, line_chart, nice_ticks, number, tick_texts
+from xtoken_core.report.charts import MAX_POINTS, Series, Style, duration, line_chart, nice_ticks, number, tick_texts
 from xtoken_core.report.compare import write_comparison
 from xtoken_core.report.curves import charts, phase_bars, run_seconds, task_bars
 from xtoken_core.report.dag import dag_picture
@@ -291,7 +291,7 @@ def test_charts_of_little_and_of_much():
     assert line_chart("t", "u", [Series("s", [], [])]) is None
     assert line_chart("t", "u", [Series("s", [5], [2.0])]).curves[0].dots
     wide = [Series("s", [1, 2, 3], [0.01, 1, 100])]
-    assert line_chart("t", "u", wide, may_be_log=True).logarithmic and not line_chart("t", "u", wide).logarithmic
+    assert line_chart("t", "u", wide, Style(may_be_log=True)).logarithmic and not line_chart("t", "u", wide).logarithmic
     flat = line_chart("t", "u", [Series("s", [1, 2], [0.7, 0.7])])
     assert "NaN" not in flat.curves[0].line and len(flat.y_ticks) > 1
 

@@ -6,9 +6,12 @@ Needs Chromium with its driver (Debian: apt-get install chromium chromium-driver
 from __future__ import annotations
 
 import base64
+import csv as csvlib
 import html
 import io
+import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +240,44 @@ def rgb(color: str) -> np.ndarray:
 
 def brightness(color: str) -> float:
     return float(rgb(color).mean())
+
+
+def test_a_chart_is_smoothed_and_changes_its_axis(browser, pages):
+    open_page(browser, pages["run"])
+    figure = next(f for f in browser.find_elements("css selector", ".chart") if "cross-entropy part" in f.text)
+    tools = {button.text: button for button in figure.find_elements("css selector", ".tools button")}
+
+    def shape() -> str:
+        return figure.find_element("css selector", ".line").get_attribute("d")
+
+    def roughness() -> float:
+        ys = np.array([float(spot.split()[1]) for spot in shape()[1:].split("L")])
+        return float(np.abs(np.diff(ys)).sum())
+
+    raw, rough = shape(), roughness()
+    tools["smooth"].click()
+    assert roughness() < rough / 2 and shape().count("L") == raw.count("L")
+    tools["smooth"].click()
+    assert shape() == raw
+    tools["log"].click()
+    assert "log scale" in figure.text and shape() != raw
+    tools["log"].click()
+    assert "log scale" not in figure.text and shape() == raw
+    assert browser.get_log("browser") == []
+
+
+def test_a_table_is_saved_as_it_is_sorted(browser, pages, tmp_path):
+    open_page(browser, pages["run"])
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    box = browser.find_element("css selector", "#results .scroll")
+    csv, json_ = box.find_elements("xpath", "following-sibling::p[1]/button")
+    csv.click()
+    json_.click()
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("*.[cj]s*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rows = list(csvlib.reader(next(tmp_path.glob("*.csv")).open()))
+    told = json.loads(next(tmp_path.glob("*.json")).read_text())
+    names = [cell.text.split("\n")[0] for cell in box.find_elements("css selector", "tbody td:first-child")]
+    assert [row[0] for row in rows[1:]] == names == [row[rows[0][0]] for row in told]
+    assert float(rows[1][1]) == told[0][rows[0][1]]

@@ -7,8 +7,8 @@ readable on a phone as on a laptop, in light and dark, and needs neither a libra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -60,6 +60,20 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Style:
+    """How a line chart is drawn beside its curves."""
+
+    x_label: str = "optimizer step"
+    marks: Sequence[tuple[float, str]] = ()
+    """Vertical lines at a step, with a label."""
+    names: Sequence[str] | None = None
+    """Set where values are indices into these categories, which the y axis names."""
+    may_be_log: bool = False
+    """Begin with a logarithmic axis where the values span decades."""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
 class Chart:
     """A line chart ready to be drawn."""
 
@@ -73,41 +87,29 @@ class Chart:
     """Vertical lines with a label, in per cent from the left."""
     logarithmic: bool = False
     wide: bool = False
+    other: Chart | None = None
+    """The same on the other kind of axis, linear or logarithmic; None where values are not positive."""
 
 
-def line_chart(
-    title: str,
-    unit: str,
-    series: Sequence[Series],
-    *,
-    x_label: str = "optimizer step",
-    marks: Sequence[tuple[float, str]] = (),
-    names: Sequence[str] | None = None,
-    may_be_log: bool = False,
-    wide: bool = False,
-) -> Chart | None:
-    """A chart of the series that have values, None where none has.
-
-    `marks`: vertical lines at a step, with a label. `names`: values are indices into these categories (the y axis names them).
-    `may_be_log`: a logarithmic axis where the values span decades.
-    """
-    series = [s for s in series if len(s.values)]
+def line_chart(title: str, unit: str, series: Sequence[Series], style: Style | None = None) -> Chart | None:
+    """A chart of the series that have values, None where none has."""
+    style, series = style or Style(), [s for s in series if len(s.values)]
     if not series:
         return None
-    logarithmic = may_be_log and _spans_decades(series)
+    if style.names is not None or _extent([np.asarray(s.values, dtype=float) for s in series])[0] <= 0:
+        return _drawn(title, unit, series, style, logarithmic=False)
+    logarithmic = style.may_be_log and _spans_decades(series)
+    chart, other = (_drawn(title, unit, series, style, kind) for kind in (logarithmic, not logarithmic))
+    return replace(chart, other=other)
+
+
+def _drawn(title: str, unit: str, series: Sequence[Series], style: Style, logarithmic: bool) -> Chart:
     scale = np.log10 if logarithmic else np.asarray
-    y_low, y_high = _padded(*_extent([scale(np.asarray(s.values, dtype=float)) for s in series]))
+    y_low, y_high = _padded(*_extent([scale(np.asarray(s.values, dtype=float)) for s in series]), from_zero=not logarithmic)
     x_low, x_high = _extent([np.asarray(s.steps, dtype=float) for s in series])
     x_high = x_high if x_high > x_low else x_low + 1
-    if names is not None:
-        y_low, y_high = -0.5, len(names) - 0.5
-        y_values = [(float(i), name) for i, name in enumerate(names)]
-    elif logarithmic:
-        decades = _decade_ticks(y_low, y_high)
-        y_values = [(math.log10(v), text) for v, text in zip(decades, tick_texts(decades))]
-    else:
-        ticks = nice_ticks(y_low, y_high, 5)
-        y_values = list(zip(ticks, tick_texts(ticks)))
+    if style.names is not None:
+        y_low, y_high = -0.5, len(style.names) - 0.5
 
     def left(step: float) -> float:
         return 100 * (step - x_low) / (x_high - x_low)
@@ -115,30 +117,46 @@ def line_chart(
     def top(value: float) -> float:
         return 100 * (y_high - value) / (y_high - y_low)
 
-    curves = []
-    for s in series:
-        steps, values = averaged(s.steps, s.values)
-        percent = [(left(x), top(float(scale(np.asarray(y))))) for x, y in zip(steps, values)]
-        texts = [names[round(y)] if names else number(y) for y in values]
-        places = [(round(a, 2), round(b, 2), number(x), text) for (a, b), x, text in zip(percent, steps, texts)]
-        spots = [f"{a * WIDTH / 100:.1f} {b * HEIGHT / 100:.1f}" for a, b in percent]
-        line = "" if names else "M" + "L".join(spots)
-        dots = (
-            "".join(f"M{spot}h.01" for spot in spots)
-            if (s.points and (names or len(spots) <= MAX_DOTS)) or len(spots) == 1
-            else ""
-        )
-        curves.append(Curve(s.name, s.color, s.dashed, line, dots, places))
     return Chart(
         title,
         unit,
-        x_label,
+        style.x_label,
         [Tick(left(v), number(v)) for v in nice_ticks(x_low, x_high, 5)],
-        [Tick(top(v), text) for v, text in y_values],
-        curves,
-        [Tick(left(step), text) for step, text in marks if x_low <= step <= x_high],
+        [Tick(top(v), text) for v, text in _y_ticks(y_low, y_high, style.names, logarithmic)],
+        [_curve(s, left, lambda value: top(float(scale(np.asarray(value)))), style.names) for s in series],
+        [Tick(left(step), text) for step, text in style.marks if x_low <= step <= x_high],
         logarithmic,
-        wide,
+        style.wide,
+    )
+
+
+def _y_ticks(low: float, high: float, names: Sequence[str] | None, logarithmic: bool) -> list[tuple[float, str]]:
+    """Places on the axis (logarithms on a logarithmic one) and their texts."""
+    if names is not None:
+        return [(float(i), name) for i, name in enumerate(names)]
+    if not logarithmic:
+        ticks = nice_ticks(low, high, 5)
+        return list(zip(ticks, tick_texts(ticks)))
+    decades = _decade_ticks(low, high)
+    if len(decades) < 2:  # less than a decade: round numbers, unevenly far apart
+        decades = [value for value in nice_ticks(10**low, 10**high, 5) if value > 0]
+    return [(math.log10(v), text) for v, text in zip(decades, tick_texts(decades))]
+
+
+def _curve(s: Series, left: Callable[[float], float], top: Callable[[float], float], names: Sequence[str] | None) -> Curve:
+    steps, values = averaged(s.steps, s.values)
+    percent = [(left(x), top(y)) for x, y in zip(steps, values)]
+    texts = [names[round(y)] if names else number(y) for y in values]
+    places = [(round(a, 2), round(b, 2), number(x), text) for (a, b), x, text in zip(percent, steps, texts)]
+    spots = [f"{a * WIDTH / 100:.1f} {b * HEIGHT / 100:.1f}" for a, b in percent]
+    dotted = (s.points and (names or len(spots) <= MAX_DOTS)) or len(spots) == 1
+    return Curve(
+        name=s.name,
+        color=s.color,
+        dashed=s.dashed,
+        line="" if names else "M" + "L".join(spots),
+        dots="".join(f"M{spot}h.01" for spot in spots) if dotted else "",
+        places=places,
     )
 
 
@@ -185,12 +203,12 @@ def _extent(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
     return min(float(a.min()) for a in arrays), max(float(a.max()) for a in arrays)
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    """The extent with a margin of 6 %; a flat one is opened, and one that begins near zero begins at zero."""
+def _padded(low: float, high: float, from_zero: bool = True) -> tuple[float, float]:
+    """The extent with a margin of 6 %; a flat one is opened, and one that begins near zero may begin at zero."""
     if high == low:
         return low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
     margin = 0.06 * (high - low)
-    bottom = 0.0 if 0 <= low < 0.25 * (high - low) else low - margin
+    bottom = 0.0 if from_zero and 0 <= low < 0.25 * (high - low) else low - margin
     return bottom, high + margin
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xtoken_core.errors import InputError
 from xtoken_core.report.cautions import cautions
-from xtoken_core.report.charts import Chart, Measured, Series, interval_plot, line_chart
+from xtoken_core.report.charts import Chart, Measured, Series, Style, interval_plot, line_chart
 from xtoken_core.report.page import render
 from xtoken_core.report.run import Run
 from xtoken_core.report.tables import MISSING, Cell, Table, settings_that_differ, short_name
@@ -148,4 +148,4 @@ def _curve(runs: Sequence[Run], title: str, unit: str, key: str) -> Chart | None
     series = [Series(run.name, *run.steps(key), color, points=validation) for color, run in enumerate(runs)]
     if unit.startswith("%"):
         series = [replace(one, values=[100 * value for value in one.values]) for one in series]
-    return line_chart(title, unit, series, wide=validation)
+    return line_chart(title, unit, series, Style(wide=validation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from xtoken_core.report.charts import Bar, Chart, Series, duration_bars, line_chart
+from xtoken_core.report.charts import Bar, Chart, Series, Style, duration_bars, line_chart
 from xtoken_core.report.run import Run
 
 STUDENT, TWIN, FIRST_TEACHER = 0, 1, 2
@@ -84,7 +84,7 @@ def _validation(run: Run) -> Chart | None:
     best = run.summary.get("best_step")
     marks = [(float(best), "best")] if best is not None else []
     series = _student_and_twin(run, "validation_bits_per_byte", points=True)
-    return line_chart("Validation", "bits per byte", series, marks=marks, wide=True)
+    return line_chart("Validation", "bits per byte", series, Style(marks=marks, wide=True))
 
 
 def _accuracy(run: Run) -> Chart | None:
@@ -101,11 +101,11 @@ def _student_and_twin(run: Run, key: str, points: bool = False) -> list[Series]:
 
 
 def _twinned(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) -> Chart | None:
-    return line_chart(title, unit, _student_and_twin(run, key), may_be_log=may_be_log)
+    return line_chart(title, unit, _student_and_twin(run, key), Style(may_be_log=may_be_log))
 
 
 def _plain(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) -> Chart | None:
-    return line_chart(title, unit, [Series(title, *run.steps(key), STUDENT)], may_be_log=may_be_log)
+    return line_chart(title, unit, [Series(title, *run.steps(key), STUDENT)], Style(may_be_log=may_be_log))
 
 
 def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]:
@@ -113,7 +113,7 @@ def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]
 
 
 def _per_teacher(run: Run, title: str, unit: str, prefix: str, may_be_log: bool = False) -> Chart | None:
-    return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), may_be_log=may_be_log)
+    return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), Style(may_be_log=may_be_log))
 
 
 def _partial(run: Run) -> str:
@@ -142,7 +142,7 @@ def _selected(run: Run) -> Chart | None:
         Series(t, [s for s, c in chosen if c == i], [c for _, c in chosen if c == i], FIRST_TEACHER + i, points=True)
         for i, t in enumerate(run.teachers)
     ]
-    return line_chart("Selected teacher", "lowest cross-entropy", series, names=run.teachers)
+    return line_chart("Selected teacher", "lowest cross-entropy", series, Style(names=run.teachers))
 
 
 def _step_time(run: Run) -> Chart | None:

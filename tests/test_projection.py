@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.support import assets
+from tests.support.losses_cases import oracle_case
 from xtoken_core.errors import InputError
+from xtoken_core.losses import distillation_loss, reference
 from xtoken_core.projection import Projection, build_projection, spell_vocabulary
 from xtoken_core.report.projection_summary import projection_block, projection_summary
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
@@ -199,6 +203,52 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             Projection.load(tmp_path / f"{name}.safetensors")
 
 
+DAMAGES = {  # what is changed of a good file: tensors, header
+    "teacher_vocab_size abc": ({}, {"teacher_vocab_size": "abc"}),
+    "teacher_vocab_size of 30 digits": ({}, {"teacher_vocab_size": "9" * 30}),
+    "teacher_vocab_size 0": ({}, {"teacher_vocab_size": "0"}),
+    "another teacher's size": ({}, {"teacher_vocab_size": "49153"}),
+    "another format version": ({}, {"format_version": "2"}),
+    "no format": ({}, {"format": None}),
+    "another student": ({}, {"student_fingerprint": "0" * 16}),
+    "no fingerprint of the teacher": ({}, {"teacher_fingerprint": None}),
+    "a teacher id beyond its vocabulary": ({"indices": lambda t: t.fill_(10**6)}, {"teacher_vocab_size": None}),
+    "an id of -2": ({"indices": lambda t: t.fill_(-2)}, {}),
+    "ids in floats": ({"indices": lambda t: t.float()}, {}),
+    "no row has an entry": ({"indices": lambda t: t.fill_(-1), "weights": lambda t: t.zero_()}, {}),
+    "fewer rows": ({name: lambda t: t[:-1] for name in ("indices", "weights", "exact")}, {}),
+    "more rows": ({name: lambda t: torch.cat([t, t]) for name in ("indices", "weights", "exact")}, {}),
+    "no entries per row": ({name: lambda t: t[:, :0] for name in ("indices", "weights")}, {}),
+    "weights of another shape": ({"weights": lambda t: t[:, :1]}, {}),
+    "rows that sum to 100": ({"weights": lambda t: t * 100}, {}),
+    "one row that sums to 1/2": ({"weights": lambda t: t.index_fill(0, torch.tensor([300]), 0.125)}, {}),
+    "negative weights": ({"weights": lambda t: -t}, {}),
+    "NaN": ({"weights": lambda t: t.fill_(float("nan"))}, {}),
+    "no weights": ({"weights": lambda t: None}, {}),
+    "exact of 5 ids": ({"exact": lambda t: t[:5]}, {}),
+    "exact of another shape": ({"exact": lambda t: torch.stack([t] * 3)}, {}),
+    "exact in numbers": ({"exact": lambda t: t.float()}, {}),
+    "every row exact": ({"exact": lambda t: torch.ones_like(t)}, {}),
+    "exact turned round": ({"exact": lambda t: t.flip(0)}, {}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_stored_w_is_held_to_what_it_claims(case: str, tmp_path: Path) -> None:
+    tables = assets.table("mistral"), assets.table("smollm2")
+    file = tmp_path / "w.safetensors"
+    build("mistral", "smollm2").save(file, *(table.fingerprint for table in tables))
+    Projection.load(file, *tables)
+    with safe_open(file, "pt") as content:
+        header, tensors = content.metadata(), {name: content.get_tensor(name) for name in ("indices", "weights", "exact")}
+    changes, headers = DAMAGES[case]
+    tensors |= {name: change(tensors[name].clone()) for name, change in changes.items()}
+    header = {name: value for name, value in (header | headers).items() if value is not None}
+    save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, file, header)
+    with pytest.raises(InputError, match=r"^[^\n]*w\.safetensors: [^\n]+$"):
+        Projection.load(file, *tables)
+
+
 def test_nemo_rl_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "w.pt"
     small().to_nemo_rl(file)
@@ -209,22 +259,42 @@ def test_nemo_rl_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "3 of 6 slots hold no entry" in caplog.text
 
 
-def test_nemo_rl_entries_without_id_or_weight_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nemo_rl_entries_without_id_or_weight_go_and_the_rest_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(
-        {"indices": torch.tensor([[-1, 2, 1], [0, 1, 2]]), "likelihoods": torch.tensor([[0.5, 0.25, 0.25], [0.0, 3.0, 0.0]])},
+        {"indices": torch.tensor([[-1, 2, 1], [0, 1, 2]]), "likelihoods": torch.tensor([[0.5, 0.25, 0.5], [0.0, 3.0, 0.0]])},
         tmp_path / "w.pt",
     )
     with caplog.at_level(logging.WARNING):
         w = Projection.from_nemo_rl(tmp_path / "w.pt")
-    assert w.indices.tolist() == [[2, 1, -1], [1, -1, -1]] and w.weights.tolist() == [[0.5, 0.5, 0], [1, 0, 0]]
+    assert w.indices.tolist() == [[2, 1, -1], [1, -1, -1]] and w.weights.tolist() == [[0.25, 0.5, 0], [3, 0, 0]]
     assert "1 of 6" in caplog.text and "2 entries of weight 0" in caplog.text
 
 
-def test_nemo_rl_counts(tmp_path: Path) -> None:
+def test_nemo_rl_counts_stay_counts_also_when_stored(tmp_path: Path) -> None:
     torch.save({(0, 4): 1, (2, 1): 3.0, (2, 0): 1, (0, 3): torch.tensor(3.0)}, tmp_path / "w.pt")
     w = Projection.from_nemo_rl(tmp_path / "w.pt", 4, 5)
     assert w.indices.tolist() == [[3, 4], [-1, -1], [1, 0], [-1, -1]]
-    assert w.weights.tolist() == [[0.75, 0.25], [0, 0], [0.75, 0.25], [0, 0]]
+    assert w.weights.tolist() == [[3, 1], [0, 0], [3, 1], [0, 0]]
+    w.save(tmp_path / "w.safetensors", "aa", "bb")
+    assert equal(Projection.load(tmp_path / "w.safetensors", "aa", "bb"), w)
+
+
+@pytest.mark.parametrize("case", ["p_kl", "p_kl_reverse", "gold", "h_kl"])
+def test_an_imported_w_gives_the_losses_of_its_counts(case: str, tmp_path: Path) -> None:
+    """The oracle's batches under W as counts, stored by NeMo-RL's ways, against the plain formulas on the very numbers."""
+    (logits, *masks), teachers, spec, _ = oracle_case(Path(__file__).parent / "oracle" / f"{case}.safetensors", torch.float64)
+    told, size = teachers[0].projection, teachers[0].projection.teacher_vocab_size
+    counts = torch.where(told.indices >= 0, (told.weights * torch.arange(1, len(told.weights) + 1)[:, None]).float(), 0)
+    torch.save({"indices": told.indices, "likelihoods": counts}, tmp_path / "dense.pt")
+    pairs = {(s, t): counts[s, i].item() for s, row in enumerate(told.indices.tolist()) for i, t in enumerate(row) if t >= 0}
+    torch.save(pairs, tmp_path / "counts.pt")
+    expected = reference.distillation_loss(
+        logits, *masks, [dataclasses.replace(teachers[0], projection=Projection(told.indices, counts, size))], spec
+    )
+    for name in ("dense", "counts"):
+        imported = Projection.from_nemo_rl(tmp_path / f"{name}.pt", len(counts), size)
+        loss = distillation_loss(logits, *masks, [dataclasses.replace(teachers[0], projection=imported)], spec).loss
+        assert loss.item() == pytest.approx(float(expected.loss.detach()), rel=1e-9)
 
 
 class _Bomb:
@@ -255,6 +325,11 @@ HOSTILE = {
     "teacher id too large": {(0, 7): 1},
     "NaN count": {(0, 0): float("nan")},
     "negative count": {(0, 0): -1},
+    "id of 2^31": {"indices": torch.tensor([[2**31]]), "likelihoods": torch.tensor([[1.0]])},
+    "id of 2^63": {(0, 2**63): 1},
+    "no entries": {"indices": torch.zeros(1, 0, dtype=torch.int64), "likelihoods": torch.zeros(1, 0)},
+    "whole likelihoods": {"indices": torch.tensor([[0]]), "likelihoods": torch.tensor([[1]])},
+    "a table as count": {(0, 0): torch.ones(2)},
 }
 
 

@@ -8,7 +8,6 @@ for byte is one entry of weight 1; any other is tokenized by the teacher, and pi
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from xtoken_core.errors import InputError
+from xtoken_core.projection_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    ROW_SUMS,
+    checked_entries,
+    checked_exact,
+    read_nemo_rl,
+    read_projection,
+    rows_sum_to_one,
+    vocabulary_size,
+)
 from xtoken_core.spec import ProjectionSpec
 from xtoken_core.tokenization import ROLES, TokenTable, bare_tokenizer
 
-FORMAT = "xtoken-projection"
-FORMAT_VERSION = "1"
 _FIRST, _DECAY = 0.9, 0.1  # weight of the first piece, and of each next one relative to it
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +45,7 @@ class Projection:
     indices: Tensor
     """int64 [V_s, k]: teacher ids; -1 where a row has no further entry."""
     weights: Tensor
-    """float [V_s, k]: each row sums to 1, or has no entries."""
+    """float [V_s, k]: each row sums to 1, or has no entries; rows of an imported W may have any sum."""
     teacher_vocab_size: int | None = None
     """Ids of the teacher; None: not known."""
     exact: Tensor | None = None
@@ -64,30 +69,38 @@ class Projection:
             "student_fingerprint": student_fingerprint,
             "teacher_fingerprint": teacher_fingerprint,
             "options": json.dumps(options or {}, sort_keys=True),
+            ROW_SUMS: "one" if rows_sum_to_one(self.weights) else "any",
         }
         if self.teacher_vocab_size is not None:
             header["teacher_vocab_size"] = str(self.teacher_vocab_size)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, header)
 
     @classmethod
-    def load(cls, path: str | Path, student_fingerprint: str | None = None, teacher_fingerprint: str | None = None) -> Projection:
-        """Reads a file that `save` wrote. Raises InputError if it is damaged or for other vocabularies than those named."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: cannot read the projection: {e}") from None
-        if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{path}: not a projection of format version {FORMAT_VERSION}")
-        for side, wanted in (("student", student_fingerprint), ("teacher", teacher_fingerprint)):
+    def load(
+        cls, path: str | Path, student: TokenTable | str | None = None, teacher: TokenTable | str | None = None
+    ) -> Projection:
+        """Reads a file that `save` wrote.
+
+        student, teacher: the vocabularies that it has to be for, or their fingerprints. Raises InputError, which names the
+        file, if it is damaged, contradicts itself or is for others.
+        """
+        header, tensors = read_projection(path)
+        for side, wanted in (("student", student), ("teacher", teacher)):
+            print_ = wanted.fingerprint if isinstance(wanted, TokenTable) else wanted
             found = header.get(f"{side}_fingerprint")
-            if wanted is not None and found != wanted:
-                raise InputError(f"{path}: made for a {side} vocabulary {found}, but this {side}'s is {wanted}")
-        size = header.get("teacher_vocab_size")
-        indices, weights = tensors.get("indices"), tensors.get("weights")
-        indices, weights = _checked(indices, weights, None, int(size) if size else None, path)
-        return cls(indices, weights, int(size) if size else None, tensors.get("exact"))
+            if print_ is not None and found != print_:
+                raise InputError(f"{path}: made for a {side} vocabulary {found}, but this {side}'s is {print_}")
+        rows = len(student) if isinstance(student, TokenTable) else None
+        size = vocabulary_size(header, path, len(teacher) if isinstance(teacher, TokenTable) else None)
+        indices, weights = checked_entries(tensors.get("indices"), tensors.get("weights"), rows, size, path)
+        if header.get(ROW_SUMS, "one") == "one" and not rows_sum_to_one(weights):
+            raise InputError(f"{path}: rows of weights that sum neither to 1 nor to 0")
+        exact = checked_exact(tensors.get("exact"), indices, path)
+        if exact is not None and isinstance(student, TokenTable) and isinstance(teacher, TokenTable):
+            told = exact.nonzero()[:, 0].numpy()
+            if (student.objects[told] != teacher.objects[indices[told, 0].numpy()]).any():
+                raise InputError(f"{path}: rows that are exact, with another token of the teacher")
+        return cls(indices, weights, size, exact)
 
     @classmethod
     def from_nemo_rl(
@@ -95,83 +108,15 @@ class Projection:
     ) -> Projection:
         """Imports NeMo-RL's .pt: a dict of `indices` and `likelihoods` [V_s, k], or a dict of (student, teacher) -> count.
 
-        Rows are normalised; entries without weight go, and what went is logged. The sizes, where given, bound the ids
-        and fix the number of rows. Raises InputError for a file that is not such a dict, or has bad ids or weights.
+        Weights stay as they are, counts too, since NeMo-RL's losses take them so. Entries of weight 0 go, and what went is
+        logged. The sizes, where given, bound the ids and fix the number of rows. Raises InputError for a file that is not
+        such a dict, or has bad ids or weights.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:  # torch raises EOFError, RuntimeError, UnpicklingError, KeyError ... for bad files
-            raise InputError(f"{path}: cannot read the projection: {type(e).__name__}: {_first_line(e)}") from None
-        if not isinstance(content, dict) or not content:
-            raise InputError(f"{path}: expected a dict of indices and likelihoods, or of (student, teacher) -> count")
-        if "indices" in content:
-            indices, weights = content.get("indices"), content.get("likelihoods")
-        else:
-            indices, weights = _rows_from_counts(content, student_vocab_size, path)
-        indices, weights = _checked(indices, weights, student_vocab_size, teacher_vocab_size, path)
-        empty = (indices >= 0) & (weights == 0)
-        log.warning(
-            "%s: %d of %d slots hold no entry (-1), %d entries of weight 0 dropped, %d rows empty",
-            path,
-            int((indices < 0).sum()),
-            indices.numel(),
-            int(empty.sum()),
-            int((weights.sum(1) == 0).sum()),
-        )
-        indices = indices.masked_fill(weights == 0, -1)
-        order = (indices < 0).to(torch.int8).argsort(dim=1, stable=True)  # entries first, in their order
-        indices, weights = indices.gather(1, order), weights.gather(1, order)
-        return cls(indices, (weights / weights.sum(1, keepdim=True).clamp_min(1e-30)).to(torch.float32), teacher_vocab_size)
+        return cls(*read_nemo_rl(path, student_vocab_size, teacher_vocab_size), teacher_vocab_size)
 
     def to_nemo_rl(self, path: str | Path) -> None:
         """Writes NeMo-RL's dense form: torch.save of `indices` int64 and `likelihoods` float32, both [V_s, k]."""
         torch.save({"indices": self.indices.cpu(), "likelihoods": self.weights.detach().float().cpu()}, path)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _checked(indices: Any, weights: Any, rows: int | None, columns: int | None, path: str | Path) -> tuple[Tensor, Tensor]:
-    """The tensors of a file as int64 and float, entries without an id weighing 0. Raises InputError."""
-    if not isinstance(indices, Tensor) or not isinstance(weights, Tensor):
-        raise InputError(f"{path}: indices or weights are missing")
-    if indices.ndim != 2 or indices.shape != weights.shape or indices.is_floating_point() or indices.dtype == torch.bool:
-        raise InputError(
-            f"{path}: indices {tuple(indices.shape)} {indices.dtype} and weights {tuple(weights.shape)} do not go together"
-        )
-    if rows is not None and len(indices) != rows:
-        raise InputError(f"{path}: has {len(indices)} rows, but the student has {rows} ids")
-    indices, weights = indices.to(torch.int64), weights.to(torch.float32)
-    if indices.numel() and (indices.min() < -1 or (columns is not None and indices.max() >= columns)):
-        raise InputError(f"{path}: teacher ids outside -1 .. {'' if columns is None else columns - 1}")
-    weights = weights.masked_fill(indices < 0, 0.0)
-    if not weights.isfinite().all() or (weights < 0).any():
-        raise InputError(f"{path}: weights that are negative, infinite or not a number")
-    return indices, weights
-
-
-def _rows_from_counts(counts: dict[Any, Any], rows: int | None, path: str | Path) -> tuple[Tensor, Tensor]:
-    """(student, teacher) -> count as padded rows, the largest counts first."""
-    try:
-        pairs = np.array(list(counts), dtype=np.int64).reshape(len(counts), 2)
-        values = np.array([float(v) for v in counts.values()])
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{path}: expected a dict of (student, teacher) -> count") from None
-    student, teacher = pairs.T
-    if student.min() < 0 or (rows is not None and student.max() >= rows):
-        raise InputError(f"{path}: student ids outside 0 .. {'' if rows is None else rows - 1}")
-    order = np.lexsort((teacher, -values, student))
-    student, teacher, values = student[order], teacher[order], values[order]
-    rows = int(student[-1]) + 1 if rows is None else rows
-    per_row = np.bincount(student, minlength=rows)
-    slot = np.arange(len(student)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-    indices, weights = torch.full((rows, int(per_row.max())), -1), torch.zeros(rows, int(per_row.max()), dtype=torch.float64)
-    indices[student, slot], weights[student, slot] = torch.from_numpy(teacher), torch.from_numpy(values)
-    return indices, weights
-
-
-# -------------------------------------------------------------------------------------------------- building
 
 
 def build_projection(

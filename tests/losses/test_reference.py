@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.losses_cases import MODES, random_batch, random_teacher
+from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TopKLogits, distillation_loss, reference
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.spec import LossSpec
@@ -167,3 +168,9 @@ def test_learnable_projection(distribution):
     torch.testing.assert_close(trained.weights.sum(1), (trained.indices >= 0).any(1).double())
     assert not trained.weights.requires_grad
     assert learnable().indices is learnable().indices
+
+
+def test_a_fractional_sample_mask_is_refused():
+    logits, ids, mask, samples = random_batch(0, 2, 6, 11)
+    with pytest.raises(InputError, match=r"^sample_mask: 0\.5 is neither 0 nor 1"):
+        distillation_loss(logits, ids, mask, samples * 0.5, [], LossSpec(mode="p_kl"))

@@ -87,7 +87,7 @@ def _load(
     other.model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     if not teacher.cross_tokenizer:
         return other.model, other.rows, None
-    projection = Projection.load(projections[teacher.id], student.table.fingerprint, other.table.fingerprint)
+    projection = Projection.load(projections[teacher.id], student.table, other.table)
     return other.model, other.rows, projection.to(device)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from xtoken_core.errors import InputError
 from xtoken_core.losses.dispatch import counted_tokens, term_sums, valid_chunks
 from xtoken_core.losses.scores import score_metric, teacher_scores
-from xtoken_core.losses.selection import check_vocabularies, resolve_teachers
+from xtoken_core.losses.selection import check_sample_mask, check_vocabularies, resolve_teachers
 from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, TeacherBatch, TermSums, TopKLogits
 from xtoken_core.spec import LossSpec
 
@@ -196,8 +196,12 @@ def distillation_loss(
             contiguous logits, unless a gold or h_kl teacher has to read them meanwhile. A second backward then raises RuntimeError.
 
     Raises:
-        InputError (a ValueError): teachers and spec contradict each other, or `mode` is `auto`.
+        InputError (a ValueError): teachers and spec contradict each other, `mode` is `auto`, or a sample counts by a fraction.
     """
+    if (
+        totals is None or sample_mask.device.type == "cpu"
+    ):  # in training on a GPU the host would wait, and masks are the collator's
+        check_sample_mask(sample_mask)
     teachers = resolve_teachers(teachers, input_ids, token_mask, spec)
     check_vocabularies(teachers, student_logits.shape[-1])
     if totals is None:

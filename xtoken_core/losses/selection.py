@@ -78,6 +78,15 @@ def check_vocabularies(teachers: Sequence[TeacherBatch], student_vocab: int) -> 
             raise InputError(f"teacher {i}: projection: points beyond the {vocab} columns of the teacher's logits")
 
 
+def check_sample_mask(sample_mask: Tensor) -> None:
+    """Raises InputError unless every sample of [B] counts or does not: a fraction would count whole in one term, by half in another."""
+    if not sample_mask.is_floating_point() or (sample_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    fractions = sample_mask[(sample_mask != 0) & (sample_mask != 1)]
+    if len(fractions):
+        raise InputError(f"sample_mask: {fractions[0]:g} is neither 0 nor 1; weigh teachers, not samples")
+
+
 def _cut_columns(logits: Logits, vocab: int | None) -> Logits:
     """Drops the padding columns of an lm_head that has more rows than its tokenizer has ids."""
     if vocab is None or logits.shape[-1] <= vocab:

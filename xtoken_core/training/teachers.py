@@ -52,7 +52,7 @@ def ready_teacher(
         if path is None:
             raise InputError(f"{name}: projection: none was given")
         table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
-        projection = Projection.load(path, student.fingerprint, table.fingerprint)
+        projection = Projection.load(path, student, table)
         mode = teacher.mode or (modes.get(teacher.id) if spec.loss.mode == "auto" else spec.loss.mode)
         if mode is None:
             raise InputError(f"{name}: mode: auto, and the overlap step's choice was not given")

@@ -118,5 +118,5 @@ def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
 
     path = local_copy(uri)
     if uri.endswith(".safetensors"):
-        return Projection.load(path, student.fingerprint, teacher.fingerprint)
+        return Projection.load(path, student, teacher)
     return Projection.from_nemo_rl(path, len(student), len(teacher))

@@ -1,9 +1,10 @@
-"""Makes the spec's reference page out of the spec itself, each time the site is built."""
+"""Makes the spec's reference out of the spec itself, and draws the workflow as the report does, each time the site is built."""
 
 from __future__ import annotations
 
 from mkdocs.structure.files import File, Files
 
+from xtoken_core.report.dag import BOX_HEIGHT, BOX_WIDTH, dag_picture
 from xtoken_core.spec.fields import SpecField, spec_fields
 
 HEAD = """# The spec
@@ -18,6 +19,40 @@ def on_files(files: Files, config) -> Files:  # type: ignore[no-untyped-def]
     """Adds spec.md."""
     files.append(File.generated(config, "spec.md", content=HEAD + "\n".join(_lines(spec_fields()))))
     return files
+
+
+WORKFLOW = {
+    "resolve": [],
+    "overlap": ["resolve"],
+    "projection": ["overlap"],
+    "prepare": ["overlap"],
+    "distill": ["projection", "prepare"],
+    "distill-baseline": ["prepare"],
+    "evaluate-teacher": ["overlap"],
+    "evaluate-student": ["distill"],
+    "evaluate-baseline": ["distill-baseline"],
+    "report": ["evaluate-teacher", "evaluate-student", "evaluate-baseline"],
+}
+"""The steps of a run with one teacher and a twin, and what each waits for."""
+
+_BOX = '<rect width="{w}" height="{h}" rx="7" fill="none" stroke="currentColor"/>'
+_TEXT = '<text x="{x}" y="{y}" text-anchor="middle" font-size="13" fill="currentColor">{text}</text>'
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Puts the picture where a page asks for it."""
+    return markdown.replace("{{ workflow }}", _picture())
+
+
+def _picture() -> str:
+    dag = dag_picture([{"name": name, "after": after} for name, after in WORKFLOW.items()])
+    assert dag is not None
+    parts = [f'<path d="{edge}" fill="none" stroke="currentColor" opacity=".5"/>' for edge in dag.edges]
+    for box in dag.boxes:
+        text = _TEXT.format(x=BOX_WIDTH / 2, y=BOX_HEIGHT / 2 + 5, text=box.name)
+        parts.append(f'<g transform="translate({box.x} {box.y})">{_BOX.format(w=BOX_WIDTH, h=BOX_HEIGHT)}{text}</g>')
+    view = f"-2 -2 {dag.width + 4} {dag.height + 4}"
+    return f'<svg viewBox="{view}" role="img" aria-label="The steps of a run and what each waits for">{"".join(parts)}</svg>'
 
 
 def _lines(fields: list[SpecField]) -> list[str]:

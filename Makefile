@@ -8,19 +8,24 @@
 
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
+WORKERS     ?= 2
 VENV        := .venv
 BIN         := $(VENV)/bin
 PIP_INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+PYTEST       = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OVERRIDES    = $(foreach s,$(SET),--set $(s))
 
-.PHONY: demo test lint format compile docs clean
+.PHONY: demo test test-fast lint format compile docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pipelines.demo_models
 	$(BIN)/python -m pipelines run pipelines/specs/demo.yaml $(OVERRIDES)
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support import assets
 from xtoken_core.errors import InputError
-from xtoken_core.tokenization import HASH_BASE, TokenTable, encode, hash_powers, load_tokenizer, normalize_for, row_bos
+from xtoken_core.token_hashes import HASH_BASE, hash_powers
+from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, row_bos
+from xtoken_core.tokenizer_checks import hide_control_pieces
 
 NAMES = ("smollm2", "qwen3", "llama2", "mistral", "gemma3", "claude", "deepseek")
 HARD = (
@@ -66,7 +70,7 @@ def test_tables_of_real_tokenizers(name: str) -> None:
     assert all(len(table[i]) == n for i, n in enumerate(table.lengths.tolist()))
     for role, i in table.roles.items():
         assert tok.convert_ids_to_tokens(i) == getattr(tok, f"{role}_token")
-        assert table[i] == b"" and i in table.special_ids
+        assert table[i] == b"" and table.special[i]
     assert all(table[i] == token for token, i in table.ids_by_bytes.items())
     assert set(table.ids_by_bytes) == {t for i, t in enumerate(table.tokens) if not table.special[i]}
 
@@ -188,6 +192,70 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece()
     with pytest.raises(InputError, match="neither byte-level nor SentencePiece"):
+        TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_names_of_control_pieces_in_text_are_text() -> None:
+    """A Unigram model holds its control tokens with the best score of all, and would find them in any text."""
+    letters = [(letter, -4.0) for letter in "a<>s/xunk▁"]
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert any(i in (0, 1) for i in encode(tok, ["a <s>x</s>"])[0])
+    hide_control_pieces(tok.backend_tokenizer, "t5")
+    [ids] = encode(tok, ["a <s>x</s>"])
+    assert TokenTable.from_tokenizer(tok).decode(ids) == b" a <s>x</s>" and not {0, 1, 2} & set(ids)
+    assert tok("<s>", add_special_tokens=False)["input_ids"] == [0]  # where a template puts it, it is the token
+
+
+def test_merges_that_spell_a_control_token_are_left_out() -> None:
+    vocab = {"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4, "a": 5}
+    backend = Tokenizer(models.BPE(vocab, [("s", ">"), ("<", "s>")]))
+    backend.decoder = decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert encode(tok, ["a<s>"]) == [[5, 4]]
+    hide_control_pieces(tok.backend_tokenizer, "odd")
+    assert encode(tok, ["a<s>"]) == [[5, 0, 3]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_of_real_tokenizers_are_no_text(name: str) -> None:
+    table, tok = assets.table(name), assets.tokenizer(name)
+    names = [tok.convert_ids_to_tokens(i) for i in np.flatnonzero(table.special)[:64].tolist()]
+    for ids in encode(tok, [f"a{name} b {name}" for name in names if name]):
+        assert not table.special[ids].any()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3"])
+def test_a_tokenizer_without_its_merges_is_refused(name: str, tmp_path) -> None:
+    folder = assets.tokenizer_folder(name)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = []
+    content["model"]["ignore_merges"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(InputError, match=f"{tmp_path}: this tokenizer has lost its merges or scores: .* 0% encode to themselves"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_saved_padding_and_truncation_change_nothing(tmp_path) -> None:
+    tok = load_tokenizer(str(assets.tokenizer_folder("llama2")))
+    tok.backend_tokenizer.enable_padding(direction="left", length=64, pad_id=0)
+    tok.backend_tokenizer.enable_truncation(4)
+    assert TokenTable.from_tokenizer(tok).dummy_prefix and tok.backend_tokenizer.padding["length"] == 64
+    tok.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}')
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.backend_tokenizer.padding is None and loaded.backend_tokenizer.truncation is None
+    assert encode(loaded, ["some words of a text"]) == encode(assets.tokenizer("llama2"), ["some words of a text"])
+    assert row_bos(loaded) == 1
+
+
+def test_tokens_that_end_words_with_a_mark_are_refused() -> None:
+    backend = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
+    backend.decoder = decoders.ByteLevel()
+    with pytest.raises(InputError, match="end_of_word_suffix '</w>', which is no text"):
         TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 

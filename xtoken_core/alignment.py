@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xtoken_core.tokenization import HASH_BASE, SPACE_HASH, TokenTable, hash_powers
+from xtoken_core.token_hashes import HASH_BASE, SPACE_HASH, hash_powers
+from xtoken_core.tokenization import TokenTable
 
 _RESYNC = 8  # bytes that must agree before two differing texts count as together again; one 64-bit number
 

@@ -33,7 +33,8 @@ from xtoken_core.projection_files import (
     vocabulary_size,
 )
 from xtoken_core.spec import ProjectionSpec
-from xtoken_core.tokenization import ROLES, TokenTable, bare_tokenizer
+from xtoken_core.tokenization import ROLES, TokenTable
+from xtoken_core.tokenizer_parts import bare_tokenizer
 
 _FIRST, _DECAY = 0.9, 0.1  # weight of the first piece, and of each next one relative to it
 

@@ -8,62 +8,30 @@ strings. The rule that every table keeps: the bytes of the ids that `encode` giv
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, normalizers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from xtoken_core.errors import InputError
+from xtoken_core.token_hashes import content_hashes
+from xtoken_core.tokenizer_checks import check_merges, hide_control_pieces
+from xtoken_core.tokenizer_parts import (
+    BYTE_TOKEN,
+    SPACE,
+    backend_config,
+    byte_conventions,
+    dummy_prefixes,
+    text_normalizer,
+    vocab_bytes,
+)
 
 ROLES = ("bos", "eos", "pad", "unk")
 """Roles of special tokens, in the order in which a projection pairs them."""
-
-_SPACE = "\u2581"  # how SentencePiece writes a space
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes for the 256 bytes (GPT-2's `bytes_to_unicode`, turned round)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_CHAR_TO_BYTE = _byte_level_alphabet()
-_TO_LATIN1 = {ord(c): b for c, b in _CHAR_TO_BYTE.items()}
-_TO_BYTE_LEVEL = {b: c for c, b in _CHAR_TO_BYTE.items()}
-
-
-# The content hash of a byte string: sum over k of _BYTE_HASHES[byte k] * HASH_BASE**k modulo 2**64.
-HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
-_BYTE_HASHES = np.random.default_rng(0).integers(2**64, size=256, dtype=np.uint64)
-SPACE_HASH = _BYTE_HASHES[ord(" ")]
-_BLOCK = 1 << 16
-
-
-def _geometric(base: int, size: int) -> np.ndarray:
-    powers = np.full(size, np.uint64(base))
-    powers[:1] = 1
-    return np.cumprod(powers)
-
-
-_POWERS = _geometric(int(HASH_BASE), _BLOCK)
-
-
-def hash_powers(exponents: np.ndarray) -> np.ndarray:
-    """HASH_BASE**exponent modulo 2**64, uint64, for ascending exponents from zero on."""
-    powers = _POWERS[exponents & (_BLOCK - 1)]
-    blocks = int(exponents[-1]) // _BLOCK if len(exponents) else 0
-    if blocks:
-        powers *= _geometric(pow(int(HASH_BASE), _BLOCK, 2**64), blocks + 1)[exponents // _BLOCK]
-    return powers
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +62,8 @@ class TokenTable:
     def from_tokenizer(cls, tok: PreTrainedTokenizerFast) -> TokenTable:
         """Reads the table off a fast tokenizer. Raises InputError for one that is neither byte-level nor SentencePiece."""
         backend = tok.backend_tokenizer
-        config = _config(backend)
-        byte_level, byte_fallback = _conventions(config, getattr(tok, "name_or_path", ""))
+        config = backend_config(backend)
+        byte_level, byte_fallback = byte_conventions(config, getattr(tok, "name_or_path", ""))
         vocab = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         roles = {r: int(i) for r in ROLES if (i := getattr(tok, f"{r}_token_id")) is not None}
@@ -103,16 +71,16 @@ class TokenTable:
         size = max([-1, *vocab.values(), *added]) + 1
         tokens, special, ordinary = [b""] * size, np.ones(size, dtype=bool), np.zeros(size, dtype=bool)
         for text, i in vocab.items():
-            byte = _BYTE_TOKEN.fullmatch(text) if byte_fallback else None
-            tokens[i] = bytes([int(byte[1], 16)]) if byte else _vocab_bytes(text, byte_level)
+            byte = BYTE_TOKEN.fullmatch(text) if byte_fallback else None
+            tokens[i] = bytes([int(byte[1], 16)]) if byte else vocab_bytes(text, byte_level)
             special[i], ordinary[i] = False, not byte
         for i, token in added.items():
             special[i] = token.special or i in roles.values()
             if special[i]:
                 tokens[i], ordinary[i] = b"", False
-            elif not (byte_fallback and _BYTE_TOKEN.fullmatch(token.content)):
-                tokens[i] = (token.content if byte_level else token.content.replace(_SPACE, " ")).encode()
-        dummy_prefix, dummy_after_special = _dummy_prefixes(backend, [t.content for t in added.values() if t.special])
+            elif not (byte_fallback and BYTE_TOKEN.fullmatch(token.content)):
+                tokens[i] = (token.content if byte_level else token.content.replace(SPACE, " ")).encode()
+        dummy_prefix, dummy_after_special = dummy_prefixes(backend, [t.content for t in added.values() if t.special])
         return cls(
             tokens,
             special,
@@ -121,7 +89,7 @@ class TokenTable:
             dummy_prefix,
             dummy_after_special,
             byte_level,
-            _text_normalizer(config["normalizer"]),
+            text_normalizer(config["normalizer"]),
         )
 
     def __len__(self) -> int:
@@ -137,14 +105,8 @@ class TokenTable:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """uint64 [V]: content hash of each id's bytes, such that the hash of a text is the sum over its tokens of
-        `hashes[id] * HASH_BASE**(offset of the token)`."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        starts = ends - self.lengths
-        place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(starts, self.lengths)
-        text = np.frombuffer(b"".join(self.tokens), dtype=np.uint8)
-        sums = np.concatenate(([np.uint64(0)], np.cumsum(_BYTE_HASHES[text] * _POWERS[place])))
-        return sums[ends] - sums[starts]
+        """uint64 [V]: content hash of each id's bytes (see `content_hashes`)."""
+        return content_hashes(self.tokens, self.lengths)
 
     @cached_property
     def starts_with_space(self) -> np.ndarray:
@@ -162,11 +124,6 @@ class TokenTable:
     def fingerprint(self) -> str:
         """Equal for two vocabularies exactly when every id stands for the same bytes (64 bits of SHA-256, hex)."""
         return hashlib.sha256(self.lengths.astype("<i4").tobytes() + b"".join(self.tokens)).hexdigest()[:16]
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text."""
-        return frozenset(np.flatnonzero(self.special).tolist())
 
     @cached_property
     def ids_by_bytes(self) -> dict[bytes, int]:
@@ -194,7 +151,7 @@ class TokenTable:
         """
         if self.normalizer is not None:
             text = self.normalizer.normalize_str(text)
-        return text if self.byte_level else text.replace(_SPACE, " ")
+        return text if self.byte_level else text.replace(SPACE, " ")
 
 
 def normalize_for(text: str, tables: Sequence[TokenTable]) -> str:
@@ -240,7 +197,8 @@ def row_bos(tok: PreTrainedTokenizerFast) -> int | None:
 def load_tokenizer(model: str, tokenizer: str | None = None) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a model: hub id, local folder, fsspec URI or .gguf file; `tokenizer` overrides where it lies.
 
-    Raises InputError that names the reference.
+    Padding and truncation that were saved with it are switched off, and names of its control tokens are text where a text
+    has them. Raises InputError that names the reference, also for a tokenizer that has lost its merges or scores.
     """
     ref = tokenizer or model
     path = ref
@@ -257,99 +215,8 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> PreTrainedTokeni
         raise InputError(f"{ref}: cannot load a tokenizer: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}") from None
     if not isinstance(tok, PreTrainedTokenizerFast):
         raise InputError(f"{ref}: has no fast tokenizer (tokenizer.json)")
+    tok.backend_tokenizer.no_padding()
+    tok.backend_tokenizer.no_truncation()
+    hide_control_pieces(tok.backend_tokenizer, ref)
+    check_merges(tok, ref)
     return tok
-
-
-def bare_tokenizer(tok: PreTrainedTokenizerFast) -> Tokenizer:
-    """A tokenizer with the same model and pre-tokenizer, but no normaliser, no prefix and no added tokens.
-
-    It shares the model with `tok`. SentencePiece's space is the caller's to write as U+2581.
-    """
-    backend = tok.backend_tokenizer
-    bare = Tokenizer(backend.model)
-    pre = _without_prefix(_config(backend)["pre_tokenizer"])
-    if pre is not None:
-        donor = Tokenizer.from_str(json.dumps({**_EMPTY_TOKENIZER, "pre_tokenizer": pre}))
-        bare.pre_tokenizer = donor.pre_tokenizer
-    return bare
-
-
-_EMPTY_TOKENIZER: dict[str, Any] = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [],
-    "normalizer": None,
-    "pre_tokenizer": None,
-    "post_processor": None,
-    "decoder": None,
-    "model": {"type": "BPE", "vocab": {}, "merges": []},
-}
-
-
-def _config(backend: Tokenizer) -> dict:
-    """The tokenizer's settings as in tokenizer.json; taken part by part, since the whole would write out the vocabulary."""
-    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    config = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
-    return {**config, "byte_fallback": getattr(backend.model, "byte_fallback", False)}
-
-
-def _parts(config: dict | None) -> list[dict]:
-    """A normaliser, pre-tokenizer or decoder as a flat list of its steps."""
-    if config is None:
-        return []
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        if config["type"] == "Sequence" and key in config:
-            return [step for part in config[key] for step in _parts(part)]
-    return [config]
-
-
-def _conventions(config: dict, name: str) -> tuple[bool, bool]:
-    """(byte-level BPE, byte fallback), read off the decoder."""
-    steps = _parts(config["decoder"])
-    kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:
-        return True, False
-    writes_space = any(step["type"] == "Replace" and step["pattern"].get("String") == _SPACE for step in steps)
-    if "Metaspace" in kinds or writes_space:
-        return False, "ByteFallback" in kinds or bool(config["byte_fallback"])
-    raise InputError(f"{name or 'tokenizer'}: neither byte-level nor SentencePiece, its tokens' bytes are unknown")
-
-
-def _vocab_bytes(text: str, byte_level: bool) -> bytes:
-    if not byte_level:
-        return text.replace(_SPACE, " ").encode()
-    if all(c in _CHAR_TO_BYTE for c in text):
-        return text.translate(_TO_LATIN1).encode("latin-1")
-    return text.encode()  # the byte-level decoder does the same
-
-
-def _dummy_prefixes(backend: Tokenizer, specials: list[str]) -> tuple[bool, bool]:
-    """Whether a space appears in front of text, and of text after a special token."""
-
-    def prefixed(special: str) -> bool:
-        pieces = "".join(backend.encode(special + "x", add_special_tokens=False).tokens)
-        return pieces.removeprefix(special).startswith((_SPACE, _TO_BYTE_LEVEL[ord(" ")]))
-
-    as_text, backend.encode_special_tokens = backend.encode_special_tokens, False  # `encode` leaves it on
-    found = prefixed(""), any(prefixed(special) for special in specials[:1])
-    backend.encode_special_tokens = as_text
-    return found
-
-
-def _text_normalizer(config: dict | None) -> normalizers.Normalizer | None:
-    """The steps of a normaliser that change text: all but the prefix and the writing of a space as U+2581."""
-    writes_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    steps = [step for step in _parts(config) if step["type"] != "Prepend" and step != writes_space]
-    if not steps:
-        return None
-    sequence = {"type": "Sequence", "normalizers": steps}
-    return Tokenizer.from_str(json.dumps({**_EMPTY_TOKENIZER, "normalizer": sequence})).normalizer
-
-
-def _without_prefix(config: dict | None) -> dict | None:
-    if config is None:
-        return None
-    off = {"add_prefix_space": False, "prepend_scheme": "never"}
-    steps = [{k: off.get(k, v) for k, v in step.items()} for step in _parts(config)]
-    return {"type": "Sequence", "pretokenizers": steps}

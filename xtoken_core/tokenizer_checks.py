@@ -73,8 +73,8 @@ def hide_control_pieces(backend: Tokenizer, ref: str) -> None:
         vocab = [(piece, least if piece in controls else score) for piece, score in state["vocab"]]
         backend.model = models.Unigram(vocab, state["unk_id"], state.get("byte_fallback", False))
     elif state["type"] == "BPE":
-        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["merges"]]
-        kept = [pair for pair in pairs if "".join(pair) not in controls]
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["merges"])
+        kept = [(left, right) for left, right in pairs if left + right not in controls]
         options = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
         backend.model = models.BPE(state["vocab"], kept, **{name: state[name] for name in options if state[name] is not None})
     if found := _found_in_text(backend, controls):

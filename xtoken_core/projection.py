@@ -8,10 +8,10 @@ for byte is one entry of weight 1; any other is tokenized by the teacher, and pi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from xtoken_core.spec import ProjectionSpec
 from xtoken_core.tokenization import ROLES, TokenTable
 from xtoken_core.tokenizer_parts import bare_tokenizer
 
+T = TypeVar("T")
+
 _FIRST, _DECAY = 0.9, 0.1  # weight of the first piece, and of each next one relative to it
 
 
@@ -51,6 +53,17 @@ class Projection:
     """Ids of the teacher; None: not known."""
     exact: Tensor | None = None
     """bool [V_s]: the teacher has the very token, byte for byte or by role; None: not known."""
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What `table` keeps; matrices of the same entries with other weights may share it."""
+    _weighted_tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def table(self, make: Callable[..., T], *key: Hashable) -> T:
+        """`make(self, *key)`, which reads `indices` and `exact` only. Made once and kept."""
+        return _kept(self.tables, make, self, key)
+
+    def weighted_table(self, make: Callable[..., T], *key: Hashable) -> T:
+        """`make(self, *key)`, made once and kept. The tensors may not be changed in place afterwards."""
+        return _kept(self._weighted_tables, make, self, key)
 
     def to(self, device: torch.device | str) -> Projection:
         """The same matrix on another device."""
@@ -118,6 +131,13 @@ class Projection:
     def to_nemo_rl(self, path: str | Path) -> None:
         """Writes NeMo-RL's dense form: torch.save of `indices` int64 and `likelihoods` float32, both [V_s, k]."""
         torch.save({"indices": self.indices.cpu(), "likelihoods": self.weights.detach().float().cpu()}, path)
+
+
+def _kept(tables: dict[Any, Any], make: Callable[..., T], projection: Projection, key: tuple[Hashable, ...]) -> T:
+    if (make, *key) not in tables:
+        with torch.inference_mode(False):  # a table made while a model is evaluated serves training too
+            tables[make, *key] = make(projection, *key)
+    return tables[make, *key]
 
 
 def build_projection(

@@ -27,7 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xtoken_core.losses import HiddenLogits, TeacherBatch, distillation_loss, plain
-from xtoken_core.losses.selection import chunk_rows, resolve_teachers, top_columns
+from xtoken_core.losses.logits import as_form
+from xtoken_core.losses.resolve import resolve_teachers
+from xtoken_core.losses.selection import chunk_rows, top_columns
+from xtoken_core.losses.tables import common_pairs
+from xtoken_core.losses.types import StudentBatch
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
@@ -47,20 +51,18 @@ class Case:
     """Sizes of the hidden states, or None: from logits."""
     target_ms: float | None = None
     target_gib: float | None = None
-    in_place: bool = False
     """The gradient over the logits."""
 
     @property
     def name(self) -> str:
         """For the reader."""
-        return f"{self.mode}_{'hidden' if self.hidden else 'logits'}_{self.student[0]}{'_in_place' if self.in_place else ''}"
+        return f"{self.mode}_{'hidden' if self.hidden else 'logits'}_{self.student[0]}"
 
 
 _S, _Q, _O = 128256, 151936, 200064
 _D = (2048, 2560)
 CASES = [
     Case("p_kl", (2048, _S), (2017, _Q), None, 3.0, 0.5),
-    Case("p_kl", (2048, _S), (2017, _Q), None, 3.0, 0.5, in_place=True),
     Case("gold", (2048, _S), (2017, _Q), None, 9.0, 1.0),
     Case("h_kl", (2048, _S), (2017, _Q), None, 9.0, 1.0),
     Case("same", (2048, _S), (2048, _S), None, 1.8),
@@ -181,11 +183,11 @@ def make(case: Case, device: torch.device, dtype: torch.dtype, folder: Path | No
     return (student, ids, ones, torch.ones(1, device=device)), teachers, spec, leaves
 
 
-def loss_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list[Tensor], in_place: bool = False) -> Tensor:
-    """Forward and backward once. In place, the next step finds a gradient for logits: their range differs, the work does not."""
+def loss_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list[Tensor]) -> Tensor:
+    """Forward and backward once."""
     for leaf in leaves:
         leaf.grad = None
-    loss = distillation_loss(*batch, teachers, spec, overwrite_logits=in_place).loss
+    loss = distillation_loss(*batch, teachers, spec).loss
     loss.backward()
     return loss.detach()
 
@@ -195,7 +197,7 @@ def torch_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list
     for leaf in leaves:
         leaf.grad = None
     resolved = resolve_teachers(teachers, batch[1], batch[2], spec)
-    sums = plain.term_sums(*batch, resolved, spec)
+    sums = plain.term_sums(StudentBatch(as_form(batch[0]), *batch[1:]), resolved, spec)
     loss = spec.ce_weight * sums.ce / batch[1].numel() + spec.kd_weight * sums.kd.sum() / batch[1].numel()
     loss.backward()
     return loss.detach()
@@ -239,8 +241,8 @@ def graph_ms(step: Callable[[], Tensor], repeats: int) -> float | None:
     return timed_cuda(graph.replay, repeats)[0]
 
 
-def extra_bytes(step: Callable[[], Tensor], leaves: list[Tensor], in_place: bool = False) -> int:
-    """Peak allocation of one step beyond the inputs and the gradients; in place, a gradient takes nothing."""
+def extra_bytes(step: Callable[[], Tensor], leaves: list[Tensor]) -> int:
+    """Peak allocation of one step beyond the inputs and the gradients."""
     for leaf in leaves:
         leaf.grad = None
     torch.cuda.synchronize()
@@ -248,7 +250,7 @@ def extra_bytes(step: Callable[[], Tensor], leaves: list[Tensor], in_place: bool
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - (0 if in_place else sum(x.numel() * x.element_size() for x in leaves))
+    return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in leaves)
 
 
 def rates() -> tuple[float, float]:
@@ -274,13 +276,13 @@ def measured(case: Case, vs_torch: bool, folder: Path | None, copy_rate: float, 
     batch, teachers, spec, leaves = make(case, torch.device("cuda"), torch.bfloat16, folder)
 
     def step() -> Tensor:
-        return loss_step(batch, teachers, spec, leaves, case.in_place)
+        return loss_step(batch, teachers, spec, leaves)
 
     def plain_step() -> Tensor:
         return torch_step(batch, teachers, spec, leaves)
 
     ms, idle_ms = timed_cuda(step, 20 if case.student[0] <= 4096 else 3)
-    extra = extra_bytes(step, leaves, case.in_place) / GIB
+    extra = extra_bytes(step, leaves) / GIB
     floor = floor_ms(case, copy_rate, product_rate)
     replayed = graph_ms(step, 20) if case.student[0] <= 4096 and not case.hidden else None
     line = {
@@ -289,7 +291,7 @@ def measured(case: Case, vs_torch: bool, folder: Path | None, copy_rate: float, 
         "target_gib": case.target_gib,
     }  # fmt: skip
     line["met"] = (case.target_ms is None or ms <= case.target_ms) and (case.target_gib is None or extra <= case.target_gib)
-    if vs_torch and case.student[0] <= 2048 and not case.in_place:
+    if vs_torch and case.student[0] <= 2048:
         plain_ms, _ = timed_cuda(plain_step, 3)
         line |= {"torch_ms": round(plain_ms, 1), "torch_extra_gib": round(extra_bytes(plain_step, leaves) / GIB, 2)}
     return line
@@ -319,8 +321,6 @@ def run_cuda(names: list[str] | None, vs_torch: bool, folder: Path | None) -> li
 
 def loop_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list[Tensor]) -> Tensor:
     """The loss of one row as one would write it down: a loop over chunks, and W as a sparse matrix. p_kl, gold, h_kl and same vocabulary."""
-    from xtoken_core.losses.selection import common_pairs
-
     student, ids, token_mask, sample_mask = batch
     student.grad = None
     [teacher] = resolve_teachers(teachers, ids, token_mask, spec)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import pytest
 import torch
 
 from tests.support.losses_cases import random_batch, random_projection, random_teacher
 from xtoken_core.losses import HiddenLogits, TopKLogits, plain
-from xtoken_core.losses.selection import resolve_teachers
-from xtoken_core.losses.types import AveragedLogits, Coefficients
+from xtoken_core.losses.logits import AveragedLogits, LogitsForm, as_form
+from xtoken_core.losses.resolve import resolve_teachers
+from xtoken_core.losses.types import Coefficients, StudentBatch
 from xtoken_core.spec import LossSpec
 
 
@@ -75,11 +75,11 @@ def _formed(like: torch.Tensor, generator: torch.Generator, head: dict) -> Hidde
 
 
 def build(case: Case):
-    """Student (float64 leaves), input_ids, token_mask, sample_mask, resolved teachers, spec, coefficients."""
+    """Student's logits in float64, input_ids, token_mask, sample_mask, resolved teachers, spec, coefficients."""
     generator = torch.Generator().manual_seed(case.seed)
     spec = LossSpec(mode="p_kl", **case.options)
     logits, ids, mask, samples = random_batch(case.seed, case.batch, case.length, case.vocab)
-    student = _formed(logits, generator, case.head) if case.hidden else logits
+    student = _formed(logits, generator, case.head) if case.hidden else as_form(logits)
     teachers = []
     for i, mode in enumerate(case.modes):
         cross = mode in ("p_kl", "gold", "h_kl")
@@ -95,7 +95,7 @@ def build(case: Case):
             teacher = replace(teacher, logits=TopKLogits(values, indices, case.vocab))
         if mode == "averaged":
             other = random_teacher(case.seed + 50, case.batch, case.length, case.vocab, False).logits
-            teacher = replace(teacher, logits=AveragedLogits((teacher.logits, other), (0.3, 0.7)))
+            teacher = replace(teacher, logits=AveragedLogits((as_form(teacher.logits), as_form(other)), (0.3, 0.7)))
         teachers.append(teacher)
     teachers = resolve_teachers(teachers, ids, mask, spec)
     n = len(teachers)
@@ -103,15 +103,16 @@ def build(case: Case):
     return student, ids, mask, samples, teachers, spec, coefficients
 
 
-def _moved(x, device, dtype):
-    """Every floating tensor of a logits-like to `dtype`, all to `device`."""
-    if isinstance(x, torch.Tensor):
-        return x.detach().to(device, dtype if x.is_floating_point() else x.dtype)
-    if isinstance(x, HiddenLogits):
-        return replace(x, hidden=_moved(x.hidden, device, dtype), weight=_moved(x.weight, device, dtype), bias=None if x.bias is None else _moved(x.bias, device, dtype))  # fmt: skip  # noqa: E501
-    if isinstance(x, TopKLogits):
-        return replace(x, values=_moved(x.values, device, dtype), indices=x.indices.to(device))
-    return replace(x, parts=tuple(_moved(p, device, dtype) for p in x.parts))
+def _moved(x: LogitsForm, device, dtype) -> LogitsForm:
+    """Every floating tensor to `dtype`, all to `device`, as leaves."""
+
+    def move(tensor):
+        return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    x = x.over_positions(move)
+    if not isinstance(x, HiddenLogits):
+        return x
+    return replace(x, weight=move(x.weight), bias=None if x.bias is None else move(x.bias))
 
 
 def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtype, inputs_dtype: torch.dtype | None = None):
@@ -121,11 +122,7 @@ def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtyp
         student = _moved(student, "cpu", inputs_dtype)
         teachers = [replace(t, logits=_moved(t.logits, "cpu", inputs_dtype)) for t in teachers]
     student = _moved(student, device, dtype)
-    leaves = (
-        [student]
-        if isinstance(student, torch.Tensor)
-        else [x for x in (student.hidden, student.weight, student.bias) if x is not None]
-    )
+    leaves = [x for x in student.tensors if x is not None]
     moved = []
     for t in teachers:
         fields = {k: getattr(t, k).to(device) for k in ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid", "chunk_exact") if getattr(t, k) is not None}  # fmt: skip  # noqa: E501
@@ -140,7 +137,8 @@ def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtyp
         leaf.requires_grad_()
     if coefficients is not None:
         coefficients = Coefficients(coefficients.ce.to(device), coefficients.kd.to(device))
-    sums = implementation(student, ids.to(device), mask.to(device), samples.to(device), moved, spec, coefficients)
+    batch = StudentBatch(student, ids.to(device), mask.to(device), samples.to(device))
+    sums = implementation(batch, moved, spec, coefficients)
     if coefficients is not None:
         value = sums.total
     else:
@@ -169,26 +167,3 @@ def compare(case: Case, device: torch.device, dtype: torch.dtype, tolerance: flo
     for i, (a, b, c) in enumerate(zip(gradients, expected, plainly, strict=True)):
         assert a.isfinite().all()
         assert distance(a, b) < max(tolerance, 1.5 * distance(c, b)), (i, distance(a, b), distance(c, b))
-
-
-def compare_in_place(case: Case, device: torch.device, dtype: torch.dtype) -> None:
-    """`overwrite`: bit for bit the same gradient, in the memory of the logits unless a gold or h_kl teacher reads them; then no second backward."""
-    from xtoken_core.losses.kernels import term_sums
-
-    _, [expected] = evaluate(term_sums, case, device, dtype)
-    seen = []
-
-    def overwriting(student, *rest):
-        sums = term_sums(student, *rest, overwrite=True)
-        seen.append((student, sums))
-        return sums
-
-    _, [found] = evaluate(overwriting, case, device, dtype)
-    assert torch.equal(found, expected)
-    [(student, sums)] = seen
-    if any(mode in ("gold", "h_kl") for mode in case.modes):
-        assert student.data_ptr() != found.data_ptr()
-        return
-    assert student.data_ptr() == found.data_ptr()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (sums.ce if sums.total is None else sums.total).backward()

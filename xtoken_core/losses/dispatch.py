@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from xtoken_core.losses import plain
 from xtoken_core.losses.selection import chunk_rows, next_token_mask
-from xtoken_core.losses.types import HiddenLogits, TeacherBatch, TermSums
+from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
 
@@ -26,11 +26,13 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def term_sums(student: Tensor | HiddenLogits, *arguments: Any, overwrite: bool = False) -> TermSums:
-    """See `plain.term_sums`; `overwrite`: see `distillation_loss`. float64 logits always take the plain path: the kernels compute in float32."""
-    dtype = student.dtype if isinstance(student, Tensor) else student.hidden.dtype
-    fast = _kernels() if student.device.type == "cuda" and dtype != torch.float64 else None
-    return fast.term_sums(student, *arguments, overwrite=overwrite) if fast else plain.term_sums(student, *arguments)
+def term_sums(
+    student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec, coefficients: Coefficients | None = None
+) -> TermSums:
+    """See `plain.term_sums`. float64 logits always take the plain path: the kernels compute in float32."""
+    logits = student.logits
+    fast = _kernels() if logits.device.type == "cuda" and logits.dtype != torch.float64 else None
+    return (fast or plain).term_sums(student, teachers, spec, coefficients)
 
 
 def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,14 +28,16 @@ class LearnableProjection(nn.Module):
         self.register_buffer("exact", projection.exact, persistent=False)
         self.log_weights = nn.Parameter(projection.weights.detach().masked_fill(~nonzero, 1).log())
         """[V_s, k]: the softmax's logits; those outside W's nonzeros are never read."""
+        self._tables: dict[torch.device, dict[Any, Any]] = {}
 
     def forward(self) -> Projection:
-        """W with differentiable weights [V_s, k]. Its `indices` are the same tensor on every call: the losses keep tables of them."""
+        """W with differentiable weights [V_s, k], and the tables of its entries from call to call."""
+        tables = self._tables.setdefault(self.indices.device, {})
         outside = self.indices < 0
         weights = self.log_weights.masked_fill(outside, torch.finfo(self.log_weights.dtype).min).softmax(1)
-        return Projection(self.indices, weights.masked_fill(outside, 0), self.teacher_vocab_size, self.exact)
+        return Projection(self.indices, weights.masked_fill(outside, 0), self.teacher_vocab_size, self.exact, tables)
 
     def projection(self) -> Projection:
         """W as it stands, detached: to save."""
         learned = self()
-        return Projection(learned.indices, learned.weights.detach(), learned.teacher_vocab_size, learned.exact)
+        return replace(learned, weights=learned.weights.detach())

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.selection import (
-    EPSILON,
-    FLOOR,
-    chunk_rows,
-    common_pairs,
-    next_token_ids,
-    next_token_mask,
-    projection_entries,
-    top_columns,
-)
-from xtoken_core.losses.types import AveragedLogits, Coefficients, HiddenLogits, Logits, TeacherBatch, TermSums, TopKLogits
+from xtoken_core.losses.logits import Logits, TopKLogits, as_form
+from xtoken_core.losses.selection import EPSILON, FLOOR, chunk_rows, next_token_ids, next_token_mask, top_columns
+from xtoken_core.losses.tables import common_pairs, projection_entries
+from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
 
 def term_sums(
-    student: Tensor | HiddenLogits,
-    input_ids: Tensor,
-    token_mask: Tensor,
-    sample_mask: Tensor,
-    teachers: Sequence[TeacherBatch],
-    spec: LossSpec,
-    coefficients: Coefficients | None = None,
+    student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec, coefficients: Coefficients | None = None
 ) -> TermSums:
     """CE and each teacher's KD over one batch, as sums that add up over any split of the batch into samples.
 
@@ -38,11 +24,8 @@ def term_sums(
     in `aggregation`; a term here depends on its own samples alone. (`topk_scope: batch` chooses columns over the samples given.)
 
     Args:
-        student: [B, T_s, V_s] logits, float32, bfloat16, float16 or float64, or what forms them.
-        input_ids: [B, T_s] int64.
-        token_mask: [B, T_s], nonzero where the token counts as a target of CE and of the same-vocabulary KD.
-        sample_mask: [B], nonzero where the sample counts.
-        teachers: only those whose KD is wanted, as `selection.resolve_teachers` returns them: `mode` is set for cross-tokenizer
+        student: its logits and what they are to predict.
+        teachers: only those whose KD is wanted, as `resolve.resolve_teachers` returns them: `mode` is set for cross-tokenizer
             teachers and None for others, `input_ids` and `token_mask` are set, logits have no columns of padding.
             AveragedLogits are compared over the full vocabulary, whatever `spec.vocab_topk`.
         spec: read for temperature, chunk_distribution, topk_scope, vocab_topk, uncommon_topk, reverse_kl, exact_match_only.
@@ -54,13 +37,13 @@ def term_sums(
         states, lm_head weight and bias) and, through p_kl, to `projection.weights`; never to the teachers' logits. Computed in float32 at
         least: logits of lower precision are upcast, gradients are rounded once to the dtype of their tensor.
     """
-    logits = dense(student)
+    logits = _promoted(student.logits.dense())
     log_probs = {1.0: logits.log_softmax(-1)}
     if spec.temperature not in log_probs:
         log_probs[spec.temperature] = (logits / spec.temperature).log_softmax(-1)
 
-    counted = next_token_mask(token_mask, sample_mask)
-    targets = next_token_ids(input_ids)
+    counted = next_token_mask(student.token_mask, student.sample_mask)
+    targets = next_token_ids(student.input_ids)
     ce = -log_probs[1.0].gather(2, targets[..., None]).squeeze(2)[counted].sum()
     with torch.no_grad():
         correct = ((logits.argmax(-1) == targets) & counted).sum()
@@ -72,9 +55,9 @@ def term_sums(
         if teacher.projection is None:
             value = _same_vocabulary(logits, log_probs[spec.temperature], teacher, counted, spec)
         elif teacher.mode == "p_kl":
-            value = _p_kl(log_probs[spec.temperature], teacher, sample_mask, spec)
+            value = _p_kl(log_probs[spec.temperature], teacher, student.sample_mask, spec)
         else:
-            parts = _common_and_uncommon(log_probs[spec.temperature], teacher, sample_mask, spec)
+            parts = _common_and_uncommon(log_probs[spec.temperature], teacher, student.sample_mask, spec)
             value = parts[0] + parts[1]
         kd.append(value * spec.temperature**2)
         common.append(parts[0].detach())
@@ -87,29 +70,13 @@ def term_sums(
     return TermSums(ce.detach(), kd_sums.detach(), correct, common_sums, uncommon_sums, total.to(ce.dtype))
 
 
-def dense(logits: Logits) -> Tensor:
-    """[B, T, V] in float32, or in float64 if the logits are."""
-    assert not isinstance(logits, TopKLogits)
-    full = logits if isinstance(logits, Tensor) else logits.dense()
-    return full.to(torch.promote_types(full.dtype, torch.float32))
-
-
 def sample_logits(logits: Logits, b: int, columns: Tensor | None = None) -> Tensor:
-    """[T, k]: sample b's logits of some columns (None: all), without gradient. Of logits not formed yet, no others are."""
-    part: Logits
-    if isinstance(logits, HiddenLogits):
-        weight, bias = logits.weight, logits.bias
-        if columns is not None:
-            weight, bias = weight[columns], None if bias is None else bias[columns]
-        part, columns = replace(logits, hidden=logits.hidden[b : b + 1], weight=weight, bias=bias), None
-    elif isinstance(logits, AveragedLogits):
-        parts = [replace(p, hidden=p.hidden[b : b + 1]) if isinstance(p, HiddenLogits) else p[b : b + 1] for p in logits.parts]
-        part = replace(logits, parts=tuple(parts))
-    else:
-        assert isinstance(logits, Tensor)
-        part = logits[b : b + 1]
-    full = dense(part).detach()[0]
-    return full if columns is None else full.index_select(1, columns)
+    """[T, k]: sample b's logits of some columns (None: all), without gradient, in float32 at least."""
+    return _promoted(as_form(logits).at(b, slice(None), columns).detach())
+
+
+def _promoted(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def divergence(student: Tensor, teacher: Tensor, reverse: bool) -> Tensor:
@@ -121,10 +88,11 @@ def divergence(student: Tensor, teacher: Tensor, reverse: bool) -> Tensor:
 
 def _same_vocabulary(logits: Tensor, log_probs: Tensor, teacher: TeacherBatch, counted: Tensor, spec: LossSpec) -> Tensor:
     """Sum over the counted tokens of the KL within K."""
-    if isinstance(teacher.logits, TopKLogits):
-        return _same_vocabulary_top_k(logits, teacher, counted, spec)
+    form = as_form(teacher.logits)
+    if isinstance(form, TopKLogits):
+        return _same_vocabulary_top_k(logits, teacher, form, counted, spec)
     vocab = logits.shape[-1]
-    full = isinstance(teacher.logits, AveragedLogits) or spec.vocab_topk >= vocab
+    full = form.whole or spec.vocab_topk >= vocab
     columns = None if full else top_columns(teacher, spec)
     total = logits.new_zeros(())
     for b in range(logits.shape[0]):
@@ -136,17 +104,16 @@ def _same_vocabulary(logits: Tensor, log_probs: Tensor, teacher: TeacherBatch, c
     return total
 
 
-def _same_vocabulary_top_k(logits: Tensor, teacher: TeacherBatch, counted: Tensor, spec: LossSpec) -> Tensor:
+def _same_vocabulary_top_k(logits: Tensor, teacher: TeacherBatch, top: TopKLogits, counted: Tensor, spec: LossSpec) -> Tensor:
     """The same where only the teacher's k largest logits of each row are known: within K, over those that the row holds."""
-    assert isinstance(teacher.logits, TopKLogits)
     columns = top_columns(teacher, spec)
     inside = torch.zeros(columns.shape[0], logits.shape[-1], dtype=torch.bool, device=logits.device).scatter_(1, columns, True)
-    held = teacher.logits.indices.long()
+    held = top.indices.long()
     compared = inside.expand(logits.shape[0], -1).gather(1, held.flatten(1)).view(held.shape)
     counted = counted & compared.any(-1)
     compared = compared[counted]
     student = logits.gather(2, held)[counted] / spec.temperature
-    target = teacher.logits.values.detach().to(logits.dtype)[counted] / spec.temperature
+    target = top.values.detach().to(logits.dtype)[counted] / spec.temperature
     student, target = (x.masked_fill(~compared, -torch.inf).log_softmax(-1) for x in (student, target))
     return divergence(student.masked_fill(~compared, 0), target.masked_fill(~compared, 0), spec.reverse_kl).sum()
 

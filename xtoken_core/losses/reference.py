@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.selection import EPSILON, FLOOR, H_KL_THRESHOLD
-from xtoken_core.losses.types import HiddenLogits, Logits, TeacherBatch, TopKLogits
+from xtoken_core.losses.logits import HiddenLogits, Logits, TopKLogits
+from xtoken_core.losses.selection import EPSILON, FLOOR
+from xtoken_core.losses.tables import H_KL_THRESHOLD
+from xtoken_core.losses.types import TeacherBatch
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from xtoken_core.errors import InputError
+from xtoken_core.losses.logits import Logits, as_form
 from xtoken_core.losses.selection import next_token_ids, next_token_mask
-from xtoken_core.losses.types import AveragedLogits, HiddenLogits, Logits, TopKLogits
 from xtoken_core.spec import LossSpec
 
 ROWS = 512
@@ -52,7 +51,8 @@ def teacher_scores(
     result = torch.zeros(2, dtype=torch.float64, device=logits.device)
     if metric is None:
         return result
-    if isinstance(logits, (TopKLogits, AveragedLogits)):
+    form = as_form(logits)
+    if not form.complete:
         raise InputError(f"{metric} of a teacher needs its full logits, not their top k")
     if metric == "ce":
         counted, targets = next_token_mask(token_mask, sample_mask), next_token_ids(input_ids)
@@ -63,9 +63,10 @@ def teacher_scores(
         if token_bytes is None:
             raise InputError("score_unit: byte needs the token_bytes of every teacher")
         units = next_token_ids(token_bytes)
+    dtype = torch.promote_types(form.dtype, torch.float32)
     for rows in counted.nonzero().split(ROWS):
         b, t = rows.unbind(1)
-        log_probs = _rows(logits, b, t).log_softmax(-1)
+        log_probs = form.at(b, t).to(dtype).log_softmax(-1)
         if metric == "ce":
             values = -log_probs.gather(1, targets[b, t][:, None])
         elif metric == "entropy":
@@ -75,12 +76,3 @@ def teacher_scores(
         result[0] += values.sum(dtype=torch.float64)
         result[1] += units[b, t].sum()
     return result
-
-
-def _rows(logits: Tensor | HiddenLogits, b: Tensor, t: Tensor) -> Tensor:
-    """[n, V] in float32 at least: the rows at (b, t)."""
-    if isinstance(logits, HiddenLogits):
-        rows = replace(logits, hidden=logits.hidden[b, t][None]).dense()[0]
-    else:
-        rows = logits[b, t]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -5,102 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from xtoken_core.losses.logits import HiddenLogits as HiddenLogits
+from xtoken_core.losses.logits import Logits as Logits
+from xtoken_core.losses.logits import LogitsForm
+from xtoken_core.losses.logits import TopKLogits as TopKLogits
 
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
 
 
 @dataclass(frozen=True)
-class HiddenLogits:
-    """Logits that are not there yet: final hidden states and the lm_head that turns them into logits.
+class StudentBatch:
+    """The student's side of a batch."""
 
-    The logits are `softcap(scale * (hidden @ weight.T + bias))`, with softcap(x) = cap * tanh(x / cap) where a cap is set
-    (Gemma's final_logit_softcapping; Granite's and Cohere's logit scale). Losses that can, form them one tile at a time.
-    """
-
-    hidden: Tensor
-    """[B, T, D], after the final norm."""
-    weight: Tensor
-    """[V, D]: rows of padding beyond the tokenizer's ids already dropped."""
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, T, V), as of the logits."""
-        return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Of the hidden states."""
-        return self.hidden.device
-
-    def dense(self) -> Tensor:
-        """The logits [B, T, V] in the dtype of the hidden states."""
-        logits = self.hidden @ self.weight.to(self.hidden.dtype).T
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
-
-@dataclass(frozen=True)
-class TopKLogits:
-    """The k largest logits of every position of a teacher with the student's vocabulary."""
-
-    values: Tensor
-    """[B, T, k], in the compute dtype."""
-    indices: Tensor
-    """[B, T, k] int32 or int64 vocabulary ids."""
-    vocab_size: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, T, V), as of the logits."""
-        return self.values.shape[0], self.values.shape[1], self.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        """Of the values."""
-        return self.values.device
-
-
-@dataclass(frozen=True)
-class AveragedLogits:
-    """The weighted sum of several teachers' logits over one vocabulary (aggregation: averaged_logits)."""
-
-    parts: tuple[Tensor | HiddenLogits, ...]
-    """Each [B, T, V]."""
-    weights: tuple[float, ...]
-    """One per part, summing to 1."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, T, V), as of the logits."""
-        b, t, v = self.parts[0].shape
-        return b, t, v
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parts."""
-        return self.parts[0].device
-
-    def dense(self) -> Tensor:
-        """The averaged logits [B, T, V] in float32, or in float64 if the parts are."""
-        dense = [part.dense() if isinstance(part, HiddenLogits) else part for part in self.parts]
-        dtype = torch.promote_types(dense[0].dtype, torch.float32)
-        total = dense[0].to(dtype) * self.weights[0]
-        for logits, weight in zip(dense[1:], self.weights[1:], strict=True):
-            total = total.add(logits.to(dtype), alpha=weight)
-        return total
-
-
-Logits = Tensor | HiddenLogits | TopKLogits | AveragedLogits
-"""What may stand for logits [B, T, V]; all have `.shape` (B, T, V) and `.device`."""
+    logits: LogitsForm
+    """[B, T_s, V_s] float32, bfloat16, float16 or float64."""
+    input_ids: Tensor
+    """[B, T_s] int64."""
+    token_mask: Tensor
+    """[B, T_s], nonzero where the token counts as a target of CE and of the same-vocabulary KD."""
+    sample_mask: Tensor
+    """[B], nonzero where the sample counts."""
 
 
 @dataclass(frozen=True)

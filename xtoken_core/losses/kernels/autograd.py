@@ -21,22 +21,20 @@ from xtoken_core.losses.kernels.tiles import Cuts
 from xtoken_core.losses.kernels.totals import batch_totals, weighted_total
 from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens
 from xtoken_core.losses.kernels.whole import WholeGradient
-from xtoken_core.losses.types import Coefficients, HiddenLogits, TeacherBatch, TermSums
+from xtoken_core.losses.logits import HiddenLogits
+from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
 
 
 class Batch:
     """A batch made ready: rows, terms, tables and tiles. `run` does the work, as often as asked."""
 
-    def __init__(
-        self, student: Tensor | HiddenLogits, input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor, teachers: Sequence[TeacherBatch],
-        spec: LossSpec, overwrite: bool,
-    ):  # fmt: skip
-        """`overwrite`: the gradient may take the place of the student's logits."""
-        self.student, self.spec, self.overwrite = student, spec, overwrite
-        self.source = Source.of(student)
-        self.counted, self.targets, scope = counted_rows(input_ids, token_mask, sample_mask)
-        self.length = student.shape[1]
+    def __init__(self, student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec):
+        self.student, self.spec = student.logits, spec
+        self.source = Source.of(student.logits)
+        sample_mask = student.sample_mask
+        self.counted, self.targets, scope = counted_rows(student.input_ids, student.token_mask, sample_mask)
+        self.length = student.logits.shape[1]
         self.terms: list[Term] = [
             make_term(t, self.length, self.source.vocab, self.counted, scope, sample_mask, spec) for t in teachers
         ]
@@ -185,16 +183,8 @@ class _Terms(torch.autograd.Function):
 
 def _dense_gradients(batch: Batch, ce: Tensor, kd: Tensor, factor: Tensor | None) -> list[Tensor | None]:
     """By the student's logits and the weights of W; from what forward kept, or by another run."""
-    assert isinstance(batch.student, Tensor)
     shape = batch.student.shape
-    reads_other_rows = any(isinstance(term, CommonTerm) for term in batch.terms)
-    if batch.overwrite and not reads_other_rows and batch.student.is_contiguous():
-        out = batch.student.detach().flatten(0, 1)
-        torch.autograd.graph.increment_version(
-            batch.student
-        )  # who has saved the logits, ourselves included, is told that they are gone
-    else:
-        out = torch.empty(shape, dtype=batch.student.dtype, device=batch.student.device).flatten(0, 1)
+    out = torch.empty(shape, dtype=batch.student.dtype, device=batch.student.device).flatten(0, 1)
     weights: dict[int, Tensor] = {}
 
     def use(tile: Tile, parts: TileGradient) -> None:
@@ -243,20 +233,12 @@ def _by_weights(batch: Batch, weights: dict[int, Tensor]) -> list[Tensor | None]
 
 
 def term_sums(
-    student: Tensor | HiddenLogits,
-    input_ids: Tensor,
-    token_mask: Tensor,
-    sample_mask: Tensor,
-    teachers: Sequence[TeacherBatch],
-    spec: LossSpec,
-    coefficients: Coefficients | None = None,
-    overwrite: bool = False,
+    student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec, coefficients: Coefficients | None = None
 ) -> TermSums:
-    """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16; `overwrite`: see `distillation_loss`."""
-    with torch.autocast(student.device.type, enabled=False):  # products are formed in the dtype of the hidden states
-        batch = Batch(student, input_ids, token_mask, sample_mask, teachers, spec, overwrite)
-        inputs = [student] if isinstance(student, Tensor) else [student.hidden, student.weight, student.bias]
-        inputs += [weights for _, weights in _learnable(batch)]
+    """As `plain.term_sums`, by the kernels. Student's logits in float32, bfloat16 or float16."""
+    with torch.autocast(student.logits.device.type, enabled=False):  # products are formed in the dtype of the hidden states
+        batch = Batch(student, teachers, spec)
+        inputs = [*student.logits.tensors, *(weights for _, weights in _learnable(batch))]
         wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         sums = _Terms.apply(batch, coefficients, wanted, *inputs)
         found = batch.found

@@ -17,12 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import readable, room
 from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
-from xtoken_core.losses.selection import common_pairs
+from xtoken_core.losses.tables import common_pairs
 
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
@@ -43,21 +42,18 @@ class Split:
     """[w] int32, ascending."""
 
 
-_SPLITS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def vocabulary_split(projection: Projection, mode: str, student_vocab: int, teacher_vocab: int) -> Split:
-    """Computed once per set of pairs."""
-    tables = _SPLITS.setdefault(projection.weights, {})
-    key = mode, student_vocab, teacher_vocab
-    if key not in tables:
-        pairs = common_pairs(projection, *key)
-        pair = torch.full((room(student_vocab),), -1, dtype=torch.int32, device=pairs.student.device)
-        pair[pairs.student] = pairs.teacher.int()
-        rest = pairs.uncommon_student.int()
-        pair[pairs.uncommon_student] = -1 - torch.arange(rest.numel(), dtype=torch.int32, device=rest.device)
-        tables[key] = Split(pair, rest, pairs.uncommon_teacher.int())
-    return tables[key]
+    """Made once for a projection, a mode and these sizes."""
+    return projection.weighted_table(_split, mode, student_vocab, teacher_vocab)
+
+
+def _split(projection: Projection, mode: str, student_vocab: int, teacher_vocab: int) -> Split:
+    pairs = common_pairs(projection, mode, student_vocab, teacher_vocab)
+    pair = torch.full((room(student_vocab),), -1, dtype=torch.int32, device=pairs.student.device)
+    pair[pairs.student] = pairs.teacher.int()
+    rest = pairs.uncommon_student.int()
+    pair[pairs.uncommon_student] = -1 - torch.arange(rest.numel(), dtype=torch.int32, device=rest.device)
+    return Split(pair, rest, pairs.uncommon_teacher.int())
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.rows import empty_rows
-from xtoken_core.losses.types import HiddenLogits
+from xtoken_core.losses.logits import HiddenLogits, LogitsForm
 
 
 @triton.jit
@@ -39,13 +39,13 @@ class Source:
     cap: float | None = None
 
     @classmethod
-    def of(cls, logits: Tensor | HiddenLogits) -> Source:
+    def of(cls, logits: LogitsForm) -> Source:
         """Without copying, unless the columns are not contiguous or the weight has another dtype."""
         if isinstance(logits, HiddenLogits):
             hidden = logits.hidden.detach().flatten(0, 1)
             bias = None if logits.bias is None else logits.bias.detach().to(hidden.dtype)
             return cls(None, hidden, logits.weight.detach().to(hidden.dtype), bias, logits.scale, logits.softcap)
-        dense = logits.detach().flatten(0, 1)
+        dense = logits.dense().detach().flatten(0, 1)
         return cls(dense if dense.stride(1) == 1 else dense.contiguous())
 
     @property

@@ -23,8 +23,9 @@ from xtoken_core.losses.kernels.sources import Source
 from xtoken_core.losses.kernels.touched import Touched, by_column, by_teacher
 from xtoken_core.losses.kernels.whole import WholeGradient, whole_kl
 from xtoken_core.losses.kernels.within import within_kl
+from xtoken_core.losses.logits import AveragedLogits, TopKLogits, as_form
 from xtoken_core.losses.selection import top_columns
-from xtoken_core.losses.types import AveragedLogits, TeacherBatch, TopKLogits
+from xtoken_core.losses.types import TeacherBatch
 from xtoken_core.spec import LossSpec
 
 COLUMN_ROWS = 1024
@@ -117,6 +118,7 @@ class ProjectedTerm(ChunkTerm):
         super().__init__(teacher, source, sample_mask, spec)
         assert teacher.projection is not None
         self.batch, self.sample_mask, self.projection = teacher, sample_mask, teacher.projection
+        self.student_vocab = student_vocab
         self.length, self.teacher_length = length, teacher.logits.shape[1]
         self.indices = self.projection.indices[:student_vocab].contiguous()
         self.weights = self.projection.weights.detach()[:student_vocab].contiguous()
@@ -128,7 +130,7 @@ class ProjectedTerm(ChunkTerm):
         """Chooses K; from hidden states that is one product of the teacher's size."""
         columns, place = choose_columns(self.batch, self.source, _scope(self.batch, self.sample_mask, self.spec), self.spec)
         self.columns = ordered_columns(columns, place, self.table)
-        self.by_column = by_column(self.projection.weights, self.table)
+        self.by_column = by_column(self.projection, self.student_vocab, self.source.vocab)
         self.place = self.columns.place
         self.reach = int(self.table.most[columns.shape[1] - 1])
         """No more of the student's columns can be touched."""
@@ -288,7 +290,7 @@ def make_term(
     teacher: TeacherBatch, length: int, student_vocab: int, counted: Tensor, scope: Tensor, sample_mask: Tensor, spec: LossSpec
 ) -> Term:  # fmt: skip
     """The term of a teacher that `selection.resolve_teachers` returned. `length`: T_s; `counted`, `scope`: [R] bool, see `counted_rows`."""
-    logits = teacher.logits
+    logits = as_form(teacher.logits)
     if isinstance(logits, AveragedLogits):
         return WholeTerm(tuple(Source.of(part) for part in logits.parts), logits.weights, counted, spec)
     if isinstance(logits, TopKLogits):

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken_core.losses.kernels.launch import ceil_div, launch
-from xtoken_core.losses.selection import projection_entries
+from xtoken_core.losses.tables import projection_entries
 
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
@@ -37,34 +36,29 @@ class ByTeacher:
     """[V_t] int64 on the CPU: most[k - 1] is the most entries that any k columns have between them."""
 
 
-_BY_TEACHER: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -> ByTeacher:
-    """Computed once per `indices` tensor and sizes."""
-    tables = _BY_TEACHER.setdefault(projection.indices, {})
-    key = student_vocab, teacher_vocab
-    if key not in tables:
-        entries = projection_entries(projection, student_vocab)
-        column, order = entries.teacher.sort(stable=True)
-        start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
-        most = start.diff().sort(descending=True).values.cumsum(0).cpu()
-        tables[key] = ByTeacher(start, entries.student[order].int(), entries.slot[order], most)
-    return tables[key]
+    """Made once for a projection's entries and these sizes."""
+    return projection.table(_by_teacher, student_vocab, teacher_vocab)
 
 
-_BY_COLUMN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def _by_teacher(projection: Projection, student_vocab: int, teacher_vocab: int) -> ByTeacher:
+    entries = projection_entries(projection, student_vocab)
+    column, order = entries.teacher.sort(stable=True)
+    start = torch.searchsorted(column, torch.arange(teacher_vocab + 1, device=column.device), out_int32=True)
+    most = start.diff().sort(descending=True).values.cumsum(0).cpu()
+    return ByTeacher(start, entries.student[order].int(), entries.slot[order], most)
 
 
-def by_column(weights: Tensor, table: ByTeacher) -> Tensor:
-    """[n] float32: W's weights in the order of `table`; kept for weights that do not learn."""
-    if weights.requires_grad or weights.is_inference():
-        return weights.detach().flatten()[table.slot].float()
-    kept = _BY_COLUMN.get(weights)
-    if kept is None or kept[0] != weights._version or kept[1] is not table:
-        kept = weights._version, table, weights.flatten()[table.slot].float()
-        _BY_COLUMN[weights] = kept
-    return kept[2]
+def by_column(projection: Projection, student_vocab: int, teacher_vocab: int) -> Tensor:
+    """[n] float32: W's weights in the order of `by_teacher`; kept for weights that do not learn."""
+    if projection.weights.requires_grad:
+        return _by_column(projection, student_vocab, teacher_vocab)
+    return projection.weighted_table(_by_column, student_vocab, teacher_vocab)
+
+
+def _by_column(projection: Projection, student_vocab: int, teacher_vocab: int) -> Tensor:
+    slot = by_teacher(projection, student_vocab, teacher_vocab).slot
+    return projection.weights.detach().flatten()[slot].float()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Teachers as the losses take them: nothing left open, and nothing that contradicts the spec or the vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from xtoken_core.errors import InputError
+from xtoken_core.losses.logits import as_form
+from xtoken_core.losses.tables import projection_entries
+from xtoken_core.losses.types import TeacherBatch
+from xtoken_core.spec import LossSpec
+
+
+def resolve_teachers(
+    teachers: Sequence[TeacherBatch], input_ids: Tensor, token_mask: Tensor, spec: LossSpec
+) -> list[TeacherBatch]:
+    """The teachers with nothing left open: mode chosen, a same-vocabulary teacher's ids and mask filled in, padded columns cut off.
+
+    Raises InputError where a teacher contradicts the spec, and for a cross-tokenizer teacher whose mode is `auto`.
+    """
+    return [_resolve(f"teacher {i}", teacher, input_ids, token_mask, spec) for i, teacher in enumerate(teachers)]
+
+
+def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Tensor, spec: LossSpec) -> TeacherBatch:
+    logits = as_form(teacher.logits)
+    if teacher.projection is None:
+        if spec.aggregation == "averaged_logits" and not logits.complete:
+            raise InputError(f"{name}: aggregation: averaged_logits needs full logits, not their top k")
+        return replace(teacher, logits=logits, input_ids=input_ids, token_mask=token_mask, mode=None)
+    mode = teacher.mode or spec.mode
+    if mode == "auto":
+        raise InputError(f"{name}: mode: auto is resolved before the loss, by the coverage audit of the overlap step")
+    if spec.exact_match_only and mode != "p_kl":
+        raise InputError(f"{name}: mode: {mode} contradicts exact_match_only, which is p_kl's")
+    if spec.aggregation == "averaged_logits":
+        raise InputError(f"{name}: aggregation: averaged_logits needs teachers with the student's vocabulary")
+    if not logits.complete:
+        raise InputError(f"{name}: a cross-tokenizer teacher needs full logits, not their top k")
+    ids = teacher.projection.teacher_vocab_size  # an lm_head may have more rows than its tokenizer has ids
+    return replace(teacher, logits=logits if ids is None else logits.cut(ids), mode=mode)
+
+
+def check_vocabularies(teachers: Sequence[TeacherBatch], student_vocab: int) -> None:
+    """Raises InputError unless the student's and the teachers' logits have the columns that the projections speak of."""
+    for i, teacher in enumerate(teachers):
+        vocab = teacher.logits.shape[-1]
+        if teacher.projection is None:
+            if vocab != student_vocab:
+                raise InputError(
+                    f"teacher {i}: no projection, yet its logits have {vocab} columns and the student's {student_vocab}"
+                )
+        elif (rows := teacher.projection.indices.shape[0]) < student_vocab:
+            raise InputError(
+                f"teacher {i}: projection: {rows} rows, fewer than the {student_vocab} columns of the student's logits"
+            )
+        elif projection_entries(teacher.projection, student_vocab).columns > vocab:
+            raise InputError(f"teacher {i}: projection: points beyond the {vocab} columns of the teacher's logits")
+
+
+def check_sample_mask(sample_mask: Tensor) -> None:
+    """Raises InputError unless every sample of [B] counts or does not: a fraction would count whole in one term, by half in another."""
+    if not sample_mask.is_floating_point() or (sample_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    fractions = sample_mask[(sample_mask != 0) & (sample_mask != 1)]
+    if len(fractions):
+        raise InputError(f"sample_mask: {fractions[0]:g} is neither 0 nor 1; weigh teachers, not samples")

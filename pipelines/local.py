@@ -22,6 +22,7 @@ import yaml
 from kfp import components, local
 
 from pipelines.compiling import compile_spec, documents
+from pipelines.warm import servers, warm_steps
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.report.answer import answer_table
@@ -60,31 +61,31 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
     root = runs / spec.name
     root.mkdir(parents=True, exist_ok=True)
     log = root / f"{datetime.now():%Y-%m-%d-%H-%M-%S}.log"
-    pipeline = for_this_machine(compile_spec(spec))
-    tasks = len(pipeline["root"]["dag"]["tasks"])
-    run = components.load_component_from_text(yaml.safe_dump(pipeline))
-    with tempfile.TemporaryDirectory() as scratch, log.open("w", encoding="utf-8") as raw:
-        error = Path(scratch) / "error"
-        with _environment({**QUIET, ERROR_FILE: str(error), CHECKPOINTS: str(runs / "checkpoints")}):
-            local.init(
-                local.SubprocessRunner(use_venv=False),
-                pipeline_root=str(root),
-                enable_caching=True,
-                cache_root=str(runs / ".cache"),
-            )
-            progress = Progress(raw, tasks)
-            progress.say(f"{spec.name}: {tasks} steps; everything they print: {os.path.relpath(log)}")
-            try:
-                with progress.following():
-                    run()
-            except RuntimeError as e:
-                if error.exists():
-                    raise InputError(error.read_text(encoding="utf-8").strip()) from None
-                if not progress.current:
-                    raise
-                raise RunFailed(
-                    f"{progress.current}: the step failed; its last lines are above and in {os.path.relpath(log)}"
-                ) from e
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        log.open("w", encoding="utf-8") as raw,
+        _environment({**QUIET, ERROR_FILE: f"{scratch}/error", CHECKPOINTS: str(runs / "checkpoints")}),
+        warm_steps(),
+    ):
+        pipeline = for_this_machine(compile_spec(spec))
+        run = components.load_component_from_text(yaml.safe_dump(pipeline))
+        local.init(
+            local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(root),
+            enable_caching=True,
+            cache_root=str(runs / ".cache"),
+        )
+        progress = Progress(raw, len(pipeline["root"]["dag"]["tasks"]))
+        progress.say(f"{spec.name}: {progress.tasks} steps; everything they print: {os.path.relpath(log)}")
+        try:
+            with progress.following():
+                run()
+        except RuntimeError as e:
+            if (error := Path(scratch) / "error").exists():
+                raise InputError(error.read_text(encoding="utf-8").strip()) from None
+            if not progress.current:
+                raise
+            raise RunFailed(f"{progress.current}: the step failed; its last lines are above and in {os.path.relpath(log)}") from e
     return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
 
 
@@ -94,7 +95,7 @@ def ended_by_sigterm(name: str) -> Iterator[None]:
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        started = psutil.Process().children(recursive=True)
+        started = [process for process in psutil.Process().children(recursive=True) if process not in servers()]
         for kill, patience in ((lambda process: process.send_signal(signal.SIGINT), GRACE), (psutil.Process.kill, 1.0)):
             for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -186,7 +187,7 @@ class Progress(io.TextIOBase):
         elif re.fullmatch(r"    [\w -]+: (started|done in [\d.]+ s)", line):  # around them, KFP speaks (see `workflow.step`)
             self.inside = line.endswith("started")
         elif self.inside and line.strip():
-            self.say(f"      {line}")
+            self.say("      " + re.sub(r"\[KFP Executor [^\]]*\]: ", "", line))
 
     def _begin(self, task: str) -> None:
         self.current, self.begun, self.count, self.inside = task, time.time(), self.count + 1, False

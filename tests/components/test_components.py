@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from components.cli import command
+from tests.support.cli import call as shell
 from tests.support.tiny import tiny_run
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.step import ERROR_FILE
@@ -71,11 +71,6 @@ def test_each_step_runs_by_itself(run):
     assert DistillationSpec.from_yaml(run / "out" / "spec.yaml") == DistillationSpec.from_yaml(run / "spec.yaml")
 
 
-def invoke(*arguments, **environment):
-    command_line = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command_line, capture_output=True, text=True, timeout=120, env=os.environ | environment)
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -85,7 +80,7 @@ def invoke(*arguments, **environment):
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(run, tmp_path, arguments, line):
-    result = invoke("components.overlap", *[str(run / "spec.yaml") if a == "SPEC" else a for a in arguments])
+    result = shell("components.overlap", *[run / "spec.yaml" if a == "SPEC" else a for a in arguments])
     assert (result.returncode, result.stderr) == (2, line.replace("SPEC", str(run / "spec.yaml"), 1) + "\n")
 
 
@@ -93,9 +88,8 @@ def test_bad_input_inside_a_step_is_one_line_and_exit_2(run, tmp_path):
     """The line goes to stderr, and to the file that a program which runs steps asks for."""
     wrong = ("--set", "teachers.other.projection=null")
     error = tmp_path / "error"
-    result = invoke(
-        "components.overlap", "--spec", run / "spec.yaml", *wrong, "--report", tmp_path / "r", **{ERROR_FILE: str(error)}
-    )
+    arguments = ("--spec", run / "spec.yaml", *wrong, "--report", tmp_path / "r")
+    result = shell("components.overlap", *arguments, **{ERROR_FILE: str(error)})
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "no projection, so it must have the student's vocabulary" in result.stderr
     assert error.read_text() == result.stderr
@@ -103,5 +97,5 @@ def test_bad_input_inside_a_step_is_one_line_and_exit_2(run, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_exit_2(run, tmp_path):
-    result = invoke("components.overlap", "--spec", run / "spec.yaml", "--report", "/dev/full")
+    result = shell("components.overlap", "--spec", run / "spec.yaml", "--report", "/dev/full")
     assert (result.returncode, result.stderr) == (2, "a working file: No space left on device\n")

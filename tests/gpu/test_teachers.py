@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.processes import forkservers, teacher_processes
+from tests.support.processes import forked, forkservers, left_in_shared_memory
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import IDS, dense, micro_batches, own_logits, setup
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import TeacherError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def left_behind():
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "cuda.shm"))}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def test_every_transport_and_residency_hands_over_the_models_logits(folder):
         setup(folder, "topk", transport="topk", top_k=IDS, **cuda),
     ]
     torch.zeros(1, device="cuda")
-    before = left_behind()
+    before = set(os.listdir("/dev/shm"))
     with TeacherPool(setups) as pool:
         for shapes in (((2, 9), (1, 14)), ((1, 5),), ((3, 40), (2, 9))):
             batches = micro_batches(*shapes)
@@ -44,12 +42,12 @@ def test_every_transport_and_residency_hands_over_the_models_logits(folder):
                     torch.testing.assert_close(dense(logits).cpu(), own_logits(folder, batch), rtol=1e-3, atol=1e-4)
         assert [t.resident for t in pool.teachers] == [False, True, True]  # auto: it fits
         del run, logits
-    assert left_behind() <= before
+    assert not left_in_shared_memory(before)
 
 
 def test_nothing_is_left_of_a_killed_teacher(folder):
     torch.zeros(1, device="cuda")
-    before = left_behind()
+    before = set(os.listdir("/dev/shm"))
     with (
         pytest.raises(TeacherError, match="its process died"),
         TeacherPool([setup(folder, device=torch.device("cuda", 0))]) as pool,
@@ -57,7 +55,7 @@ def test_nothing_is_left_of_a_killed_teacher(folder):
         pool.run([micro_batches((1, 4))])
         os.kill(pool.teachers[0]._process.pid, signal.SIGKILL)
         pool.run([micro_batches((1, 4))])
-    assert left_behind() <= before
+    assert not left_in_shared_memory(before)
 
 
 def test_the_process_that_teachers_are_forked_from_never_opens_a_gpu(folder):
@@ -69,5 +67,13 @@ def test_the_process_that_teachers_are_forked_from_never_opens_a_gpu(folder):
 
     with TeacherPool([setup(folder, device=torch.device("cuda", 0))]) as pool:
         pool.run([micro_batches((1, 4))])
-        [forkserver], [teacher] = forkservers(os.getpid()), teacher_processes(os.getpid())
+        [forkserver], [teacher] = forkservers(os.getpid()), forked(os.getpid())
         assert devices(teacher) and not devices(forkserver)
+
+
+def test_what_steps_are_forked_from_never_opens_a_gpu():
+    warm = pytest.importorskip("pipelines.warm", reason="kfp is not installed")
+    code = "import os, sys, importlib; [importlib.import_module(m) for m in sys.argv[1:]]; "
+    code += "print([os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')])"
+    done = subprocess.run([sys.executable, "-c", code, *warm.IMPORTED], capture_output=True, text=True, check=True)
+    assert "/dev/nvidia" not in done.stdout

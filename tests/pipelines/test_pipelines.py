@@ -1,6 +1,5 @@
 """Specs as pipelines: what compiles to what, what a step depends on, and runs on this machine."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -20,6 +20,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from pipelines import compiling
 from pipelines.compiling import compile_spec, documents
 from pipelines.local import for_this_machine
+from tests.support.cli import call
+from tests.support.processes import forked, left_in_shared_memory
 from tests.support.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
@@ -270,11 +272,16 @@ def test_overrides_that_a_compiled_pipeline_can_follow_are_taken(run):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def pipelines(*arguments, **options):
-    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options
-    )
+pipelines = partial(call, "pipelines")
+
+
+def test_the_entry_point(run):
+    """In a process of its own, once: what the other tests call in theirs."""
+    command = [sys.executable, "-m", "pipelines", "validate", run / "spec.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "valid" in done.stdout
+    wrong = subprocess.run([*command, "--set", "training.max_step=3"], capture_output=True, text=True, timeout=300)
+    assert (wrong.returncode, wrong.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field\n")
 
 
 def test_validate_and_compile(run, tmp_path):
@@ -383,11 +390,11 @@ def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
         _, errors = started.communicate(timeout=60)
     finally:
         started.kill()
-    assert len(processes) >= 3  # KFP's executor, the student and its teacher among them
+    assert len(processes) >= 3  # the student and its teacher among them
     assert time.monotonic() - asked < 20
-    assert not [process for process in processes if process.is_running()]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
     assert (started.returncode, errors) == (143, "tiny: ended by SIGTERM; the next run goes on from what was done\n")
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not left_in_shared_memory(before)
     assert not (tmp_path / "out").exists()
 
     resumed = pipelines(*command)
@@ -399,13 +406,12 @@ def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
 def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):
     """Killed from outside, as for want of memory: no matter of the spec. The log is named, the exit code is 1."""
     command = [sys.executable, "-m", "pipelines", "run", run / "spec.yaml", "--runs", tmp_path / "runs"]
-    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    step = None
-    while step is None and started.poll() is None:
-        time.sleep(0.1)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            step = next((p for p in psutil.Process(started.pid).children(recursive=True) if "overlap" in p.cmdline()), None)
-    step.kill()
+    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not started.stdout.readline().endswith("] overlap\n"):
+        assert started.poll() is None
+    while not (steps_running := forked(started.pid)):
+        assert started.poll() is None
+    steps_running[0].kill()
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 1 and errors.startswith("overlap: the step failed")
     assert errors.count("\n") == 1 and "Traceback" not in errors

@@ -9,6 +9,7 @@ import yaml
 from kfp import components, local
 
 from pipelines.local import for_this_machine
+from pipelines.warm import warm_steps
 
 
 def main(folder: Path) -> None:
@@ -16,7 +17,8 @@ def main(folder: Path) -> None:
     pipeline = for_this_machine((folder / "pipeline.yaml").read_text())
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder))
     run = components.load_component_from_text(yaml.dump(pipeline, Dumper=yaml.CSafeDumper))
-    run(**json.loads((folder / "parameters.json").read_text()))
+    with warm_steps():
+        run(**json.loads((folder / "parameters.json").read_text()))
 
 
 if __name__ == "__main__":

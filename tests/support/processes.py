@@ -1,21 +1,23 @@
-"""The teacher processes of a student, as the system sees them."""
+"""Processes that are forked from one that has imported what they need, as the system sees them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 
 import psutil
 
 
-def forkservers(student: int) -> list[psutil.Process]:
-    """The processes that the student's teachers are forked from: one, or none before the first teacher."""
-    return [child for child in psutil.Process(student).children() if is_forked(child)]
+def forkservers(parent: int) -> list[psutil.Process]:
+    """The processes that a process's teachers or steps are forked from: one, or none before the first."""
+    return [child for child in psutil.Process(parent).children() if is_forked(child)]
 
 
-def teacher_processes(student: int) -> list[psutil.Process]:
-    """The teachers of the process `student`, in the order in which they started."""
-    teachers = [teacher for server in forkservers(student) for teacher in server.children()]
-    return sorted(teachers, key=lambda process: process.create_time())
+def forked(parent: int) -> list[psutil.Process]:
+    """The teachers of a student, or the steps of a run, in the order in which they started."""
+    processes = [process for server in forkservers(parent) for process in server.children()]
+    return sorted(processes, key=lambda process: process.create_time())
 
 
 def is_forked(process: psutil.Process) -> bool:
@@ -23,3 +25,11 @@ def is_forked(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE and any("multiprocessing.forkserver" in a for a in process.cmdline())
     return False
+
+
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """What is new in /dev/shm for more than ten seconds: tests that run beside this one have files there for a moment."""
+    deadline = time.monotonic() + 10
+    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left

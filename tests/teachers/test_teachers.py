@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from tests.support.processes import is_forked, teacher_processes
+from tests.support.processes import forked, is_forked, left_in_shared_memory
 from tests.support.tiny import tiny_model
 from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits, distillation_loss, teacher_scores
@@ -35,10 +35,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(pool):
-    before, teachers = set(os.listdir("/dev/shm")), set(teacher_processes(os.getpid()))
+    before, teachers = set(os.listdir("/dev/shm")), set(forked(os.getpid()))
     yield
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_")]
-    assert set(teacher_processes(os.getpid())) <= teachers
+    assert not [name for name in left_in_shared_memory(before) if name.startswith("torch_")]
+    assert set(forked(os.getpid())) <= teachers
 
 
 def setup(folder, name="teachers.0 (one)", **changes):
@@ -235,7 +235,7 @@ def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     [pid] = student.stdout.readline().split()
-    [teacher] = teacher_processes(student.pid)
+    [teacher] = forked(student.pid)
     assert teacher.pid == int(pid)
     if how == signal.SIGINT:
         os.killpg(student.pid, how)  # as a terminal does: teachers get it too

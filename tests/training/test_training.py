@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.processes import teacher_processes
+from tests.support.processes import forked
 from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
@@ -204,7 +204,7 @@ def test_a_dead_teacher_ends_the_run(base, values):
     while not (log.exists() and "grad_norm" in log.read_text()):
         assert student.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    teacher_processes(student.pid)[-1].kill()
+    forked(student.pid)[-1].kill()
     killed = time.monotonic()
     _, errors = student.communicate(timeout=60)
     assert time.monotonic() - killed < 15

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mkdocs.structure.files import File, Files
 
 from xtoken_core.report.dag import BOX_HEIGHT, BOX_WIDTH, dag_picture
+from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.fields import SpecField, spec_fields
 
 HEAD = """# The spec
@@ -17,7 +18,7 @@ Unknown keys, contradictions and bad values are errors that name the field; noth
 
 def on_files(files: Files, config) -> Files:  # type: ignore[no-untyped-def]
     """Adds spec.md."""
-    files.append(File.generated(config, "spec.md", content=HEAD + "\n".join(_lines(spec_fields()))))
+    files.append(File.generated(config, "spec.md", content=HEAD + "\n".join(_lines(spec_fields(DistillationSpec)))))
     return files
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec.fields import spec_fields
 
 BASE = {
     "name": "run",
@@ -56,7 +57,7 @@ REJECTED = {
     "underscores in an id": (["teachers.big.id=big_one"], "teachers.0.id"),
     "batches that do not divide": (
         ["training.global_batch_size=10", "training.micro_batch_size=4"],
-        "training.global_batch_size: 10 is no multiple of micro_batch_size 4",
+        "training.global_batch_size: 10 is not a multiple of micro_batch_size 4",
     ),
     "warm-up to the end": (["training.warmup_steps=9", "training.max_steps=9"], "training.warmup_steps: 9 leaves nothing"),
     "a seed of more bits than NumPy takes": (["training.seed=4294967296"], "training.seed"),
@@ -114,12 +115,24 @@ REJECTED = {
     "memory in a unit that KFP does not take": (["resources.memory=64k"], "resources.memory"),
     "a truth for an amount": (["resources.cpu=true"], "resources.cpu"),
     "an id that would hide a column of the log": (["teachers.big.id=step"], "teachers.0.id: step is taken"),
-    "no integer under its tag": (["training.seed=!!int abc"], "--set training.seed: a value is not what its tag says"),
-    "no truth under its tag": (["training.seed=!!bool abc"], "--set training.seed: a value is not what its tag says"),
-    "no time under its tag": (["training.seed=!!timestamp abc"], "--set training.seed: a value is not what its tag says"),
-    "a number of too many digits": (["training.seed=" + "1" * 5000], "--set training.seed: a value is not what its tag says"),
-    "too deep a nest": (["training.seed=" + "[" * 3000], "--set training.seed: nested too deeply"),
-    "a list that holds itself": (["training.seed=&a [*a]"], "--set training.seed: line 1: found unconstructable recursive node"),
+    "no integer under its tag": (
+        ["training.seed=!!int abc"],
+        "--set training.seed: line 1: tags (tag:yaml.org,2002:int) are not taken",
+    ),
+    "no truth under its tag": (
+        ["training.seed=!!bool abc"],
+        "--set training.seed: line 1: tags (tag:yaml.org,2002:bool) are not taken",
+    ),
+    "no time under its tag": (
+        ["training.seed=!!timestamp abc"],
+        "--set training.seed: line 1: tags (tag:yaml.org,2002:timestamp) are not taken",
+    ),
+    "a number of too many digits": (["training.seed=" + "1" * 5000], "--set training.seed: a number has too many digits"),
+    "too deep a nest": (["training.seed=" + "[" * 3000], "--set training.seed: line 1: nested more than 20 deep"),
+    "a list that holds itself": (
+        ["training.seed=&a [*a]"],
+        "--set training.seed: line 1: alias *a stands for nothing that is complete before it",
+    ),
     "a relative mount": (["resources.pvc=[{name: models, mount_path: models}]"], "resources.pvc.0.mount_path"),
     "an environment variable that is none": (["resources.secrets=[{secret: s, key: k, env: a-b}]"], "resources.secrets.0.env"),
     "no teacher": (["teachers=[]"], "teachers"),
@@ -153,8 +166,8 @@ def test_averaged_logits_needs_whole_logits():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nname: b\n", "line 2: duplicate key 'name'"),
-        ("name: a\nstudent: {model: x, model: y}\n", "line 2: duplicate key 'model'"),
+        ("name: a\nname: b\n", 'line 2: duplicate key "name"'),
+        ("name: a\nstudent: {model: x, model: y}\n", 'line 2: duplicate key "model"'),
         ("name: [\n", "line 2"),
         ("- a\n", "a spec is a mapping"),
         ("", "a spec is a mapping"),
@@ -165,6 +178,96 @@ def test_refuses_text_that_is_no_spec(text, message):
     with pytest.raises(InputError) as caught:
         DistillationSpec.from_text(text)
     assert message in str(caught.value)
+
+
+def test_all_complaints_come_at_once_and_say_what_was_meant():
+    with pytest.raises(InputError) as caught:
+        load("loss.mode=kl", "training.max_step=3", "max_steps=3", "teachers.big.weight=-1", "name=A", "zzz=1", "training.epochs=1",
+             "training.max_steps=2", "data.validation={a: 1}")  # fmt: skip
+    assert str(caught.value).splitlines() == [
+        "spec: name: should match pattern '^[a-z0-9]([a-z0-9-]*[a-z0-9])?$' (got \"A\")",
+        "spec: teachers.0.weight: should be greater than or equal to 0 (got -1)",
+        'spec: loss.mode: not one of p_kl, h_kl, gold, auto; did you mean p_kl? (got "kl")',
+        'spec: data.validation: should be a list (got {"a": 1})',
+        "spec: training.max_step: no such field; did you mean max_steps?",
+        "spec: max_steps: no such field; did you mean training.max_steps?",
+        "spec: zzz: no such field; there are name, student, teachers, loss, data, training, evaluation, output, resources",
+    ]
+
+
+def test_contradictions_come_at_once():
+    with pytest.raises(InputError) as caught:
+        load("training.epochs=1", "training.max_steps=2", "training.micro_batch_size=3", "loss.kd_weight=2")
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == [
+        " loss.kd_weight", " training.epochs", " training.global_batch_size"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("0o17", 15), ("1e3", 1000), ("8.0", 8), ("0x10", 16)])
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    assert load(f"training.max_steps={text}").training.max_steps == value
+
+
+def test_words_that_look_like_times_are_words():
+    with pytest.raises(InputError, match=r'training.max_steps: should be a valid integer \(got "1:30"\)'):
+        load("training.max_steps=1:30")
+    assert load("data.text_key=2001-01-01").data.text_key == "2001-01-01"
+
+
+def test_one_text_is_a_list_of_one():
+    spec = load("data.train=a.txt", "training.report_to=mlflow", "evaluation.tasks=hellaswag")
+    assert (spec.data.train, spec.training.report_to, spec.evaluation.tasks) == (("a.txt",), ("mlflow",), ("hellaswag",))
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:PLANTED@bucket/x", "https://PLANTED@host/x", "https://host/x?X-Amz-Signature=PLANTED"])
+@pytest.mark.parametrize(
+    "field", ["student.model", "teachers.0.tokenizer", "data.train", "output.uri", "data.validation.nested"]
+)
+def test_keys_in_uris_are_refused_and_not_repeated(uri, field):
+    with pytest.raises(InputError, match=field.removesuffix(".nested")) as caught:
+        load(f"{field}={json.dumps(uri)}")
+    assert "PLANTED" not in str(caught.value)
+
+
+BOMB = "&b0 [l,l,l,l,l,l,l,l,l,l]"
+for step in range(1, 9):
+    BOMB = f"&b{step} [{BOMB}{f',*b{step - 1}' * 9}]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"name: {BOMB}", "line 1: aliases stand for more than"),
+        ("[" * 200_000, "nested more than 20 deep"),
+        ('{"a":' * 50_000, "nested more than 20 deep"),
+        ("a: " + "x" * 300_000, "characters are too many"),
+        ("a: &x " + "x" * 1000 + "\nb: [" + "*x," * 500 + "]", "aliases stand for more than"),
+        ("%YAML 1.1\n---\nname: on", "directives"),
+        ('name: "\\ud800"', "half a character"),
+        ('{"name": "a\\nb"}', "a line break"),
+    ],
+)  # fmt: skip
+def test_what_would_grow_or_hide_is_refused_before_it_is_built(text, message):
+    with pytest.raises(InputError, match=message):
+        DistillationSpec.from_text(text)
+
+
+def test_aliases_are_copies():
+    text = "name: n\nstudent: &m {model: x}\nteachers: [{id: a, <<: *m}]\ndata: {train: x}\noutput: {uri: x}\n"
+    spec = DistillationSpec.from_text(text, ["student.model=y"])
+    assert (spec.student.model, spec.teachers[0].model) == ("y", "x")
+
+
+def test_epochs_are_steps_of_the_rows_there_are():
+    training = load("training.epochs=1.5", "training.global_batch_size=8").training
+    assert [training.steps(rows) for rows in (8, 9, 800)] == [2, 2, 150]
+    assert load("training.max_steps=7").training.steps(9) == 7
+    with pytest.raises(InputError, match="training.warmup_steps: 9 leaves nothing of 2 steps"):
+        load("training.epochs=1", "training.global_batch_size=8", "training.warmup_steps=9").training.steps(16)
+
+
+def test_every_field_is_described():
+    assert [field.path for field in spec_fields(DistillationSpec) if not field.description] == []
 
 
 def test_a_missing_file_is_named(tmp_path):

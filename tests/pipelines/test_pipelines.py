@@ -306,7 +306,7 @@ def test_compile_tells_what_a_cluster_would_lose(run):
 @pytest.mark.parametrize("verb", ["validate", "compile", "run", "submit"])
 def test_bad_input_is_one_line_and_exit_2(verb, run):
     bad = pipelines(verb, run / "spec.yaml", "--set", "training.max_step=3")
-    assert (bad.returncode, bad.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field\n")
+    assert (bad.returncode, bad.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field; did you mean max_steps?\n")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from xtoken_core.spec.whole import DistillationSpec
-
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",
@@ -41,7 +39,7 @@ class SpecField:
     """Whether it holds fields of its own, which follow it."""
 
 
-def spec_fields(model: type[BaseModel] = DistillationSpec) -> list[SpecField]:
+def spec_fields(model: type[BaseModel]) -> list[SpecField]:
     """All fields, those of a section behind it, in the spec's order."""
     schema = model.model_json_schema()
     return list(_walk(schema, schema["$defs"], ""))

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from xtoken_core.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from xtoken_core.spec.section import NonNegativeFloat, PositiveInt, Section
 
 
 class LossSpec(Section):
     """The distillation loss; formulas in `xtoken_core/losses/reference.py`."""
 
-    mode: Literal["p_kl", "h_kl", "gold", "auto"] = Field("auto", description="auto: the coverage audit decides per teacher")
+    mode: Literal["p_kl", "h_kl", "gold", "auto"] = Field(
+        "auto", description="how teachers with a projection are compared; auto: the coverage audit decides per teacher"
+    )
     chunk_distribution: Literal["mean", "first"] = Field(
         "mean", description="mean over a chunk's rows, or its first row renormalised"
     )
     topk_scope: Literal["sequence", "batch"] = Field("sequence", description="over what the teacher columns are chosen")
     vocab_topk: PositiveInt = Field(8192, description="teacher columns that p_kl and the same-vocabulary KL compare")
     uncommon_topk: PositiveInt = Field(8192, description="sorted uncommon probabilities that gold and h_kl compare")
-    temperature: PositiveFloat = 1.0
-    reverse_kl: bool = False
+    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="softens both distributions; the loss is multiplied by its square"
+    )
+    reverse_kl: bool = Field(False, description="KL(student || teacher) in place of KL(teacher || student)")
     exact_match_only: bool = Field(False, description="p_kl: only chunks whose text is equal on both sides")
     kd_weight: NonNegativeFloat = Field(1.0, description="factor of KD without dynamic scaling")
     ce_weight: NonNegativeFloat = Field(0.1, description="factor of CE without dynamic scaling")
     dynamic_scaling: bool = Field(True, description="rescale KD to the size of CE; kd_weight and ce_weight are then unused")
-    aggregation: Literal["sum", "averaged_logits", "select_teacher"] = "sum"
+    aggregation: Literal["sum", "averaged_logits", "select_teacher"] = Field(
+        "sum", description="how several teachers become one loss: weighted sum, mean of their logits, or the teacher of lowest CE"
+    )
     weight_metric: Literal["ce", "entropy", "max_prob"] | None = Field(None, description="weight teachers by their confidence")
     alpha: float = Field(1.0, description="sharpness of weight_metric's softmax")
     normalize_by_vocab: bool = Field(False, description="scale each KD (and score) by log V_i / log min V")
     score_unit: Literal["token", "byte"] = Field("token", description="of the CE that weights or selects teachers")
 
-    @model_validator(mode="after")
-    def _options_agree(self) -> Self:
+    def contradictions(self) -> Iterator[str]:
+        """Yields what of the section does not go together."""
         if self.aggregation != "sum":
             for field in ("weight_metric", "normalize_by_vocab"):
                 if getattr(self, field):
-                    raise ValueError(f"{field}: only with aggregation: sum")
+                    yield f"{field}: only with aggregation: sum"
         if self.exact_match_only and self.mode != "p_kl":
-            raise ValueError("exact_match_only: only with mode: p_kl")
-        if self.weight_metric is None and "alpha" in self.model_fields_set and self.alpha != 1.0:
-            raise ValueError("alpha: only used with weight_metric")
+            yield "exact_match_only: only with mode: p_kl"
+        if self.weight_metric is None and self.changed("alpha"):
+            yield "alpha: only used with weight_metric"
         if self.score_unit == "byte" and not (self.aggregation == "select_teacher" or self.weight_metric == "ce"):
-            raise ValueError("score_unit: byte only applies to select_teacher and to weight_metric: ce")
+            yield "score_unit: byte only applies to select_teacher and to weight_metric: ce"
         for field in ("kd_weight", "ce_weight"):
-            if self.dynamic_scaling and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field}: not used with dynamic_scaling: true")
-        return self
+            if self.dynamic_scaling and self.changed(field):
+                yield f"{field}: not used with dynamic_scaling: true"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from xtoken_core.spec.section import Section
+from xtoken_core.spec.section import Section, Uri
 
 
 class OutputSpec(Section):
     """Where the finished run is published."""
 
-    uri: str = Field(min_length=1, description="folder or fsspec URI; a finished run appears there whole or not at all")
+    uri: Uri = Field(
+        description="folder or fsspec URI; a finished run appears there whole or not at all",
+        examples=["s3://bucket/runs/llama-1b"],
+    )

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from xtoken_core.spec.section import NonNegativeInt, PositiveInt, Section
+from xtoken_core.spec.section import Section, Uri
+
+Layer = Annotated[int, Field(ge=0, lt=10_000)]
 
 
 class StudentSpec(Section):
     """The model that learns."""
 
-    model: str = Field(min_length=1, description="hub id, local folder, fsspec URI (s3://...) or a .gguf file")
-    tokenizer: str | None = Field(None, description="where its tokenizer lies; default: with the model")
-    keep_layers: PositiveInt | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = Field(
-        None, description="depth pruning before distillation: layer indices, or a count spread evenly; null keeps all"
+    model: Uri = Field(
+        description="hub id, local folder, fsspec URI (s3://...) or a .gguf file",
+        examples=["meta-llama/Llama-3.2-1B", "s3://bucket/models/student"],
+    )
+    tokenizer: Uri | None = Field(None, description="where its tokenizer lies; default: with the model")
+    keep_layers: (
+        Annotated[int, Field(gt=0, le=10_000)] | Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] | None
+    ) = Field(
+        None,
+        description="depth pruning before distillation: layer indices, or a count spread evenly; null keeps all",
+        examples=[8, [0, 1, 2, 14, 15]],
     )
 
-    @model_validator(mode="after")
-    def _layers_ascend(self) -> Self:
+    def contradictions(self) -> Iterator[str]:
+        """Yields what of the section does not go together."""
         if isinstance(self.keep_layers, tuple) and list(self.keep_layers) != sorted(set(self.keep_layers)):
-            raise ValueError("keep_layers: layer indices must ascend, each once")
-        return self
+            yield "keep_layers: layer indices must ascend, each once"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from xtoken_core.errors import InputError
+from xtoken_core.spec.complaints import complaints
 from xtoken_core.spec.data import DataSpec
 from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
@@ -18,8 +19,8 @@ from xtoken_core.spec.resources import ResourcesSpec
 from xtoken_core.spec.section import Section
 from xtoken_core.spec.student import StudentSpec
 from xtoken_core.spec.teachers import TeacherSpec
+from xtoken_core.spec.text import MAX_CHARACTERS, apply_override, parse_text
 from xtoken_core.spec.training import TrainingSpec
-from xtoken_core.spec_text import apply_override, first_error, parse_yaml
 
 MAX_TEACHERS = 8
 """Teachers of one run: components have one optional input slot per teacher, and KFP wants them spelled out."""
@@ -28,57 +29,64 @@ MAX_TEACHERS = 8
 class DistillationSpec(Section):
     """One distillation run, whole."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=100)
-    student: StudentSpec
-    teachers: Annotated[tuple[TeacherSpec, ...], Field(strict=False, min_length=1, max_length=MAX_TEACHERS)]
-    loss: LossSpec = LossSpec()
-    data: DataSpec
-    training: TrainingSpec = TrainingSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
-    output: OutputSpec
-    resources: ResourcesSpec = ResourcesSpec()
+    name: str = Field(
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        max_length=100,
+        description="names the run in pipelines, reports and trackers",
+        examples=["llama-1b-from-qwen"],
+    )
+    student: StudentSpec = Field(description="the model that learns")
+    teachers: Annotated[tuple[TeacherSpec, ...], Field(strict=False, min_length=1, max_length=MAX_TEACHERS)] = Field(
+        description="the models that are learned from; order fixes teacher_0, teacher_1, ..."
+    )
+    loss: LossSpec = Field(LossSpec(), description="the distillation loss")
+    data: DataSpec = Field(description="documents, and how they become rows")
+    training: TrainingSpec = Field(TrainingSpec(), description="the optimisation")
+    evaluation: EvaluationSpec = Field(
+        EvaluationSpec(), description="what the student, its former self and the teachers are measured on"
+    )
+    output: OutputSpec = Field(description="where the finished run is published")
+    resources: ResourcesSpec = Field(ResourcesSpec(), description="what the steps get on a cluster; a local run ignores it")
 
-    @model_validator(mode="after")
-    def _teachers_agree(self) -> Self:
-        ids = [t.id for t in self.teachers]
+    def contradictions(self) -> Iterator[str]:
+        """Yields what does not go together between sections, each as `dotted.field: why`."""
         for index, teacher in enumerate(self.teachers):
-            where = f"teachers.{index} ({teacher.id})"
-            if teacher.id in ids[:index]:
-                raise ValueError(f"{where}: id: used by an earlier teacher")
-            if teacher.mode is not None and self.loss.aggregation != "sum":
-                raise ValueError(f"{where}: mode: a per-teacher mode needs loss.aggregation: sum")
-            if teacher.mode not in (None, "p_kl") and self.loss.exact_match_only:
-                raise ValueError(f"{where}: mode: {teacher.mode} contradicts loss.exact_match_only, which is p_kl's")
-            mode = teacher.mode or self.loss.mode
-            if teacher.projection is not None and teacher.projection.learnable and mode not in ("p_kl", "auto"):
-                raise ValueError(f"{where}: projection.learnable: {mode} does not train W, only p_kl does")
-            if "weight" in teacher.model_fields_set and not self.fixed_weights:
-                reason = "select_teacher" if self.loss.aggregation == "select_teacher" else "weight_metric"
-                raise ValueError(f"{where}: weight: would be ignored, since loss.{reason} sets the weights")
-            if self.loss.aggregation == "averaged_logits":
-                if teacher.cross_tokenizer:
-                    raise ValueError(f"{where}: projection: averaged_logits needs teachers with the student's vocabulary")
-                if teacher.transport == "topk":
-                    raise ValueError(f"{where}: transport: averaged_logits needs full logits, not topk")
+            if teacher.id in [t.id for t in self.teachers[:index]]:
+                yield f"teachers.{index} ({teacher.id}): id: used by an earlier teacher"
+            yield from (f"teachers.{index} ({teacher.id}): {why}" for why in self._teacher_contradictions(teacher))
         if self.fixed_weights and sum(t.weight for t in self.teachers) == 0:
-            raise ValueError("teachers: weight: all are zero")
+            yield "teachers: weight: all are zero"
         if self.training.eval_steps is not None and not self.data.validation:
-            raise ValueError("training.eval_steps: needs data.validation")
+            yield "training.eval_steps: needs data.validation"
         if both := set(self.data.train) & set(self.data.validation):
-            raise ValueError(f"data.validation: {min(both)} is in data.train too")
+            yield f"data.validation: {min(both)} is in data.train too"
         if "bits_per_byte" in self.evaluation.model_fields_set and self.evaluation.bits_per_byte and not self.measures_bits:
-            raise ValueError("evaluation.bits_per_byte: needs evaluation.texts or data.validation")
-        return self
-
-    @model_validator(mode="after")
-    def _flash_attention_can_run(self) -> Self:
+            yield "evaluation.bits_per_byte: needs evaluation.texts or data.validation"
         if self.training.attention == "flash_attention_2":
             if self.training.precision == "fp32":
-                raise ValueError("training.precision: fp32 has no flash_attention_2")
+                yield "training.precision: fp32 has no flash_attention_2"
             # transformers looks for packed documents in a batch of one row only
             if self.data.packing and self.training.micro_batch_size > 1:
-                raise ValueError("training.micro_batch_size: data.packing with flash_attention_2 needs 1")
-        return self
+                yield "training.micro_batch_size: data.packing with flash_attention_2 needs 1"
+
+    def _teacher_contradictions(self, teacher: TeacherSpec) -> Iterator[str]:
+        """What of one teacher contradicts the loss."""
+        loss = self.loss
+        if teacher.mode is not None and loss.aggregation != "sum":
+            yield "mode: a per-teacher mode needs loss.aggregation: sum"
+        if teacher.mode not in (None, "p_kl") and loss.exact_match_only:
+            yield f"mode: {teacher.mode} contradicts loss.exact_match_only, which is p_kl's"
+        mode = teacher.mode or loss.mode
+        if teacher.projection is not None and teacher.projection.learnable and mode not in ("p_kl", "auto"):
+            yield f"projection.learnable: {mode} does not train W, only p_kl does"
+        if "weight" in teacher.model_fields_set and not self.fixed_weights:
+            reason = "select_teacher" if loss.aggregation == "select_teacher" else "weight_metric"
+            yield f"weight: would be ignored, since loss.{reason} sets the weights"
+        if loss.aggregation == "averaged_logits":
+            if teacher.cross_tokenizer:
+                yield "projection: averaged_logits needs teachers with the student's vocabulary"
+            if teacher.transport == "topk":
+                yield "transport: averaged_logits needs full logits, not topk"
 
     @property
     def fixed_weights(self) -> bool:
@@ -94,15 +102,19 @@ class DistillationSpec(Section):
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a spec file and applies `dotted.key=value` overrides. Raises InputError."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(MAX_CHARACTERS + 1)
+        except (OSError, ValueError) as e:  # ValueError: not UTF-8, or no path at all
             raise InputError(f"{path}: cannot read the spec: {getattr(e, 'strerror', None) or e}") from None
         return cls.from_text(text, overrides, source=str(path))
 
     @classmethod
     def from_text(cls, text: str, overrides: Iterable[str] = (), source: str = "spec") -> Self:
-        """Parses YAML (or JSON, which is YAML) and applies overrides. `source` names it in errors. Raises InputError."""
-        data = parse_yaml(text, source)
+        """Parses YAML (or JSON, which is YAML) and applies overrides. `source` names it in errors.
+
+        Raises InputError with every complaint, one line each.
+        """
+        data = parse_text(text, source)
         if not isinstance(data, dict):
             raise InputError(f"{source}: a spec is a mapping of fields")
         for override in overrides:
@@ -110,7 +122,7 @@ class DistillationSpec(Section):
         try:
             return cls.model_validate(data)
         except ValidationError as e:
-            raise InputError(f"{source}: {first_error(e, data)}") from None
+            raise InputError("\n".join(f"{source}: {line}" for line in complaints(e, data, cls))) from None
 
     def to_json(self) -> str:
         """Canonical one-line JSON, defaults left out; `from_text` reads it back to an equal spec."""

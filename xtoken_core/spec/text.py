@@ -11,6 +11,9 @@ from xtoken_core.errors import InputError
 MAX_CHARACTERS = 2**18
 """Of a spec's text, and of what it holds once its aliases are written out."""
 
+_NODE = 16
+"""Characters that a value, list or mapping counts for at least, since each costs time."""
+
 MAX_DEPTH = 20
 """Mappings and lists within each other."""
 
@@ -109,12 +112,12 @@ def _check_events(events: Iterable[Any], source: str) -> None:
                 raise InputError(f"{line} alias *{event.anchor[:40]} stands for nothing that is complete before it")
             size += sizes[event.anchor]
         elif kind == "ScalarEvent":
-            size += 1 + len(event.value)
+            size += _NODE + len(event.value)
             if event.anchor:
-                sizes[event.anchor] = 1 + len(event.value)
+                sizes[event.anchor] = _NODE + len(event.value)
         elif kind in ("MappingStartEvent", "SequenceStartEvent"):
             open_anchors.append((event.anchor, size))
-            size += 1
+            size += _NODE
         elif kind in ("MappingEndEvent", "SequenceEndEvent"):
             anchor, before = open_anchors.pop()
             if anchor:
@@ -122,7 +125,7 @@ def _check_events(events: Iterable[Any], source: str) -> None:
         if len(open_anchors) > MAX_DEPTH:
             raise InputError(f"{line} nested more than {MAX_DEPTH} deep")
         if size > MAX_CHARACTERS:
-            raise InputError(f"{line} aliases stand for more than {MAX_CHARACTERS} characters")
+            raise InputError(f"{line} the spec is too large, its aliases written out")
 
 
 def _plain(value: Any, source: str, depth: int = 0) -> Any:

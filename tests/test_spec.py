@@ -220,9 +220,7 @@ def test_one_text_is_a_list_of_one():
 
 
 @pytest.mark.parametrize("uri", ["s3://KEY:PLANTED@bucket/x", "https://PLANTED@host/x", "https://host/x?X-Amz-Signature=PLANTED"])
-@pytest.mark.parametrize(
-    "field", ["student.model", "teachers.0.tokenizer", "data.train", "output.uri", "data.validation.nested"]
-)
+@pytest.mark.parametrize("field", ["student.model", "teachers.0.tokenizer", "data.train", "output.uri", "data.validation.nested"])
 def test_keys_in_uris_are_refused_and_not_repeated(uri, field):
     with pytest.raises(InputError, match=field.removesuffix(".nested")) as caught:
         load(f"{field}={json.dumps(uri)}")

@@ -76,7 +76,10 @@ def test_each_step_runs_by_itself(run):
     [
         (["--spec", "absent.yaml", "--report", "r"], "absent.yaml: cannot read the spec: No such file or directory"),
         (["--report", "r"], "python -m components.overlap: Missing option '--spec'."),
-        (["--spec", "SPEC", "--report", "r", "--set", "training.max_step=1"], "SPEC: training.max_step: no such field; did you mean max_steps?"),
+        (
+            ["--spec", "SPEC", "--report", "r", "--set", "training.max_step=1"],
+            "SPEC: training.max_step: no such field; did you mean max_steps?",
+        ),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(run, tmp_path, arguments, line):

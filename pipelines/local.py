@@ -24,12 +24,11 @@ from kfp import components, local
 from pipelines.compiling import compile_spec, documents
 from pipelines.warm import servers, warm_steps
 from xtoken_core import storage
-from xtoken_core.errors import InputError
+from xtoken_core.errors import ERROR_FILE, InputError, left_error
 from xtoken_core.report.answer import answer_table
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import CHECKPOINTS
-from xtoken_core.workflow.step import ERROR_FILE
 
 QUIET = {
     "PYTHONUNBUFFERED": "1",
@@ -81,11 +80,13 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             with progress.following():
                 run()
         except RuntimeError as e:
-            if (error := Path(scratch) / "error").exists():
-                raise InputError(error.read_text(encoding="utf-8").strip()) from None
+            left = left_error(f"{scratch}/error")
+            if isinstance(left, InputError):
+                raise left from None
             if not progress.current:
                 raise
-            raise RunFailed(f"{progress.current}: the step failed; its last lines are above and in {os.path.relpath(log)}") from e
+            why = left or "the step failed; its last lines are above"
+            raise RunFailed(f"{progress.current}: {why} (log: {os.path.relpath(log)})") from e
     return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
 
 

@@ -1,6 +1,15 @@
-"""The one exception that stands for bad input."""
+"""Errors that are one line for the user, and how that line reaches the program that started the process."""
 
 from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ERROR_FILE = "XTOKEN_ERROR_FILE"
+"""Environment variable: where a process that stops with one of these errors leaves its line, for the program that started it."""
 
 
 class InputError(ValueError):
@@ -9,3 +18,51 @@ class InputError(ValueError):
     Every command line of the project turns it into that line on stderr and exit code 2; anything else that
     escapes is a failed run (exit code 1) or a bug.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though its input was good: one line that says why, and exit code 1."""
+
+
+EXIT_CODES: dict[type[Exception], int] = {InputError: 2, RunError: 1}
+
+
+def leave_error(error: InputError | RunError) -> None:
+    """Leaves the error's line in the file that the environment names, if it names one and no other process has used it before."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    partial = Path(f"{path}.{os.getpid()}")
+    partial.write_text(json.dumps({"exit_code": exit_code(error), "line": str(error)}), encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(partial, path)  # the first of several ranks is the cause
+    partial.unlink()
+
+
+def exit_code(error: InputError | RunError) -> int:
+    """What a process ends with for it."""
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def left_error(path: str | Path) -> InputError | RunError | None:
+    """The error that a process left in `path`, or None."""
+    try:
+        left = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    kind = InputError if left["exit_code"] == EXIT_CODES[InputError] else RunError
+    return kind(left["line"])
+
+
+@contextmanager
+def errors_left_in(path: str | Path) -> Iterator[None]:
+    """Within, processes that are started leave their error in `path`."""
+    before = os.environ.get(ERROR_FILE)
+    os.environ[ERROR_FILE] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ERROR_FILE]
+        else:
+            os.environ[ERROR_FILE] = before

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from components.cli import command
 from tests.support.cli import call as shell
 from tests.support.tiny import tiny_run
+from xtoken_core.errors import ERROR_FILE, InputError, left_error
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.step import ERROR_FILE
 
 NAMES = ("resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report")
 
@@ -95,7 +95,8 @@ def test_bad_input_inside_a_step_is_one_line_and_exit_2(run, tmp_path):
     result = shell("components.overlap", *arguments, **{ERROR_FILE: str(error)})
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "no projection, so it must have the student's vocabulary" in result.stderr
-    assert error.read_text() == result.stderr
+    left = left_error(error)
+    assert isinstance(left, InputError) and f"{left}\n" == result.stderr
     assert not (tmp_path / "r").exists()
 
 

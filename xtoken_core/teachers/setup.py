@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xtoken_core.errors import RunError
 from xtoken_core.losses.types import HiddenLogits, TopKLogits
 from xtoken_core.spec import LossSpec
 
@@ -54,5 +55,5 @@ class TeacherSetup:
     """Set where the loss weights or selects teachers: what to score the teacher by."""
 
 
-class TeacherError(RuntimeError):
+class TeacherError(RunError):
     """A teacher process failed or died; the message holds its last words."""

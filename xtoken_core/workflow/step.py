@@ -1,4 +1,4 @@
-"""A step's beginning, end, and one line for bad input."""
+"""A step's beginning and end, and the one line of an error that needs no more."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from xtoken_core.errors import InputError
-
-ERROR_FILE = "XTOKEN_ERROR_FILE"
-"""Environment variable: where a step that stops for bad input leaves its line, for the program that started it."""
+from xtoken_core.errors import InputError, RunError, exit_code, leave_error
 
 
 @contextlib.contextmanager
 def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
-    """Runs a step's body: says when it begins and ends, and turns bad input into one line on stderr and exit code 2.
+    """Runs a step's body: says when it begins and ends, and turns bad input, and what a run cannot go on with,
+    into one line on stderr and an exit code (`errors`).
 
     `outputs`: the step's artifacts, whose metadata are given `started` (unix seconds) and `seconds`. Yields a function that
     tells the two so far, for a step that has no artifacts.
@@ -32,19 +29,18 @@ def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
     print(f"{name}: started", flush=True)
     try:
         yield times
-    except InputError as e:
-        _stop(str(e))
+    except (InputError, RunError) as e:
+        _stop(e)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _stop(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}")
+        _stop(InputError(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}"))
     for output in outputs:
         output.metadata |= times()
     print(f"{name}: done in {times()['seconds']} s", flush=True)
 
 
-def _stop(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-    if path := os.environ.get(ERROR_FILE):
-        Path(path).write_text(line + "\n", encoding="utf-8")
-    sys.exit(2)
+def _stop(error: InputError | RunError) -> None:
+    print(error, file=sys.stderr, flush=True)
+    leave_error(error)
+    sys.exit(exit_code(error))

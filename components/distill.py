@@ -50,12 +50,14 @@ def distill(
         from xtoken_core.spec import DistillationSpec
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
+        from xtoken_core.training.inputs import TrainingInputs
 
         parsed = DistillationSpec.from_text(spec)
-        matrices = [slot and f"{slot.path}/projection.safetensors" for slot in slots[: len(parsed.teachers)]]
+        matrices = {t.id: f"{slot.path}/projection.safetensors" for t, slot in zip(parsed.teachers, slots) if slot}
         used = [rows.uri, *more_rows, *(slot.uri for slot in slots if slot)]
         own = own_folder(checkpoints, spec, str(modes), str(baseline), *used)
-        distill(parsed, modes, [rows.path, *more_rows], matrices, run.path, baseline=baseline, checkpoint_uri=own)
+        inputs = TrainingInputs((rows.path, *more_rows), modes, matrices)
+        distill(parsed, inputs, run.path, baseline=baseline, checkpoint_uri=own)
         for leftover in (f"{run.path}/checkpoints", own):  # the state of optimizers, of no use from here on
             if leftover:
                 remove(leftover)

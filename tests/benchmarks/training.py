@@ -33,15 +33,16 @@ from transformers.utils import logging as transformers_logging
 import xtoken_core.training.student
 from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
 from xtoken_core.data.batch import Collator
-from xtoken_core.losses import TeacherBatch
+from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers.pool import GIB, TeacherPool
 from xtoken_core.teachers.setup import TeacherSetup
-from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.settings import training_arguments
+from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, prepare_student
-from xtoken_core.training.trainer import DistillationTrainer
+from xtoken_core.training.teachers import ReadyTeacher
+from xtoken_core.training.trainer import DistillationTrainer, RunRecord, TrainingData
 
 _HEADS = {"num_key_value_heads": 8, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 LLAMA_1B = LlamaConfig(
@@ -230,29 +231,27 @@ def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path
     spec = spec_of(case, rows, steps + 2)
     out = Path(tempfile.mkdtemp(dir=work))
     args = training_arguments(spec, out)
-    setups, templates = [], []
+    teachers = []
     for i, (teacher, config) in enumerate(zip(spec.teachers, case.teachers)):
         model = save_random(config, work / f"{config.model_type}-{config.hidden_size}-{config.num_hidden_layers}", device)
-        setups.append(TeacherSetup(
+        setup = TeacherSetup(
             name=f"teachers.{i}", model=model, num_ids=config.vocab_size, min_rows=config.vocab_size, transport="hidden", top_k=None,
             residency=case.residency, dtype=torch.bfloat16, attention="sdpa", device=device, threads=torch.get_num_threads(),
-        ))  # fmt: skip
+        )  # fmt: skip
         w = made_up_projection(case.student.vocab_size, config.vocab_size, device) if teacher.cross_tokenizer else None
-        templates.append(TeacherBatch(torch.empty(0), projection=w, mode="p_kl" if w else None))
+        teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode="p_kl" if w else None, projection=w))
     with device:
         model = prepare_student(
             AutoModelForCausalLM.from_config(case.student, dtype=torch.float32, attn_implementation="sdpa"), spec
         )
-    student = Student(model, case.student.vocab_size, {}, spec.loss)
+    student = Student(Loaded(model, None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
     columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
     pads = dict.fromkeys(["student", *(c for c in columns if c)], 0)
-    with TeacherPool(setups) as pool, RunLog(out / "log.jsonl", args.max_steps, None) as log:
+    with TeacherPool([teacher.setup for teacher in teachers]) as pool, RunLog(out / "log.jsonl", args.max_steps, None) as log:
         watch = Watch(pool, device)
-        trainer = DistillationTrainer(
-            student, args, collate=Collator(columns, pads), train_rows=made_up_rows(case, spec, 64), validation_rows=None,
-            tokenizer=None, pool=pool, templates=templates, teacher_ids=[t.id for t in spec.teachers], projection_rates={}, out_dir=out,
-            progress=Progress(), log=log, save_projections=lambda *_: None, publish_checkpoint=lambda _: None, callbacks=[watch],
-        )  # fmt: skip
+        data = TrainingData(Collator(columns, pads), made_up_rows(case, spec, 64))
+        record = RunRecord(out, log=log)
+        trainer = DistillationTrainer(student, args, data, Teaching(tuple(teachers), pool), record, [watch])
         with watch.watching():
             trainer.train()
         resident = [teacher.resident for teacher in pool.teachers]

@@ -283,33 +283,45 @@ ROWS = [
 
 def test_batches_are_padded_and_masked():
     batch = Collator(["teacher_0", None], {"student": 99, "teacher_0": 77})(ROWS)
-    teacher, same = batch["teachers"]
-    assert same is None
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 99]] and teacher["input_ids"][1].tolist() == [1, 8, 9, 77]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["token_mask"].tolist() == [[0, 1, 1], [0, 1, 0]]
-    assert batch["token_bytes"].tolist() == [[5, 6, 7], [5, 6, 0]] and batch["token_bytes"].dtype == torch.int32
-    assert teacher["student_chunk_id"].tolist() == [[-1, 0, 1], [-1, 1, -1]]
-    assert teacher["teacher_chunk_id"].tolist() == [[-1, 0, 1, 1], [-1, 0, 1, -1]]
-    assert teacher["chunk_valid"].tolist() == [[True, True], [False, True]]
-    assert batch["sample_mask"].tolist() == [1, 1]
+    student, (teacher, same) = batch.student, batch.teachers
+    assert same is student
+    assert student.input_ids.tolist() == [[5, 6, 7], [5, 6, 99]] and teacher.input_ids[1].tolist() == [1, 8, 9, 77]
+    assert student.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert student.token_mask.tolist() == [[0, 1, 1], [0, 1, 0]]
+    assert student.token_bytes.tolist() == [[5, 6, 7], [5, 6, 0]] and student.token_bytes.dtype == torch.int32
+    assert teacher.chunks.student_chunk_id.tolist() == [[-1, 0, 1], [-1, 1, -1]]
+    assert teacher.chunks.teacher_chunk_id.tolist() == [[-1, 0, 1, 1], [-1, 0, 1, -1]]
+    assert teacher.chunks.chunk_valid.tolist() == [[True, True], [False, True]]
+    assert batch.sample_mask.tolist() == [1, 1]
+
+
+def test_a_batch_moves_as_a_whole_and_what_was_one_side_stays_one():
+    batch = Collator(["teacher_0", None], {"student": 99, "teacher_0": 77})([[ROWS[0], ROWS[1]]])
+    moved = batch.to("meta")
+    assert moved.teachers[1] is moved.student
+    student, teacher = moved.student, moved.teachers[0]
+    tensors = [moved.sample_mask, *vars(student.packed).values(), *vars(teacher.chunks).values(), teacher.token_mask]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert batch.student.input_ids.device.type == "cpu"
 
 
 def test_a_chunk_without_its_first_token_is_not_valid_where_the_first_counts():
     batch = Collator(["teacher_0"], {"student": 0, "teacher_0": 0}, chunk_distribution="first")(ROWS)
-    assert batch["teachers"][0]["chunk_valid"].tolist() == [[False, True], [False, True]]
+    assert batch.teachers[0].chunks.chunk_valid.tolist() == [[False, True], [False, True]]
 
 
 def test_a_packed_batch_is_that_of_its_rows_one_by_one():
     collate = Collator(["teacher_0"], {"student": 0, "teacher_0": 0})
     packed, single = collate([[ROWS[0], ROWS[1]], [ROWS[1]]]), collate([ROWS[0], ROWS[1], ROWS[1]])
-    for side, alone in ((packed, single), (packed["teachers"][0], single["teachers"][0])):
-        for key in alone.keys() - {"teachers"}:
-            assert torch.equal(side[key], alone[key]), key
-        gathered = side["packed"]["input_ids"].flatten()[side["packed"]["gather"]]
-        assert torch.equal(gathered * side["attention_mask"], alone["input_ids"])
-    assert packed["packed"]["input_ids"].tolist() == [[5, 6, 7, 5, 6], [5, 6, 0, 0, 0]]
-    assert packed["packed"]["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    for side, alone in ((packed.student, single.student), (packed.teachers[0], single.teachers[0])):
+        for key in ("input_ids", "attention_mask", "token_mask", "token_bytes"):
+            assert torch.equal(getattr(side, key), getattr(alone, key)), key
+        gathered = side.unpacked(side.packed.input_ids)
+        assert torch.equal(gathered * side.attention_mask, alone.input_ids)
+    for ours, theirs in zip(vars(packed.teachers[0].chunks).values(), vars(single.teachers[0].chunks).values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert packed.student.packed.input_ids.tolist() == [[5, 6, 7, 5, 6], [5, 6, 0, 0, 0]]
+    assert packed.student.packed.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
 
 
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=200), st.integers(1, 8))

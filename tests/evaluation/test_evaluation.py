@@ -18,6 +18,7 @@ from xtoken_core.evaluation.evaluate import bits_interval, evaluate, held_out, l
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
 from xtoken_core.tokenization import encode, load_tokenizer
 from xtoken_core.training.distill import distill
+from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow.vocabularies import write_projection
 
 
@@ -169,7 +170,7 @@ def test_models_of_one_vocabulary_meet_on_the_ids_that_all_have_rows_for(tmp_pat
     spec = parsed(spec, teachers=[same[0] | {"transport": "topk", "top_k": 8}, same[1]], evaluation={"bits_per_byte": False})
     for split in ("train", "validation"):
         prepare_rows(spec, tmp_path / "rows" / split, split)
-    assert distill(spec, {}, [tmp_path / "rows"], [None, None], tmp_path / "out")["steps"] == 2
+    assert distill(spec, TrainingInputs((tmp_path / "rows",)), tmp_path / "out")["steps"] == 2
     out = evaluate(spec, "student_after_last", tmp_path / "out" / "last", tmp_path / "e.json", rows=tmp_path / "rows")
     assert all(found["kl"] > 0 for found in out["agreement"].values())
 

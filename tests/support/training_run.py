@@ -16,6 +16,7 @@ from xtoken_core.projection import build_projection
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.distill import distill
+from xtoken_core.training.inputs import TrainingInputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,8 +55,8 @@ def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any
 def run(values: dict[str, Any], folder: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Distils; returns the summary."""
     spec = DistillationSpec.model_validate(values)
-    projections = [folder / "w.safetensors" if teacher.cross_tokenizer else None for teacher in spec.teachers]
-    return distill(spec, {"other": "p_kl"}, [folder / "rows"], projections, out, **options)
+    inputs = TrainingInputs((folder / "rows",), {"other": "p_kl"}, {"other": folder / "w.safetensors"})
+    return distill(spec, inputs, out, **options)
 
 
 def start(values: dict[str, Any], folder: Path, out: Path, **environment: str) -> subprocess.Popen[str]:

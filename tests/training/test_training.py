@@ -17,15 +17,16 @@ from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_afte
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
 from xtoken_core.errors import InputError
-from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts
-from xtoken_core.models import final_hidden, head_logits, load_model
+from xtoken_core.losses import StepTotals, batch_counts
+from xtoken_core.models import Loaded, final_hidden, head_logits, load_model
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers.setup import TeacherError
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training import distill as training
 from xtoken_core.training.settings import compute_dtype, training_arguments
-from xtoken_core.training.student import MicroBatch, Student, model_inputs, teacher_batch
+from xtoken_core.training.student import MicroBatch, Student
+from xtoken_core.training.teachers import ReadyTeacher
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_rows_that_cannot_be_read_by_a_worker_are_one_line(base, values, monkeyp
             raise InputError("s3://bucket/rows/3: no such file or folder")
 
     arguments = training.training_arguments
-    monkeypatch.setattr("xtoken_core.data.reading.rows_of_shards", lambda *_: Lost(range(8)))
+    monkeypatch.setattr(training, "rows_of_shards", lambda *_: Lost(range(8)))
     monkeypatch.setattr(training, "training_arguments", lambda *given: replace(arguments(*given), dataloader_num_workers=1))
     with pytest.raises(InputError, match="^s3://bucket/rows/3: no such file or folder$"):
         run(changed(values, training={"max_steps": 1, "eval_steps": None}), base, base / "lost", baseline=True)
@@ -218,24 +219,25 @@ def test_a_packed_row_gives_the_loss_of_its_documents_one_by_one(base, values):
     documents = [rows[i] for i in range(4)]
     models = {name: load_model(str(base / name), torch.float64) for name in ("student", "other", "same")}
     w = Projection.load(base / "w.safetensors")
-    student = Student(models["student"], 400, {}, spec.loss)
+    teachers = [
+        ReadyTeacher("other", setup=None, fingerprint="", mode="p_kl", projection=w),
+        ReadyTeacher("same", setup=None, fingerprint=""),
+    ]
+    tokenizer = load_tokenizer(str(base / "student"))
+    student = Student(Loaded.of(models["student"], tokenizer, "student"), spec.loss, {})
 
     def loss(batches):
         micro_batches, counts = [], []
         for batch in batches:
-            teachers = []
-            for index, name in enumerate(("other", "same")):
-                side = batch["teachers"][index] or batch
+            heard = {}
+            for teacher, side, ids in zip(teachers, batch.teachers, (OTHER_IDS, 400), strict=True):
+                model = models[teacher.id]
                 with torch.no_grad():
-                    logits = head_logits(
-                        models[name], final_hidden(models[name], **model_inputs(side)), OTHER_IDS if index == 0 else 400
-                    )
-                template = TeacherBatch(logits, projection=w if index == 0 else None, mode="p_kl" if index == 0 else None)
-                teachers.append(teacher_batch(template, logits, batch, index))
-            masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-            counts.append(batch_counts(*masks, teachers, spec.loss))
-            micro_batches.append(MicroBatch(batch, teachers))
-        totals = StepTotals.from_sums(sum(counts), micro_batches[0].teachers, spec.loss)
+                    logits = head_logits(model, final_hidden(model, **side.model_inputs()), ids)
+                heard[teacher.id] = teacher.batch(logits, side)
+            counts.append(batch_counts(*batch.masks, list(heard.values()), spec.loss))
+            micro_batches.append(MicroBatch(batch, heard))
+        totals = StepTotals.from_sums(sum(counts), list(heard.values()), spec.loss)
         student.zero_grad()
         shares = [student(micro_batch, totals)["loss"] for micro_batch in micro_batches]
         sum(shares).backward()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,117 @@ from xtoken_core.data.rows import Row
 from xtoken_core.spec import DistillationSpec
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What a model reads of packed rows: the documents of an item in one row, R rows of L tokens."""
+
+    input_ids: Tensor
+    """int64 [R, L]."""
+    position_ids: Tensor
+    """int64 [R, L]: restart with each document, and with the padding."""
+    gather: Tensor
+    """int64 [B, T]: where each token lies in the flattened [R * L]; 0 for padding."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a teacher's tokens and the student's meet, in C chunks a row."""
+
+    student_chunk_id: Tensor
+    """int64 [B, T], -1 outside chunks."""
+    teacher_chunk_id: Tensor
+    """int64 [B, T_t], -1 outside chunks."""
+    chunk_valid: Tensor
+    """bool [B, C]: the chunk keeps a predictor row on both sides."""
+    chunk_exact: Tensor
+    """bool [B, C]: its text is equal on both sides."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """B rows of T tokens as one tokenizer has them."""
+
+    input_ids: Tensor
+    """int64 [B, T]."""
+    attention_mask: Tensor
+    """int64 [B, T], 1: no padding."""
+    token_mask: Tensor
+    """int64 [B, T], 1: a target."""
+    token_bytes: Tensor
+    """int32 [B, T]: bytes of text under each token."""
+    packed: Packed | None = None
+    chunks: Chunks | None = None
+    """None for the student, and so for a teacher with its vocabulary."""
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What a model reads: `input_ids`, and of packed rows `position_ids`."""
+        if self.packed is None:
+            return {"input_ids": self.input_ids}
+        return {"input_ids": self.packed.input_ids, "position_ids": self.packed.position_ids}
+
+    def unpacked(self, tensor: Tensor) -> Tensor:
+        """[R, L, ...] of packed rows as [B, T, ...], one document a sample; of unpacked rows as they are."""
+        return tensor if self.packed is None else tensor.flatten(0, 1)[self.packed.gather]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: the same B documents as the student and each teacher read them."""
+
+    student: Side
+    teachers: tuple[Side, ...]
+    """In the spec's order. The side of a teacher with the student's vocabulary is `student` itself."""
+    sample_mask: Tensor
+    """float32 [B], 1: the sample counts."""
+
+    @property
+    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`input_ids`, `token_mask` and `sample_mask` of the student, as the losses take them."""
+        return self.student.input_ids, self.student.token_mask, self.sample_mask
+
+    def teacher_inputs(self, index: int, with_scores: bool) -> dict[str, np.ndarray]:
+        """What teacher `index` is sent, as numpy arrays (`teachers.setup.Inputs`)."""
+        side = self.teachers[index]
+        tensors = side.model_inputs()
+        if with_scores:
+            tensors["sample_mask"] = self.sample_mask
+            tensors |= {f"scored_{name}": getattr(side, name) for name in ("input_ids", "token_mask", "token_bytes")}
+            if side.packed is not None:
+                tensors["gather"] = side.packed.gather
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on a device."""
+        return _changed(self, lambda tensor: tensor.to(device, non_blocking=non_blocking), {})
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; torch's DataLoader calls it."""
+        return _changed(self, Tensor.pin_memory, {})
+
+
+def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
+    """A nest of frozen dataclasses with every tensor changed, each once: what was one object stays one."""
+    if id(thing) not in done:
+        if isinstance(thing, Tensor):
+            done[id(thing)] = change(thing)
+        elif isinstance(thing, tuple):
+            done[id(thing)] = tuple(_changed(part, change, done) for part in thing)
+        elif is_dataclass(thing):
+            parts = {field.name: _changed(getattr(thing, field.name), change, done) for field in fields(thing)}
+            done[id(thing)] = type(thing)(**parts)  # type: ignore[call-overload]  # of a type, not of an instance's class
+        else:
+            done[id(thing)] = thing
+    return done[id(thing)]
+
+
 class Collator:
-    """Pads rows on the right into one batch, as tensors on the CPU.
-
-    The batch, B rows of T tokens on the student's side:
-
-        input_ids, attention_mask, token_mask   int64 [B, T]; attention_mask 1: no padding, token_mask 1: a target
-        token_bytes                             int32 [B, T]: bytes of text under each token
-        sample_mask                             float32 [B]: ones
-        teachers                                one dict per teacher, None for one with the student's vocabulary: the same keys
-                                                [B, T_t] but sample_mask, student_chunk_id [B, T] and teacher_chunk_id [B, T_t]
-                                                int64 (-1 outside chunks), chunk_valid and chunk_exact bool [B, C]
+    """Pads rows on the right into one `Batch`, as tensors on the CPU.
 
     No row of logits predicts the first token of a document, so it is no target and belongs to no chunk; a chunk that
     thereby has no token left on a side, or with `chunk_distribution: first` loses its first, is not valid.
 
-    Items of a packed dataset are lists of rows. Then the batch is that of all these rows one by one, as losses want it, and
-    each side has in `packed` what its model reads:
-
-        input_ids, position_ids                 int64 [R, L]: the documents of an item in one row; positions restart with each, and
-                                                with the padding
-        gather                                  int64 [B, T]: where each token lies in the flattened [R * L]; 0 for padding
+    Items of a packed dataset are lists of rows. The batch is then that of all these rows one by one, as losses want it,
+    and each side has in `packed` what its model reads.
     """
 
     def __init__(self, columns: Sequence[str | None], pads: dict[str, int], chunk_distribution: str = "mean"):
@@ -49,44 +140,41 @@ class Collator:
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
         return cls(columns, pads, spec.loss.chunk_distribution)
 
-    def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:
         """See the class."""
         groups = [item for item in items if isinstance(item, list)]
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
-        batch: dict[str, Any] = {**self._tokens(rows, groups, "student"), "sample_mask": torch.ones(len(rows))}
-        batch["teachers"] = [
-            None if column is None else self._tokens(rows, groups, column) | self._chunks(rows, column) for column in self.columns
-        ]
-        return batch
+        student = self._side(rows, groups, "student")
+        teachers = (student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns)
+        return Batch(student, tuple(teachers), torch.ones(len(rows)))
 
-    def _tokens(self, rows: list[Row], groups: list[list[Row]], column: str) -> dict[str, Any]:
+    def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:
         """What one side reads."""
         targets = _padded([row[f"{column}_mask"] for row in rows], 0)
         targets[:, 0] = 0
-        arrays = {
-            "input_ids": _padded([row[f"{column}_ids"] for row in rows], self.pads[column]),
-            "attention_mask": _padded([np.ones_like(row[f"{column}_ids"]) for row in rows], 0),
-            "token_mask": targets,
-            "token_bytes": _padded([row[f"{column}_bytes"] for row in rows], 0, np.int32),
-        }
-        return _tensors(arrays) | ({"packed": self._packed(groups, column)} if groups else {})
+        return Side(
+            input_ids=_tensor(_padded([row[f"{column}_ids"] for row in rows], self.pads[column])),
+            attention_mask=_tensor(_padded([np.ones_like(row[f"{column}_ids"]) for row in rows], 0)),
+            token_mask=_tensor(targets),
+            token_bytes=_tensor(_padded([row[f"{column}_bytes"] for row in rows], 0, np.int32)),
+            packed=self._packed(groups, column) if groups else None,
+            chunks=chunks,
+        )
 
-    def _packed(self, groups: list[list[Row]], column: str) -> dict[str, Tensor]:
+    def _packed(self, groups: list[list[Row]], column: str) -> Packed:
         ids = [[row[f"{column}_ids"] for row in group] for group in groups]
         lengths = [[len(i) for i in group] for group in ids]
         width = max(map(sum, lengths))
         positions = [[np.arange(n) for n in [*group, width - sum(group)]] for group in lengths]
         starts = [r * width + start for r, group in enumerate(lengths) for start in np.cumsum([0, *group[:-1]])]
         gather = [start + np.arange(n) for start, n in zip(starts, (n for group in lengths for n in group))]
-        return _tensors(
-            {
-                "input_ids": _padded([np.concatenate(group) for group in ids], self.pads[column]),
-                "position_ids": _padded([np.concatenate(group) for group in positions], 0),
-                "gather": _padded(gather, 0),
-            }
+        return Packed(
+            input_ids=_tensor(_padded([np.concatenate(group) for group in ids], self.pads[column])),
+            position_ids=_tensor(_padded([np.concatenate(group) for group in positions], 0)),
+            gather=_tensor(_padded(gather, 0)),
         )
 
-    def _chunks(self, rows: list[Row], column: str) -> dict[str, Tensor]:
+    def _chunks(self, rows: list[Row], column: str) -> Chunks:
         """How one teacher's tokens and the student's meet."""
         students = _padded([row[f"{column}_student_chunk_id"] for row in rows], -1)
         teachers = _padded([row[f"{column}_teacher_chunk_id"] for row in rows], -1)
@@ -94,7 +182,7 @@ class Collator:
         counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
         valid = _padded([self._valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
         students[:, 0] = teachers[:, 0] = -1
-        return _tensors({"student_chunk_id": students, "teacher_chunk_id": teachers, "chunk_valid": valid, "chunk_exact": exact})
+        return Chunks(*map(_tensor, (students, teachers, valid, exact)))
 
     def _valid(self, student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:
         """[count] bool: the chunks of one document that keep a predictor row on both sides."""
@@ -115,5 +203,5 @@ def _padded(rows: Sequence[np.ndarray], fill: int, dtype: type = np.int64) -> np
     return out
 
 
-def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array)

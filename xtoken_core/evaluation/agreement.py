@@ -55,18 +55,18 @@ def agreement(
         counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
         same = places = 0
         for start in range(0, len(rows), size):
-            batch = _moved(collate([rows[i] for i in range(start, min(start + size, len(rows)))]), student.model.device)
-            theirs = batch["teachers"][index] or batch
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))]).to(student.model.device)
+            theirs = batch.teachers[index]
             # full logits, formed once: both comparisons read them
-            own = head_logits(student.model, final_hidden(student.model, batch["input_ids"]), own_ids).dense()
-            other = head_logits(model, final_hidden(model, theirs["input_ids"]), other_ids).dense()
-            fields = {} if projection is None else {k: v for k, v in theirs.items() if k != "attention_mask"}
-            seen = TeacherBatch(logits=other, projection=projection, mode=mode, **fields)
-            inputs = batch["input_ids"], batch["token_mask"], batch["sample_mask"], [seen], loss
+            own = head_logits(student.model, final_hidden(student.model, batch.student.input_ids), own_ids).dense()
+            other = head_logits(model, final_hidden(model, theirs.input_ids), other_ids).dense()
+            chunks = {} if theirs.chunks is None else vars(theirs.chunks)
+            seen = TeacherBatch(other, theirs.input_ids, theirs.token_mask, projection=projection, mode=mode, **chunks)
+            inputs = *batch.masks, [seen], loss
             part = batch_counts(*inputs)
             counts += part.cpu()
             sums += loss_sums(own, *inputs, StepTotals.from_sums(part, [seen], loss)).cpu()
-            agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch["token_mask"])
+            agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch.student.token_mask)
             same, places = same + int(agrees.sum()), places + len(agrees)
         totals = StepTotals.from_sums(counts, [seen], loss)
         results[teacher.id] = {
@@ -109,12 +109,3 @@ def _first(ids: Tensor, chunks: Tensor) -> Tensor:
     """[n]: position of the first token of each chunk in ids [T], which ascend but for -1 outside chunks."""
     inside = (ids >= 0).nonzero()[:, 0]
     return inside[torch.searchsorted(ids[inside].contiguous(), chunks)]
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on another device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return [_moved(value, device) for value in batch] if isinstance(batch, list) else batch

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xtoken_core.losses import HiddenLogits, StepTotals, TeacherBatch, TopKLogits, distillation_loss, loss_sums
+from xtoken_core.data.batch import Batch
+from xtoken_core.losses import StepTotals, TeacherBatch, distillation_loss, loss_sums
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.losses.types import Logits
-from xtoken_core.models import decoder_layers, final_hidden, head_logits, load_model, prune_layers
+from xtoken_core.models import Loaded, decoder_layers, final_hidden, head_logits, load_model, prune_layers
 from xtoken_core.spec import DistillationSpec, LossSpec
-
-Batch = dict[str, Any]
-"""One micro-batch of `xtoken_core.data.batch.Collator`."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,8 @@ class MicroBatch:
     """What the student's forward reads of one micro-batch."""
 
     batch: Batch
-    teachers: list[TeacherBatch]
+    teachers: Mapping[str, TeacherBatch]
+    """By id, in the spec's order; empty: cross-entropy alone."""
 
 
 class Student(nn.Module):
@@ -38,28 +35,26 @@ class Student(nn.Module):
     accepts_loss_kwargs = True
     """Tells transformers' Trainer that losses come normalised over the whole step."""
 
-    def __init__(self, model: PreTrainedModel, rows: int, learnable: dict[int, LearnableProjection], loss: LossSpec):
-        """rows: ids of the student's tokenizer. learnable: by the teacher's index."""
+    def __init__(self, loaded: Loaded, loss: LossSpec, learnable: Mapping[str, LearnableProjection]):
+        """learnable: by the teacher's id."""
         super().__init__()
-        self.model = model
-        self.rows = rows
-        self.learnable: dict[str, LearnableProjection] = nn.ModuleDict({str(i): w for i, w in learnable.items()})  # type: ignore[assignment]
+        self.model, self.rows = loaded.model, loaded.rows
+        self.tokenizer, self.table = loaded.tokenizer, loaded.table
+        self.learnable: dict[str, LearnableProjection] = nn.ModuleDict({_slot(i): w for i, w in learnable.items()})  # type: ignore[assignment]
         self.loss = loss
-        self._no_split_modules = model._no_split_modules  # where FSDP wraps
+        self._no_split_modules = loaded.model._no_split_modules  # where FSDP wraps
 
     def forward(self, micro_batch: MicroBatch, totals: StepTotals, with_loss: bool = True) -> dict[str, Tensor]:
         """The micro-batch's share of the step's loss (0-dim, differentiable) and its `LossOutput.sums`; the sums alone without `with_loss`."""
-        batch = micro_batch.batch
-        hidden = unpacked(final_hidden(self.model, **model_inputs(batch)), batch)
+        side = micro_batch.batch.student
+        hidden = side.unpacked(final_hidden(self.model, **side.model_inputs()))
         if torch.is_autocast_enabled(
             hidden.device.type
         ):  # hidden states leave the norm in float32, a Linear would take them in bf16
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         logits = head_logits(self.model, hidden, self.rows)
-        teachers = list(micro_batch.teachers)
-        for index, projection in self.learnable.items() if teachers else ():
-            teachers[int(index)] = replace(teachers[int(index)], projection=projection())
-        arguments = logits, batch["input_ids"], batch["token_mask"], batch["sample_mask"], teachers, self.loss
+        teachers = [self._with_learned(i, teacher) for i, teacher in micro_batch.teachers.items()]
+        arguments = logits, *micro_batch.batch.masks, teachers, self.loss
         with torch.autocast(hidden.device.type, enabled=False):
             if not with_loss:
                 return {"sums": loss_sums(*arguments, totals)}
@@ -67,50 +62,28 @@ class Student(nn.Module):
         idle = sum((p.log_weights.sum() for p in self.learnable.values()), torch.zeros((), device=hidden.device))
         return {"loss": out.loss + 0 * idle, "sums": out.sums}  # DDP waits for a gradient of every parameter, used or not
 
+    def _with_learned(self, teacher_id: str, teacher: TeacherBatch) -> TeacherBatch:
+        slot = _slot(teacher_id)
+        return replace(teacher, projection=self.learnable[slot]()) if slot in self.learnable else teacher
 
-def model_inputs(side: Batch) -> dict[str, Tensor]:
-    """What a model reads of one side of a batch: `input_ids`, and of packed rows `position_ids`."""
-    read = side.get("packed", side)
-    return {name: read[name] for name in ("input_ids", "position_ids") if name in read}
+    def model_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own part of a state dict of this module."""
+        return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
-
-def unpacked(tensor: Tensor, side: Batch) -> Tensor:
-    """[R, L, ...] of packed rows as [B, T, ...], one document a sample; of unpacked rows as they are."""
-    return tensor.flatten(0, 1)[side["packed"]["gather"]] if "packed" in side else tensor
-
-
-def unpacked_logits(logits: Logits, side: Batch) -> Logits:
-    """The same for whatever a teacher handed over."""
-    if isinstance(logits, HiddenLogits):
-        return replace(logits, hidden=unpacked(logits.hidden, side))
-    if isinstance(logits, TopKLogits):
-        return replace(logits, values=unpacked(logits.values, side), indices=unpacked(logits.indices, side))
-    assert isinstance(logits, Tensor)
-    return unpacked(logits, side)
+    def learned_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`log_weights` of each trained W by teacher id, on the CPU, from a state dict of this module."""
+        return {
+            slot.removeprefix(_SLOT): state[f"learnable.{slot}.log_weights"].detach().cpu().contiguous()
+            for slot in self.learnable
+        }
 
 
-def teacher_batch(template: TeacherBatch, logits: Logits, batch: Batch, index: int) -> TeacherBatch:
-    """Teacher `index`'s view of a micro-batch; `template` holds what is the same in every batch."""
-    side = batch["teachers"][index]
-    if side is None:  # the student's vocabulary, hence its tokens
-        return replace(template, logits=unpacked_logits(logits, batch), token_bytes=batch["token_bytes"])
-    names = ("input_ids", "token_mask", "student_chunk_id", "teacher_chunk_id", "chunk_valid", "chunk_exact", "token_bytes")
-    return replace(template, logits=unpacked_logits(logits, side), **{name: side[name] for name in names})
+_SLOT = "teacher-"
 
 
-def teacher_inputs(batches: Sequence[Batch], index: int, with_scores: bool) -> list[dict[str, Any]]:
-    """What teacher `index` is sent of each micro-batch, as numpy arrays (`teachers.process.Inputs`)."""
-    return [_inputs(batch["teachers"][index] or batch, batch["sample_mask"], with_scores) for batch in batches]
-
-
-def _inputs(side: Batch, sample_mask: Tensor, with_scores: bool) -> dict[str, Any]:
-    tensors = model_inputs(side)
-    if with_scores:
-        tensors["sample_mask"] = sample_mask
-        tensors |= {f"scored_{name}": side[name] for name in ("input_ids", "token_mask", "token_bytes")}
-        if "packed" in side:
-            tensors["gather"] = side["packed"]["gather"]
-    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+def _slot(teacher_id: str) -> str:
+    """The name of a W among the modules: an id alone could be that of a method, such as `double`."""
+    return f"{_SLOT}{teacher_id}"
 
 
 def student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTrainedModel:

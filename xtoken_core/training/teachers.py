@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from xtoken_core.data.batch import Side
 from xtoken_core.errors import InputError
-from xtoken_core.losses import TeacherBatch
+from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import weight_bytes
+from xtoken_core.models import Loaded, weight_bytes
 from xtoken_core.projection import Projection
-from xtoken_core.spec import DistillationSpec
-from xtoken_core.teachers.setup import Shards, TeacherSetup
+from xtoken_core.spec import DistillationSpec, TeacherSpec
+from xtoken_core.teachers.setup import Logits, Shards, TeacherSetup
 from xtoken_core.tokenization import TokenTable, load_tokenizer
+from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.settings import compute_dtype, training_loss
 
 LARGEST_SHARE = 0.6
@@ -26,64 +30,123 @@ LARGEST_SHARE = 0.6
 
 @dataclass(frozen=True)
 class ReadyTeacher:
-    """One teacher, made ready from the spec."""
+    """What is fixed of one teacher for a whole training; `batch` adds what changes with every micro-batch."""
 
+    id: str
     setup: TeacherSetup
-    template: TeacherBatch
     fingerprint: str
-    projection: Projection | None
-    learnable: LearnableProjection | None
+    """Of its vocabulary."""
+    weight: float = 1.0
+    mode: str | None = None
+    """None: the student's vocabulary."""
+    projection: Projection | None = None
+    """W as the step before has made it, on the device."""
+    learnable: LearnableProjection | None = None
+    """W where its weights are trained with the student."""
+    learning_rate: float = 0.0
+    """Of `learnable`."""
+
+    def batch(self, logits: Logits, side: Side) -> TeacherBatch:
+        """This teacher's view of a micro-batch; logits: what its process handed over of `side`."""
+        chunks = {} if side.chunks is None else vars(side.chunks)
+        return TeacherBatch(
+            logits=_unpacked(logits, side),
+            input_ids=side.input_ids,
+            token_mask=side.token_mask,
+            token_bytes=side.token_bytes,
+            projection=self.projection,
+            weight=self.weight,
+            mode=self.mode,
+            **chunks,
+        )
+
+    def save_learned(self, folder: Path, student: TokenTable, log_weights: Tensor) -> None:
+        """Saves W with trained `log_weights` (on the CPU) as a projection, to `folder/projection-ID.safetensors`."""
+        assert self.projection is not None
+        learned = LearnableProjection(self.projection.to(torch.device("cpu")))
+        learned.log_weights.data = log_weights
+        name = folder / f"projection-{self.id}.safetensors"
+        learned.projection().save(name, student.fingerprint, self.fingerprint, {"learned": True})
 
 
-def ready_teacher(
-    spec: DistillationSpec,
-    index: int,
-    modes: dict[str, str],
-    student: TokenTable,
-    student_rows: int,
-    path: str | Path | None,
-    device: torch.device,
+def _unpacked(logits: Logits, side: Side) -> Logits:
+    """Whatever a teacher handed over, one document a sample."""
+    if isinstance(logits, HiddenLogits):
+        return replace(logits, hidden=side.unpacked(logits.hidden))
+    if isinstance(logits, TopKLogits):
+        return replace(logits, values=side.unpacked(logits.values), indices=side.unpacked(logits.indices))
+    return side.unpacked(logits)
+
+
+def ready_teachers(
+    spec: DistillationSpec, inputs: TrainingInputs, student: Loaded, device: torch.device
+) -> tuple[ReadyTeacher, ...]:
+    """Loads what training knows of the teachers before their processes start: vocabulary, W, mode. Raises InputError.
+
+    All ranks call it.
+    """
+    return tuple(
+        _ready(spec, f"teachers.{index} ({teacher.id})", teacher, inputs, student, device)
+        for index, teacher in enumerate(spec.teachers)
+    )
+
+
+def _ready(
+    spec: DistillationSpec, name: str, teacher: TeacherSpec, inputs: TrainingInputs, student: Loaded, device: torch.device
 ) -> ReadyTeacher:
-    """Loads what training knows of teacher `index` before its process starts: vocabulary, W, mode. Raises InputError."""
-    teacher, training = spec.teachers[index], spec.training
-    name = f"teachers.{index} ({teacher.id})"
-    table, projection, learnable, mode = student, None, None, None
-    if teacher.projection is not None:
-        if path is None:
-            raise InputError(f"{name}: projection: none was given")
-        table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
-        projection = Projection.load(path, student, table)
-        mode = teacher.mode or (modes.get(teacher.id) if spec.loss.mode == "auto" else spec.loss.mode)
-        if mode is None:
-            raise InputError(f"{name}: mode: auto, and the overlap step's choice was not given")
-        if teacher.projection.learnable:
-            if mode != "p_kl":
-                raise InputError(
-                    f"{name}: projection.learnable: the overlap step chose {mode}, which does not train W; set mode: p_kl"
-                )
-            learnable = LearnableProjection(projection)
+    weight = teacher.weight if spec.fixed_weights else 1.0
+    if teacher.projection is None:
+        setup = _setup(spec, name, teacher, student.rows, student.table.min_rows, device)
+        return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight)
+    if teacher.id not in inputs.projections:
+        raise InputError(f"{name}: projection: none was given")
+    table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
+    projection = Projection.load(inputs.projections[teacher.id], student.table, table)
+    mode = _mode(spec, name, teacher, inputs.modes)
+    return ReadyTeacher(
+        id=teacher.id,
+        setup=_setup(spec, name, teacher, len(table), table.min_rows, device),
+        fingerprint=table.fingerprint,
+        weight=weight,
+        mode=mode,
+        projection=projection.to(device),
+        learnable=LearnableProjection(projection) if teacher.projection.learnable else None,
+        learning_rate=teacher.projection.learning_rate,
+    )
+
+
+def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mapping[str, str]) -> str:
+    """The loss mode of a cross-tokenizer teacher: its own, the loss's, or where that is `auto` the one chosen for it."""
+    assert teacher.projection is not None
+    mode = teacher.mode or (chosen.get(teacher.id) if spec.loss.mode == "auto" else spec.loss.mode)
+    if mode is None:
+        raise InputError(f"{name}: mode: auto, and the overlap step's choice was not given")
+    if teacher.projection.learnable and mode != "p_kl":
+        raise InputError(f"{name}: projection.learnable: the overlap step chose {mode}, which does not train W; set mode: p_kl")
+    return mode
+
+
+def _setup(
+    spec: DistillationSpec, name: str, teacher: TeacherSpec, num_ids: int, min_rows: int, device: torch.device
+) -> TeacherSetup:
     scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
-    dtype = compute_dtype(training.precision)
-    setup = TeacherSetup(
+    dtype = compute_dtype(spec.training.precision)
+    return TeacherSetup(
         name=name,
         model=teacher.model,
-        num_ids=len(table) if teacher.cross_tokenizer else student_rows,
-        min_rows=table.min_rows,
+        num_ids=num_ids,
+        min_rows=min_rows,
         transport=teacher.transport,
         top_k=teacher.top_k,
         residency=teacher.residency,
         dtype=dtype,
-        attention=training.attention,
+        attention=spec.training.attention,
         device=device,
         threads=torch.get_num_threads(),
         packed=spec.data.packing,
         shards=_shards(teacher.model, dtype, device),
         scores=training_loss(spec, baseline=False) if scored else None,
     )
-    on_device = None if projection is None else projection.to(device)
-    weight = teacher.weight if spec.fixed_weights else 1.0
-    template = TeacherBatch(logits=torch.empty(0), projection=on_device, weight=weight, mode=mode)
-    return ReadyTeacher(setup, template, table.fingerprint, projection, learnable)
 
 
 def _shards(model: str, dtype: torch.dtype, device: torch.device) -> Shards | None:

@@ -1,0 +1,182 @@
+"""One optimizer step: its micro-batches with what the teachers say of them, its sums, its metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xtoken_core.data.batch import Batch
+from xtoken_core.losses import StepTotals, batch_counts, dynamic_scale, loss_metrics
+from xtoken_core.spec import LossSpec
+from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.training.student import MicroBatch, Student
+from xtoken_core.training.teachers import ReadyTeacher
+
+
+class Clock:
+    """Splits the time from its making on into phases that follow each other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = time.monotonic()
+        self.seconds[phase], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases so far."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the teachers gave for the micro-batches of a step on this rank."""
+
+    micro_batches: list[MicroBatch]
+    counts: Tensor
+    """`batch_counts`, summed over the micro-batches."""
+    seconds: Mapping[str, float]
+    """By teacher: onload, run and offload."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The teachers of a training and the processes in which they run."""
+
+    teachers: tuple[ReadyTeacher, ...] = ()
+    pool: TeacherPool | None = None
+    """None, with no teachers: cross-entropy alone."""
+
+    def run(self, batches: Sequence[Batch], loss: LossSpec) -> Taught:
+        """Runs the teachers over all micro-batches of a step, one teacher after another."""
+        runs = []
+        if self.pool is not None:
+            scored = [teacher.setup.scores is not None for teacher in self.teachers]
+            runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, with_scores in enumerate(scored)])
+        micro_batches, counts = [], []
+        for n, batch in enumerate(batches):
+            heard = {t.id: t.batch(run.logits[n], batch.teachers[i]) for i, (t, run) in enumerate(zip(self.teachers, runs))}
+            scores = [torch.tensor(run.scores[n] if run.scores else [0.0, 0.0], dtype=torch.float64) for run in runs]
+            counts.append(batch_counts(*batch.masks, list(heard.values()), loss, scores))
+            micro_batches.append(MicroBatch(batch, heard))
+        seconds = {teacher.id: run.seconds for teacher, run in zip(self.teachers, runs)}
+        return Taught(micro_batches, torch.stack(counts).sum(0), seconds)
+
+    def check(self) -> None:
+        """Raises TeacherError if a teacher has died."""
+        if self.pool is not None:
+            self.pool.check()
+
+    def release(self) -> None:
+        """Gives the outputs of the last run back."""
+        if self.pool is not None:
+            self.pool.release()
+
+
+@dataclass
+class Step:
+    """One optimizer step on this rank, from the student's first forward to its metrics."""
+
+    micro_batches: list[MicroBatch]
+    totals: StepTotals
+    """Of the global batch."""
+    tokens: Tensor
+    """0-dim int64: the student's tokens on this rank."""
+    teacher_seconds: Mapping[str, float]
+    clock: Clock
+    sums: Tensor = field(init=False)
+    """`LossOutput.sums` of the micro-batches so far."""
+
+    def __post_init__(self) -> None:
+        size = 2 + 3 * len(self.totals.modes)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=self.totals.tokens.device)
+
+    def add(self, sums: Tensor) -> None:
+        """Adds a micro-batch's sums."""
+        self.sums = self.sums + sums
+
+    def finish(self, loss: LossSpec) -> StepResult:
+        """Ends the step: its sums over all ranks, which all call this."""
+        reduced = over_ranks(torch.cat([self.sums, self.tokens.double()[None]]), self.sums.device)
+        sums, tokens = reduced[:-1], int(reduced[-1])
+        numbers = {name: float(value) for name, value in loss_metrics(sums, self.totals, loss).items()}
+        scale = float(dynamic_scale(sums, self.totals, loss))
+        self.clock.lap("student")
+        seconds = self.clock.seconds
+        metrics = {
+            "loss": numbers["loss"],
+            "ce": numbers["ce_loss"],
+            "kd": numbers["kl_loss"],
+            **_per_teacher(numbers, list(self.micro_batches[0].teachers)),
+            "scale": numbers["kl_loss_scale"],
+            "accuracy": numbers["accuracy"],
+            "tokens_per_second": tokens / self.clock.total,
+            "seconds_step": self.clock.total,
+            "seconds_data": seconds["data"],
+            "seconds_teachers": seconds["teachers"],
+            **{f"seconds_{name}": value for name, value in self.teacher_seconds.items()},
+        }
+        return StepResult(metrics, scale, tokens, seconds)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a finished step was like."""
+
+    metrics: dict[str, Any]
+    """Its line in the log."""
+    scale: float
+    """Dynamic scaling's factor for the next step."""
+    tokens: int
+    """The student's tokens, over all ranks."""
+    seconds: dict[str, float]
+    """By phase: data, teachers, student."""
+
+
+def begin_step(batches: Sequence[Batch], teaching: Teaching, student: Student, scale: float | None, clock: Clock) -> Step:
+    """Runs the teachers and decides counts, weights and scale of the step from sums over all ranks, which all call this.
+
+    scale: dynamic scaling's factor from the step before; None: there was none, and this step's own sums give it.
+    clock: has run since the step began.
+    """
+    clock.lap("data")
+    device = batches[0].sample_mask.device
+    taught = teaching.run(batches, student.loss)
+    heard = list(taught.micro_batches[0].teachers.values())
+    totals = StepTotals.from_sums(over_ranks(taught.counts, device), heard, student.loss, scale=scale if heard else 1.0)
+    clock.lap("teachers")
+    if student.loss.dynamic_scaling and totals.scale is None:  # the first step: its own sums, before its gradients
+        with torch.no_grad():
+            sums = [student(m, totals, with_loss=False)["sums"] for m in taught.micro_batches]
+        totals = totals.with_scale(dynamic_scale(over_ranks(torch.stack(sums).sum(0), device), totals, student.loss))
+    tokens = torch.stack([batch.student.attention_mask.sum() for batch in batches]).sum()
+    return Step(taught.micro_batches, totals, tokens, taught.seconds, clock)
+
+
+def over_ranks(sums: Tensor, device: torch.device) -> Tensor:
+    """Sums over the data-parallel ranks, on `device`."""
+    sums = sums.to(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def _per_teacher(metrics: Mapping[str, float], ids: Sequence[str]) -> dict[str, Any]:
+    """The metrics of teachers under their ids instead of their numbers."""
+    named: dict[str, Any] = {}
+    for i, name in enumerate(ids):
+        for ours, theirs in (("kd", "kl_loss"), ("weight", "weight"), ("chunks", "num_valid_chunks")):
+            if f"{theirs}_t{i}" in metrics:
+                named[f"{ours}_{name}"] = metrics[f"{theirs}_t{i}"]
+    if "selected_teacher" in metrics:
+        named["selected"] = ids[int(metrics["selected_teacher"])]
+    return named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,9 @@ def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any
             done[id(thing)] = change(thing)
         elif isinstance(thing, tuple):
             done[id(thing)] = tuple(_changed(part, change, done) for part in thing)
-        elif is_dataclass(thing):
+        elif is_dataclass(thing) and not isinstance(thing, type):
             parts = {field.name: _changed(getattr(thing, field.name), change, done) for field in fields(thing)}
-            done[id(thing)] = type(thing)(**parts)  # type: ignore[call-overload]  # of a type, not of an instance's class
+            done[id(thing)] = replace(thing, **parts)
         else:
             done[id(thing)] = thing
     return done[id(thing)]

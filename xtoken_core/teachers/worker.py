@@ -8,7 +8,6 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -112,7 +111,7 @@ class TeacherServer:
 
     def _score(self, logits: HiddenLogits, inputs: dict[str, Tensor]) -> Tensor:
         if "gather" in inputs:
-            logits = replace(logits, hidden=logits.hidden.flatten(0, 1)[inputs["gather"]])
+            logits = logits.over_positions(lambda tensor: tensor.flatten(0, 1)[inputs["gather"]])
         ids, mask, widths = (inputs[f"scored_{name}"] for name in ("input_ids", "token_mask", "token_bytes"))
         assert self.setup.scores is not None
         return teacher_scores(logits, ids, mask, inputs["sample_mask"], self.setup.scores, widths)

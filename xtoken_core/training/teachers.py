@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xtoken_core.data.batch import Side
 from xtoken_core.errors import InputError
-from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits
+from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.models import Loaded, weight_bytes
 from xtoken_core.projection import Projection
@@ -50,7 +50,7 @@ class ReadyTeacher:
         """This teacher's view of a micro-batch; logits: what its process handed over of `side`."""
         chunks = {} if side.chunks is None else vars(side.chunks)
         return TeacherBatch(
-            logits=_unpacked(logits, side),
+            logits=side.unpacked(logits) if isinstance(logits, Tensor) else logits.over_positions(side.unpacked),
             input_ids=side.input_ids,
             token_mask=side.token_mask,
             token_bytes=side.token_bytes,
@@ -67,15 +67,6 @@ class ReadyTeacher:
         learned.log_weights.data = log_weights
         name = folder / f"projection-{self.id}.safetensors"
         learned.projection().save(name, student.fingerprint, self.fingerprint, {"learned": True})
-
-
-def _unpacked(logits: Logits, side: Side) -> Logits:
-    """Whatever a teacher handed over, one document a sample."""
-    if isinstance(logits, HiddenLogits):
-        return replace(logits, hidden=side.unpacked(logits.hidden))
-    if isinstance(logits, TopKLogits):
-        return replace(logits, values=side.unpacked(logits.values), indices=side.unpacked(logits.indices))
-    return side.unpacked(logits)
 
 
 def ready_teachers(

@@ -79,7 +79,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=data.collate,
+            data_collator=data.collate,  # type: ignore[arg-type]  # a Batch in place of a dict
             train_dataset=self.train_rows,
             eval_dataset=data.validation,
             callbacks=[_StepEnd(self), *callbacks],

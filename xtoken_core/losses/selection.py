@@ -51,23 +51,38 @@ class ChunkRows:
 
 
 def chunk_rows(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> ChunkRows:
-    """Predictor rows and validity of every chunk of a cross-tokenizer teacher. Never synchronises with the host.
-
-    A chunk is valid when the batch says so (`chunk_valid`; with `exact_match_only` also `chunk_exact`), its sample counts and
-    both sides keep a predictor row: any with `chunk_distribution: mean`, that of its first token with `first`.
-    """
+    """Predictor rows and validity of every chunk of a cross-tokenizer teacher. Never synchronises with the host."""
     assert teacher.student_chunk_id is not None and teacher.teacher_chunk_id is not None and teacher.chunk_valid is not None
     first = spec.chunk_distribution == "first"
     num_chunks = teacher.chunk_valid.shape[1]
     student = _row_chunks(teacher.student_chunk_id, num_chunks, first)
     teachers = _row_chunks(teacher.teacher_chunk_id, num_chunks, first)
     student_size, teacher_size = (_sizes(rows, teacher.chunk_valid.numel()) for rows in (student, teachers))
+    valid = valid_chunks(teacher, sample_mask, student_size, teacher_size, spec)
+    return ChunkRows(_keep(student, valid), _keep(teachers, valid), student_size, teacher_size, valid)
+
+
+def valid_chunks(
+    teacher: TeacherBatch, sample_mask: Tensor, student_size: Tensor, teacher_size: Tensor, spec: LossSpec
+) -> Tensor:
+    """[B * C] bool: which chunks are valid. The one place, beside the reference, that decides it.
+
+    A chunk is valid when the batch says so (`chunk_valid`; with `exact_match_only` also `chunk_exact`), its sample counts and
+    both sides keep a predictor row: any with `chunk_distribution: mean`, that of its first token with `first`.
+
+    Args:
+        teacher: a cross-tokenizer teacher.
+        sample_mask: [B].
+        student_size: [B * C] predictor rows of each chunk on the student's side.
+        teacher_size: [B * C] likewise, on the teacher's.
+        spec: read for `exact_match_only`.
+    """
+    assert teacher.chunk_valid is not None
     exists = teacher.chunk_valid.bool() & (sample_mask != 0)[:, None]
     if spec.exact_match_only:
         assert teacher.chunk_exact is not None
         exists = exists & teacher.chunk_exact.bool()
-    valid = exists.flatten() & (student_size > 0) & (teacher_size > 0)
-    return ChunkRows(_keep(student, valid), _keep(teachers, valid), student_size, teacher_size, valid)
+    return exists.flatten() & (torch.minimum(student_size, teacher_size) > 0)
 
 
 def _row_chunks(chunk_id: Tensor, num_chunks: int, first: bool) -> Tensor:

@@ -129,8 +129,18 @@ def largest_columns(partial: Tensor, k: int) -> tuple[Tensor, Tensor]:
         launch(_count_kernel, (blocks, sets), partial, maxima, counts, vocab, k, PARTS=parts, PASS=digit, BLOCK=_BLOCK)
     launch(_tally_kernel, (blocks, sets), maxima, counts, edge, tally, vocab, k, BLOCK=_BLOCK)
     launch(
-        _choose_kernel, (blocks, sets), maxima, edge, tally, columns, place, vocab, k, BLOCK=_BLOCK, BLOCKS=1 << (blocks - 1).bit_length()
-    )  # fmt: skip
+        _choose_kernel,
+        (blocks, sets),
+        maxima,
+        edge,
+        tally,
+        columns,
+        place,
+        vocab,
+        k,
+        BLOCK=_BLOCK,
+        BLOCKS=1 << (blocks - 1).bit_length(),
+    )
     return columns, place
 
 
@@ -148,6 +158,10 @@ class Columns:
     """[sets] int32: how many columns, the first ones, have more than HEAVY."""
     place: Tensor
     """[sets, V_t] int32: where a teacher column stands in `index`, or -1."""
+    student: Tensor
+    """[n] int32: the student's token of each entry of W, by teacher column."""
+    weight: Tensor
+    """[n] float32: its weight."""
 
 
 @triton.jit
@@ -182,14 +196,27 @@ def _order_kernel(columns, starts, index, start, count, heavy, place, vocab, k, 
     tl.store(heavy + set_, many)
 
 
-def ordered_columns(columns: Tensor, place: Tensor, table: ByTeacher) -> Columns:
-    """From `largest_columns`; `place` is changed to the new order (unless K is the whole vocabulary, where it is copied)."""
+def ordered_columns(columns: Tensor, place: Tensor, table: ByTeacher, weight: Tensor) -> Columns:
+    """From `largest_columns`, and W's weights in the order of `table`; `place` is changed to the new order (unless K is the whole vocabulary, where it is copied)."""
     (sets, k), vocab = columns.shape, place.shape[1]
     if place.data_ptr() == columns.data_ptr():
         place = place.clone()
     index, start, count = torch.empty(3, sets, k, dtype=torch.int32, device=columns.device).unbind()
     heavy = torch.empty(sets, dtype=torch.int32, device=columns.device)
     launch(
-        _order_kernel, (sets,), columns, table.start, index, start, count, heavy, place, vocab, k, HEAVY=HEAVY, BLOCK=8192, num_warps=16
-    )  # fmt: skip
-    return Columns(index, start, count, heavy, place)
+        _order_kernel,
+        (sets,),
+        columns,
+        table.start,
+        index,
+        start,
+        count,
+        heavy,
+        place,
+        vocab,
+        k,
+        HEAVY=HEAVY,
+        BLOCK=8192,
+        num_warps=16,
+    )
+    return Columns(index, start, count, heavy, place, table.student, weight)

@@ -59,9 +59,20 @@ def column_maxima(logits: Tensor, rows: Tensor | None) -> Tensor:
 
 @triton.jit
 def _within_kernel(
-    logits, stride, first, active, columns, within, lse, width, rows_per_set, num_sets, inv_tau, GATHER: tl.constexpr,
+    logits,
+    stride,
+    first,
+    active,
+    columns,
+    within,
+    lse,
+    width,
+    rows_per_set,
+    num_sets,
+    inv_tau,
+    GATHER: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a row: copies its columns K side by side (GATHER), and takes the log-sum-exp of them / τ."""
     local = tl.program_id(0).to(tl.int64)
     row = first + local
@@ -105,10 +116,23 @@ def gather_columns(
     within = torch.empty(n, width, dtype=logits.dtype, device=logits.device)
     lse = torch.empty(n, device=logits.device)
     launch(
-        _within_kernel, (n,),
-        logits, logits.stride(0), first, active, columns, within, lse, width, rows_per_set, sets, 1.0 / temperature,
-        GATHER=True, BLOCK=2048, num_warps=8,
-    )  # fmt: skip
+        _within_kernel,
+        (n,),
+        logits,
+        logits.stride(0),
+        first,
+        active,
+        columns,
+        within,
+        lse,
+        width,
+        rows_per_set,
+        sets,
+        1.0 / temperature,
+        GATHER=True,
+        BLOCK=2048,
+        num_warps=8,
+    )
     return within, lse
 
 

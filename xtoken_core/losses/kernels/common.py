@@ -11,17 +11,18 @@ where g_v = -exp(R) at a common column (R: the teacher's at its pair; reverse: e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.chunks import Side, mean_log_prob
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.rows import readable, room
-from xtoken_core.losses.kernels.rowsets import Rows, mean_log_prob
 from xtoken_core.losses.tables import common_pairs
+from xtoken_core.spec import LossSpec
 
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
@@ -57,23 +58,20 @@ def _split(projection: Projection, mode: str, student_vocab: int, teacher_vocab:
 
 
 @triton.jit
-def _common_kernel(
-    s_logits, s_stride, s_tile, s_lse, s_chunk, s_firsts, s_lasts, t_logits, t_stride, t_tile, t_lse, t_chunk, t_firsts, t_lasts, num_rows,
-    pair, readable, inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _common_kernel(student, teacher, num_rows, pair, readable, inv_tau, kl, slopes, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a chunk's KL and Σ g over every so-many-th block of the student's columns."""
     part, parts, chunk = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    first, last = tl.load(s_firsts + chunk), tl.load(s_lasts + chunk)
-    if (first <= last) & (first >= s_tile) & (first < s_tile + num_rows):
-        t_first, t_last = tl.load(t_firsts + chunk), tl.load(t_lasts + chunk)
+    first, last = tl.load(student.first + chunk), tl.load(student.last + chunk)
+    if (first <= last) & (first >= student.tile) & (first < student.tile + num_rows):
+        t_first, t_last = tl.load(teacher.first + chunk), tl.load(teacher.last + chunk)
         terms = tl.zeros([BLOCK], tl.float32)
         slope = tl.zeros([BLOCK], tl.float32)
         for v0 in range(part * BLOCK, readable, parts * BLOCK):
             v = v0 + tl.arange(0, BLOCK)
             column = tl.load(pair + v, mask=v < readable, other=-1)
             common = column >= 0
-            s = mean_log_prob(s_logits, s_stride, s_tile, s_lse, s_chunk, chunk, first, last, v, v < readable, inv_tau)
-            t = mean_log_prob(t_logits, t_stride, t_tile, t_lse, t_chunk, chunk, t_first, t_last, column, common, inv_tau)
+            s = mean_log_prob(student, chunk, first, last, v, v < readable, inv_tau)
+            t = mean_log_prob(teacher, chunk, t_first, t_last, column, common, inv_tau)
             if REVERSE:
                 weight = tl.exp(s)
                 terms += tl.where(common, weight * (s - t), 0.0)
@@ -86,48 +84,46 @@ def _common_kernel(
         tl.store(slopes + chunk * parts + part, tl.sum(slope, 0))
 
 
-def common_kl(
-    s_logits: Tensor, s_first: int, s_lse: Tensor, student: Rows, t_logits: Tensor, t_first: int, t_lse: Tensor, teacher: Rows,
-    pair: Tensor, temperature: float, reverse: bool, kl: Tensor, slopes: Tensor,
-) -> None:  # fmt: skip
+def common_kl(student: Side, teacher: Side, pair: Tensor, kl: Tensor, slopes: Tensor, spec: LossSpec) -> None:
     """Fills kl and slopes [N, SPLIT] float32, to be summed, of the chunks whose student rows are in the tile.
 
     Args:
-        s_logits: [n, V_s] the student's tile; t_logits: [m, V_t] the teacher's.
-        s_first: number of the tile's first row; t_first: the teacher's.
-        s_lse: [n] float32 log-sum-exp / τ; t_lse: [m].
-        student: student rows of all chunks; teacher: their teacher rows.
+        student: the student's tile.
+        teacher: the teacher's.
         pair: int32, see `Split`.
-        temperature: τ.
-        reverse: KL(student || teacher).
         kl: parts of Σ over common columns of the KL.
         slopes: parts of Σ_v g_v over common columns.
+        spec: read for `temperature` and `reverse_kl`.
     """
     if kl.shape[0] == 0:
         return
     launch(
-        _common_kernel, (kl.shape[1], kl.shape[0]),
-        s_logits, s_logits.stride(0), s_first, s_lse, student.chunk, student.first, student.last, t_logits, t_logits.stride(0), t_first,
-        t_lse, teacher.chunk, teacher.first, teacher.last, s_logits.shape[0], pair, readable(s_logits), 1.0 / temperature, kl, slopes, REVERSE=reverse,
-        BLOCK=2048, num_warps=8,
-    )  # fmt: skip
+        _common_kernel,
+        (kl.shape[1], kl.shape[0]),
+        student,
+        teacher,
+        student.logits.shape[0],
+        pair,
+        readable(student.logits),
+        1.0 / spec.temperature,
+        kl,
+        slopes,
+        REVERSE=spec.reverse_kl,
+        BLOCK=2048,
+        num_warps=8,
+    )
 
 
-@dataclass(frozen=True)
-class CommonGradient:
+class CommonGradient(NamedTuple):
     """What `gradient.py` needs of a tile to write this teacher's part."""
 
     pair: Tensor
     """int32, see `Split`."""
     sign: Tensor
     """[N, u] int8: derivative of the L1 by each uncommon probability."""
+    uncommon: int
+    """u."""
     slope: Tensor
     """[N] float32: Σ_v g_v of each chunk."""
-    student: Rows
-    teacher: Rows
-    logits: Tensor
-    """[m, V_t]: the teacher's tile."""
-    first: int
-    """Number of its first row."""
-    lse: Tensor
-    """[m] float32: log-sum-exp / τ of its rows."""
+    student: Side
+    teacher: Side

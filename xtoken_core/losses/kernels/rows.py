@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -64,11 +65,38 @@ class RowStats:
         return cls(lse, lse_tau, torch.empty_like(lse), torch.empty(rows, dtype=torch.int32, device=device))
 
 
+class Tile(NamedTuple):
+    """Rows first .. last of the student, and what is known of them."""
+
+    first: int
+    last: int
+    logits: Tensor
+    """[n, V_s]."""
+    stats: RowStats
+    """Of all rows."""
+
+    @property
+    def lse_tau(self) -> Tensor:
+        """[n] float32."""
+        return self.stats.lse_tau[self.first : self.last]
+
+
 @triton.jit
 def _row_stats_kernel(
-    logits, stride, active, targets, lse, lse_tau, target, argmax, vocab, readable, inv_tau, TEMPERED: tl.constexpr,
+    logits,
+    stride,
+    active,
+    targets,
+    lse,
+    lse_tau,
+    target,
+    argmax,
+    vocab,
+    readable,
+    inv_tau,
+    TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a row: softmax with one running maximum; the block that holds it is read again for its column."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) != 0:
@@ -111,7 +139,20 @@ def row_stats(logits: Tensor, active: Tensor, targets: Tensor, stats: RowStats, 
     n, vocab = logits.shape
     rows = part(first, n)
     launch(
-        _row_stats_kernel, (n,),
-        logits, logits.stride(0), rows(active), rows(targets), rows(stats.lse), rows(stats.lse_tau), rows(stats.target),
-        rows(stats.argmax), vocab, readable(logits), 1.0 / temperature, TEMPERED=temperature != 1.0, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+        _row_stats_kernel,
+        (n,),
+        logits,
+        logits.stride(0),
+        rows(active),
+        rows(targets),
+        rows(stats.lse),
+        rows(stats.lse_tau),
+        rows(stats.target),
+        rows(stats.argmax),
+        vocab,
+        readable(logits),
+        1.0 / temperature,
+        TEMPERED=temperature != 1.0,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )

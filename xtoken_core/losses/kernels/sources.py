@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -94,6 +95,20 @@ class Source:
                 BLOCK=block,
             )
         return logits
+
+
+class StudentRows(NamedTuple):
+    """The student's side of a batch: R rows."""
+
+    source: Source
+    counted: Tensor
+    """[R] bool: rows with cross-entropy."""
+    active: Tensor
+    """[R] bool: rows with any term; others get a gradient of zero."""
+    targets: Tensor
+    """[R] int64."""
+    length: int
+    """T: rows of a sequence."""
 
 
 class HiddenGradients:

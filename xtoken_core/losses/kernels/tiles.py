@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.kernels.rowsets import Rows
+from xtoken_core.losses.kernels.chunks import Rows
 
 TILE_ROWS = 2048
 """Rows of a tile, unless a chunk is in the way."""
 
 Range = tuple[int, int]
+"""First row, and one past the last."""
+
+Chunks = Sequence[tuple[Rows, Rows] | None]
+"""Per teacher its student rows and its teacher rows; None for one with the student's vocabulary."""
+
+
+class TileRows(NamedTuple):
+    """The rows of one tile."""
+
+    first: int
+    last: int
+    by_term: tuple[Range, ...]
+    """Each teacher's rows: of the chunks inside; with the student's vocabulary, the tile's own."""
+
+
+def whole_batch(rows: int, chunks: Chunks) -> list[TileRows]:
+    """All of a batch of `rows` student rows as one tile."""
+    return [_tile(0, rows, chunks, [(0, pair[1].chunk.shape[0]) for pair in chunks if pair is not None])]
+
+
+def _tile(first: int, last: int, chunks: Chunks, ranges: Sequence[Range]) -> TileRows:
+    """`ranges`: of the teachers across tokenizers."""
+    given = iter(ranges)
+    return TileRows(first, last, tuple((first, last) if pair is None else next(given) for pair in chunks))
 
 
 class Cuts:
@@ -22,22 +47,24 @@ class Cuts:
     that is asked for at once, and waited for when `tiles` is called, with the device's work in between.
     """
 
-    def __init__(self, rows: int, sides: Sequence[tuple[Rows, Rows]]):
-        """`rows`: R student rows. `sides`: per cross-tokenizer teacher, its student rows and its teacher rows."""
-        self.rows, self.whole = rows, [(0, teacher.chunk.shape[0]) for _, teacher in sides]
+    def __init__(self, rows: int, chunks: Chunks):
+        """`rows`: R student rows."""
+        self.rows, self.chunks = rows, chunks
         self.table: Tensor | None = None
-        if rows > TILE_ROWS and sides:
-            table = torch.cat([_boundaries(rows, *pair) for pair in sides])
+        pairs = [pair for pair in chunks if pair is not None]
+        if rows > TILE_ROWS and pairs:
+            table = torch.cat([_boundaries(rows, *pair) for pair in pairs])
             self.table = torch.empty(table.shape, dtype=table.dtype, pin_memory=table.is_cuda).copy_(table, non_blocking=True)
             self.asked = torch.cuda.Event() if table.is_cuda else None
             if self.asked is not None:
                 self.asked.record()
 
-    def tiles(self) -> list[tuple[Range, list[Range]]]:
-        """Student rows, and per teacher its rows, of each tile."""
+    def tiles(self) -> list[TileRows]:
+        """The tiles, in order."""
         if self.table is None:
+            whole = [(0, pair[1].chunk.shape[0]) for pair in self.chunks if pair is not None]
             bounds = [*range(0, self.rows, TILE_ROWS), self.rows]
-            return [((a, b), self.whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            return [_tile(a, b, self.chunks, whole) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
         if self.asked is not None:
             self.asked.synchronize()
         table = self.table
@@ -46,8 +73,8 @@ class Cuts:
         tiles, begin = [], 0
         for position, r in enumerate(allowed):
             if position + 1 == len(allowed) or allowed[position + 1] - begin > TILE_ROWS:
-                ranges = [(int(table[3 * i + 1, begin]), int(table[3 * i + 2, r])) for i in range(len(self.whole))]
-                tiles.append(((begin, r), [(low, high) if low < high else (0, 0) for low, high in ranges]))
+                ranges = [(int(low[begin]), int(high[r])) for low, high in zip(table[1::3], table[2::3], strict=True)]
+                tiles.append(_tile(begin, r, self.chunks, [(a, b) if a < b else (0, 0) for a, b in ranges]))
                 begin = r
         return tiles
 
@@ -57,7 +84,7 @@ def _boundaries(rows: int, student: Rows, teacher: Rows) -> Tensor:
     one past the last teacher row of chunks that end before r.
     """
     device = student.first.device
-    valid = student.count > 0
+    valid = student.size > 0
     spare = rows + 1  # where chunks without rows go
     begin, end = (torch.where(valid, x.long() + 1, spare) for x in (student.first, student.last))
     one = torch.ones_like(begin)

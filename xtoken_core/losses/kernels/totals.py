@@ -88,7 +88,16 @@ def batch_totals(
     )
     for i, (first, second) in enumerate(terms):
         launch(
-            _term_kernel, (1,), first, first.numel(), first if second is None else second, 0 if second is None else second.numel(),
-            out[2 + 3 * i :], temperature**2, PARTS=second is not None, BLOCK=_BLOCK, num_warps=8,
-        )  # fmt: skip
+            _term_kernel,
+            (1,),
+            first,
+            first.numel(),
+            first if second is None else second,
+            0 if second is None else second.numel(),
+            out[2 + 3 * i :],
+            temperature**2,
+            PARTS=second is not None,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
     return out

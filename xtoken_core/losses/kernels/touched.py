@@ -109,9 +109,22 @@ def _mark_kernel(indices, place, flag, vocab, room, teacher_vocab, SLOTS: tl.con
 
 @triton.jit
 def _place_kernel(
-    indices, weights, place, rank, flag, tokens, number, position, weight, slot, vocab, room, teacher_vocab, SLOTS: tl.constexpr,
+    indices,
+    weights,
+    place,
+    rank,
+    flag,
+    tokens,
+    number,
+    position,
+    weight,
+    slot,
+    vocab,
+    room,
+    teacher_vocab,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Writes a block's touched tokens, and their entries within K, to their places in the list."""
     set_ = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -169,8 +182,22 @@ def placed_entries(touched: Touched, indices: Tensor, weights: Tensor, place: Te
     slot = torch.empty_like(position)
     number = torch.empty_like(touched.token)
     launch(
-        _place_kernel, (ceil_div(width, _TOKENS), sets),
-        indices, weights, place, touched.rank, touched.flag, touched.token, number, position, weight, slot, vocab, width, place.shape[1], SLOTS=slots,
+        _place_kernel,
+        (ceil_div(width, _TOKENS), sets),
+        indices,
+        weights,
+        place,
+        touched.rank,
+        touched.flag,
+        touched.token,
+        number,
+        position,
+        weight,
+        slot,
+        vocab,
+        width,
+        place.shape[1],
+        SLOTS=slots,
         BLOCK=_TOKENS,
-    )  # fmt: skip
+    )
     return Placed(number, position, weight, slot)

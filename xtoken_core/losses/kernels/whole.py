@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.launch import launch
+from xtoken_core.losses.kernels.rows import Tile
+from xtoken_core.spec import LossSpec
 
 
 @triton.jit
@@ -24,9 +26,21 @@ def mixture(parts, strides, weights, local, column, inside):
 
 @triton.jit
 def _whole_kl_kernel(
-    logits, stride, first, active, lse_tau, parts, strides, weights, target_lse, kl, vocab, inv_tau, REVERSE: tl.constexpr,
+    logits,
+    stride,
+    first,
+    active,
+    lse_tau,
+    parts,
+    strides,
+    weights,
+    target_lse,
+    kl,
+    vocab,
+    inv_tau,
+    REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a row: the teacher's log-sum-exp / τ, then the KL."""
     local = tl.program_id(0).to(tl.int64)
     row = first + local
@@ -57,12 +71,12 @@ def _whole_kl_kernel(
         tl.store(kl + row, 0.0)
 
 
-@dataclass(frozen=True)
-class WholeGradient:
+class WholeGradient(NamedTuple):
     """What `gradient.py` needs of a tile to write this teacher's part."""
 
     parts: tuple[Tensor, ...]
     """Each [n, V]: the teachers' tiles."""
+    strides: tuple[int, ...]
     weights: tuple[float, ...]
     lse: Tensor
     """[n] float32: log-sum-exp of the weighted sum / τ."""
@@ -73,28 +87,39 @@ class WholeGradient:
 
 
 def whole_kl(
-    logits: Tensor, first: int, active: Tensor, lse_tau: Tensor, parts: tuple[Tensor, ...], weights: tuple[float, ...], kl: Tensor,
-    temperature: float, reverse: bool,
-) -> WholeGradient:  # fmt: skip
+    tile: Tile, active: Tensor, parts: tuple[Tensor, ...], weights: tuple[float, ...], kl: Tensor, spec: LossSpec
+) -> WholeGradient:
     """KL over the whole vocabulary of a tile's active rows.
 
     Args:
-        logits: [n, V], the student's tile.
-        first: number of its first row.
+        tile: of the student.
         active: [R] bool: rows that count.
-        lse_tau: [n] float32: the student's log-sum-exp / τ.
         parts: the teachers' tiles, [n, V] each.
         weights: of the parts, summing to 1.
         kl: [R] float32; written for the tile's active rows.
-        temperature: τ.
-        reverse: KL(student || teacher).
+        spec: read for `temperature` and `reverse_kl`.
     """
-    n, vocab = logits.shape
-    lse = torch.zeros(n, device=logits.device)
+    n, vocab = tile.logits.shape
+    lse = torch.zeros(n, device=tile.logits.device)
+    strides = tuple(part.stride(0) for part in parts)
     launch(
-        _whole_kl_kernel, (n,),
-        logits, logits.stride(0), first, active, lse_tau, parts, tuple(p.stride(0) for p in parts), weights, lse, kl, vocab,
-        1.0 / temperature, REVERSE=reverse, BLOCK=4096, num_warps=8,
-    )  # fmt: skip
-    rows = slice(first, first + n)
-    return WholeGradient(parts, weights, lse, kl[rows], active[rows])
+        _whole_kl_kernel,
+        (n,),
+        tile.logits,
+        tile.logits.stride(0),
+        tile.first,
+        active,
+        tile.lse_tau,
+        parts,
+        strides,
+        weights,
+        lse,
+        kl,
+        vocab,
+        1.0 / spec.temperature,
+        REVERSE=spec.reverse_kl,
+        BLOCK=4096,
+        num_warps=8,
+    )
+    rows = slice(tile.first, tile.first + n)
+    return WholeGradient(parts, strides, weights, lse, kl[rows], active[rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,13 +11,32 @@ from torch import Tensor
 
 from xtoken_core.losses.kernels.launch import launch
 from xtoken_core.losses.kernels.projected import SparseGradient
+from xtoken_core.losses.kernels.rows import Tile
+from xtoken_core.spec import LossSpec
 
 
 @triton.jit
 def _within_kl_kernel(
-    logits, stride, first, active, columns, target, target_lse, kl, values, owner, share, slope, width, rows_per_set, num_sets, inv_tau,
-    REVERSE: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride,
+    first,
+    active,
+    columns,
+    target,
+    target_lse,
+    kl,
+    values,
+    owner,
+    share,
+    slope,
+    width,
+    rows_per_set,
+    num_sets,
+    inv_tau,
+    REVERSE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program a row. PARTIAL: a target of -inf is one that the teacher does not know, left out on both sides."""
     local = tl.program_id(0).to(tl.int64)
     row = first + local
@@ -72,31 +93,55 @@ def _within_kl_kernel(
         tl.store(kl + row, 0.0)
 
 
-def within_kl(
-    logits: Tensor, first: int, active: Tensor, columns: Tensor, target: Tensor, target_lse: Tensor, kl: Tensor, rows_per_set: int,
-    temperature: float, reverse: bool, partial: bool,
-) -> SparseGradient:  # fmt: skip
+class Target(NamedTuple):
+    """The teacher within K, of a tile's rows."""
+
+    logits: Tensor
+    """[n, k]."""
+    lse: Tensor
+    """[n] float32: log-sum-exp of them / τ."""
+    columns: Tensor
+    """[sets, k] int32: K."""
+    partial: bool
+    """The teacher knows only some columns of each row; the others hold -inf."""
+
+
+def within_kl(tile: Tile, active: Tensor, target: Target, kl: Tensor, rows_per_set: int, spec: LossSpec) -> SparseGradient:
     """KL within K of a tile's active rows, and its derivative by the student's logits / τ.
 
     Args:
-        logits: [n, V], the student's tile.
-        first: number of its first row.
+        tile: of the student.
         active: [R] bool: rows that count.
-        columns: [sets, k] int32.
-        target: [n, k] teacher logits within K.
-        target_lse: [n] float32: their log-sum-exp / τ.
+        target: the teacher.
         kl: [R] float32; written for the tile's rows; 0 where none counts or no column is known.
         rows_per_set: T.
-        temperature: τ.
-        reverse: KL(student || teacher).
-        partial: the teacher knows only some columns of each row; the others hold -inf.
+        spec: read for `temperature` and `reverse_kl`.
     """
-    n, (sets, width) = logits.shape[0], columns.shape
-    sparse = SparseGradient.over(torch.empty(n, width, device=logits.device), active[first : first + n])
+    n, (sets, width) = tile.logits.shape[0], target.columns.shape
+    values = torch.empty(n, width, device=tile.logits.device)
+    sparse = SparseGradient.over(values, active[tile.first : tile.first + n])
     launch(
-        _within_kl_kernel, (n,),
-        logits, logits.stride(0), first, active, columns, target, target_lse, kl, sparse.values, sparse.owner, sparse.share, sparse.slope,
-        width, rows_per_set, sets, 1.0 / temperature,
-        REVERSE=reverse, PARTIAL=partial, BLOCK=2048, num_warps=8,
-    )  # fmt: skip
+        _within_kl_kernel,
+        (n,),
+        tile.logits,
+        tile.logits.stride(0),
+        tile.first,
+        active,
+        target.columns,
+        target.logits,
+        target.lse,
+        kl,
+        sparse.values,
+        sparse.owner,
+        sparse.share,
+        sparse.slope,
+        width,
+        rows_per_set,
+        sets,
+        1.0 / spec.temperature,
+        REVERSE=spec.reverse_kl,
+        PARTIAL=target.partial,
+        BLOCK=2048,
+        num_warps=8,
+    )
     return sparse

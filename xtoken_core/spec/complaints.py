@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from xtoken_core.spec.fields import spec_fields
-from xtoken_core.uris import without_keys
+from xtoken_core.storage.uris import without_keys
 
 _SILENT = {"extra_forbidden", "missing", "keys"}
 """Complaints that do not repeat the value: it says nothing, or is secret."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _KEYS = re.compile(
@@ -17,11 +18,18 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def normalize(uri: str) -> str:
+    """`file:///x` as `/x`, `~/x` under the home folder, and KFP's own `minio://bucket/x` as `s3://bucket/x`; others as they are."""
+    if is_remote(uri):
+        return uri.replace("minio://", "s3://", 1)
+    return os.path.expanduser(uri.removeprefix("file://"))
+
+
 def has_keys(uri: str) -> bool:
-    """Whether `uri` carries a password, key or signature, which would end in logs and reports."""
+    """Whether `uri` carries a user name, password, key or signature, which would end in logs and reports."""
     return _KEYS.search(uri) is not None
 
 
 def without_keys(text: str) -> str:
-    """The text with `***` in place of what its URIs carry of passwords, keys and signatures."""
+    """The text with `***` in place of what its URIs carry of user names, passwords, keys and signatures."""
     return _KEYS.sub(lambda found: f"{found['before']}***@" if found["before"] else f"{found['query']}***", text)

@@ -1,0 +1,71 @@
+"""The file system behind a URI, and one line for whatever it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from xtoken_core.errors import InputError
+from xtoken_core.storage.uris import has_keys, is_remote, normalize, without_keys
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs", "hf", "http", "https", "memory")
+"""Where models, data and runs may lie. fsspec knows more, among them ones that log in or run commands when they are named."""
+
+ATTEMPTS = 8
+"""Of one request to an object store, by botocore's own rules: with pauses that grow to 20 s, and none for what fails for good."""
+
+
+def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec file system of `uri` and the path on it. Raises InputError for keys in it and for an unknown protocol."""
+    import fsspec
+
+    if "\0" in uri:
+        raise InputError(f"{uri!r}: holds a null character")
+    if has_keys(uri):
+        raise InputError(f"{without_keys(uri)}: carries a user name, key or signature; credentials come from the environment")
+    place = normalize(uri)
+    protocol = place.partition("://")[0]
+    if is_remote(place) and protocol not in PROTOCOLS:
+        raise InputError(f"{uri}: {protocol}:// is not among {', '.join(PROTOCOLS)}")
+    with reported(uri):
+        try:
+            fs, path = fsspec.core.url_to_fs(place, **_options(protocol))
+        except (ImportError, ValueError) as e:
+            raise InputError(f"{uri}: {one_line(e)}") from None
+    return fs, path.rstrip("/")
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """botocore's retries, unless the environment sets them as AWS tools take them."""
+    if protocol not in ("s3", "s3a") or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & set(os.environ):
+        return {}
+    return {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}}}
+
+
+@contextlib.contextmanager
+def reported(uri: str) -> Iterator[None]:
+    """Turns what storage can raise into one line that names the URI."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{uri}: no such file or folder") from None
+    except PermissionError as e:
+        raise InputError(f"{uri}: not allowed: {one_line(e)}") from None
+    except OSError as e:
+        raise InputError(f"{uri}: {os.strerror(e.errno) if e.errno else one_line(e)}") from None
+    except Exception as e:
+        if type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            raise InputError(f"{uri}: {one_line(e)}") from None
+        raise
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line and without keys."""
+    return without_keys(" ".join(str(error).split())) or type(error).__name__

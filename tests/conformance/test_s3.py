@@ -16,6 +16,7 @@ import s3fs
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.cli import call
 from tests.support.tiny import tiny_model, tiny_run
 from tests.support.weed import Weed
 from xtoken_core import storage
@@ -262,12 +263,12 @@ def in_bucket(s3, folder: Path, spec: dict) -> dict:
     return json.loads(json.dumps(spec).replace(str(folder), "s3://bucket/in"))
 
 
+@pytest.mark.slow
 def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     spec = in_bucket(s3, *run)
     spec["output"]["uri"] = "s3://bucket/out"
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    command = [sys.executable, "-m", "pipelines", "run", str(tmp_path / "spec.yaml"), "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = call("pipelines", "run", tmp_path / "spec.yaml", "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "s3://bucket/out/report.html" in done.stdout
     assert {path.split("/")[2] for path in s3.find("bucket/out")} == {

@@ -1,6 +1,5 @@
 """Submission with the real `kfp` CLI and client, to a server that stands in for a cluster (see kfp_server.py)."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -11,13 +10,14 @@ import pytest
 import yaml
 
 from pipelines.submit import Cluster
+from tests.support.cli import call
 from tests.support.kfp_server import FakeKfp
 from tests.support.tiny import tiny_run
 from xtoken_core.spec import ResourcesSpec
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "registry.example.org/xtoken@sha256:" + "0" * 64
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "KF_PIPELINES_ENDPOINT": "", "PYTHONWARNINGS": "ignore"}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,14 @@ def server(tmp_path_factory):
         yield server
 
 
-def call(program, *arguments, **environment):
-    program = [Path(sys.executable).parent / "kfp"] if program == "kfp" else [sys.executable, "-m", program]
-    command = list(map(str, [*program, *arguments]))
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ENVIRONMENT | environment)
-
-
 def submit(run, server, *arguments, **environment):
     return call("pipelines", "submit", run / "spec.yaml", "--endpoint", server.url, *arguments, **environment)
 
 
 def kfp(server, *arguments):
-    return call("kfp", "--endpoint", server.url, *arguments)
+    """KFP's own command line, in a process of its own."""
+    command = [Path(sys.executable).parent / "kfp", "--endpoint", server.url, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
 
 
 def test_submit_uploads_runs_and_follows(run, server):

@@ -1,7 +1,6 @@
-"""Runs one submitted pipeline with `kfp.local`: `python -m tests.support.execute FOLDER` (pipeline.yaml, parameters.json)."""
+"""The process in which one submitted pipeline runs, with `kfp.local`."""
 
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,14 +11,11 @@ from pipelines.local import for_this_machine
 from pipelines.warm import warm_steps
 
 
-def main(folder: Path) -> None:
+def execute(folder: Path) -> None:
+    """Runs pipeline.yaml of the folder with parameters.json."""
     warnings.simplefilter("ignore")
     pipeline = for_this_machine((folder / "pipeline.yaml").read_text())
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder))
-    run = components.load_component_from_text(yaml.dump(pipeline, Dumper=yaml.CSafeDumper))
     with warm_steps():
+        run = components.load_component_from_text(yaml.dump(pipeline, Dumper=yaml.CSafeDumper))
         run(**json.loads((folder / "parameters.json").read_text()))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -7,8 +7,6 @@ what is submitted is parsed as the protobuf messages of the real server before i
 
 import json
 import re
-import subprocess
-import sys
 import threading
 import uuid
 from datetime import UTC, datetime
@@ -25,6 +23,8 @@ from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from pipelines.warm import fork
+from tests.support.execute import execute
 from tests.support.schemas import check_message, published
 
 
@@ -135,15 +135,14 @@ class FakeKfp:
         folder.mkdir(parents=True)
         (folder / "pipeline.yaml").write_text(yaml.dump(pipeline, Dumper=yaml.CSafeDumper))
         (folder / "parameters.json").write_text(json.dumps(parameters))
-        command = [sys.executable, "-m", "tests.support.execute", str(folder)]
         run["state"] = "RUNNING"
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            assert process.stdout
-            for line in process.stdout:
+        process, output = fork(execute, folder)
+        with (folder / "log").open("w") as log, output:
+            for line in output:
                 log.write(line)
                 self._note(run, re.sub(r"\x1b\[\d*m", "", line))
-        run["state"] = "SUCCEEDED" if process.wait() == 0 else "FAILED"
+        process.join()
+        run["state"] = "SUCCEEDED" if process.exitcode == 0 else "FAILED"
 
     def _note(self, run: dict[str, Any], line: str) -> None:
         tasks = run["run_details"]["task_details"]

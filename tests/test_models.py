@@ -26,21 +26,10 @@ from transformers import (
 )
 
 from tests.support.tiny import tiny_model
+from xtoken_core.configs import head_rows, one_line, weight_bytes
 from xtoken_core.errors import InputError
-from xtoken_core.models import (
-    _named,
-    check_head,
-    decoder_layers,
-    final_hidden,
-    first_layers,
-    head_logits,
-    head_rows,
-    load_model,
-    prune_layers,
-    save_model,
-    vocabulary_rows,
-    weight_bytes,
-)
+from xtoken_core.layers import decoder_layers, first_layers, prune_layers
+from xtoken_core.models import check_head, final_hidden, head_logits, load_model, save_model, vocabulary_rows
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.student import student_model
 
@@ -214,7 +203,7 @@ def test_a_pruned_model_survives_saving_and_generates(tmp_path):
     assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3  # the cache has one layer
 
 
-def test_rows_of_padding_are_dropped_and_missing_ones_named():
+def test_rows_of_padding_are_dropped_and_missing_onesone_line():
     model = random_model(LlamaConfig(**SIZES))
     assert vocabulary_rows(model, num_ids=55, min_rows=55, who="t") == 55
     assert vocabulary_rows(model, num_ids=61, min_rows=60, who="t") == 60  # the last id is special and has no row
@@ -223,13 +212,13 @@ def test_rows_of_padding_are_dropped_and_missing_ones_named():
 
 
 @pytest.mark.parametrize("ref", ["/no/such/folder", "no/such/deep/folder", "missing.gguf/x/y"])
-def test_what_is_missing_is_named(ref):
+def test_what_is_missing_isone_line(ref):
     for load in (load_model, head_rows):
         with pytest.raises(InputError, match=f"^{ref}: cannot load the model: no such file or folder$"):
             load(ref)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_isone_line(tmp_path):
     with pytest.raises(InputError, match="cannot load the model"):
         load_model(str(tmp_path))
 
@@ -255,7 +244,7 @@ def _edit(folder, change):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_named(tmp_path, change, reason):
+def test_weights_that_do_not_fit_areone_line(tmp_path, change, reason):
     folder = tiny_model(tmp_path, 300)
     _edit(folder, change)
     with pytest.raises(InputError, match=f"^{folder}: cannot load the model: {reason}$"):
@@ -290,7 +279,7 @@ def test_a_configuration_that_makes_no_model_is_one_line(tmp_path):
     ("error", "expected"), [(torch.OutOfMemoryError("full"), torch.OutOfMemoryError), (OSError(), InputError)]
 )
 def test_running_out_of_memory_is_no_bad_input_and_an_error_may_be_silent(error, expected):
-    with pytest.raises(expected, match="full|^m: cannot load the model: OSError$"), _named("m"):
+    with pytest.raises(expected, match="full|^m: cannot load the model: OSError$"), one_line("m"):
         raise error
 
 

@@ -9,7 +9,8 @@ import torch
 
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import dense, micro_batches, own_logits, setup
-from xtoken_core.models import load_model, weight_bytes
+from xtoken_core.configs import weight_bytes
+from xtoken_core.models import load_model
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import Shards
 

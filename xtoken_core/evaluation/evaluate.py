@@ -24,7 +24,8 @@ from xtoken_core.evaluation.agreement import agreement
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
 from xtoken_core.evaluation.intervals import ratio_interval
 from xtoken_core.evaluation.samples import samples
-from xtoken_core.models import Loaded, load, prune_layers
+from xtoken_core.layers import prune_layers
+from xtoken_core.models import Loaded, load
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import row_bos
 

@@ -44,8 +44,8 @@ class TrainingSpec(Section):
     )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward pass, to save memory")
     compile: bool = Field(False, description="torch.compile the student")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        "sdpa", description="implementation of attention in transformers"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="of student and teachers; auto: sdpa for each model that has it, else eager"
     )
     sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how the student spreads over several GPUs")
     log_steps: PositiveInt = Field(1, description="log this often")

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from xtoken_core.models import decoder_layers
+from xtoken_core.layers import decoder, decoder_layers
 from xtoken_core.teachers.setup import Shards
 
 
@@ -25,7 +25,7 @@ def shard(model: PreTrainedModel, shards: Shards, device: torch.device, whole: S
         device_id=device if device.type == "cuda" else None,
     )
     mesh = init_device_mesh(device.type, (shards.size,))
-    for module in (*decoder_layers(model), model.base_model):
+    for module in (*decoder_layers(model), decoder(model)):
         fully_shard(module, mesh=mesh, ignored_params=set(whole))
 
 
@@ -52,7 +52,7 @@ class Weights:
         self.host = [[p.data for p in group] for group in self.groups]
         self.nbytes = sum(t.nbytes for group in self.host for t in group)
         self.arrived = [torch.cuda.Event() for _ in self.groups]
-        model.base_model.register_forward_pre_hook(lambda *_: self._wait(0))
+        decoder(model).register_forward_pre_hook(lambda *_: self._wait(0))
         for index, layer in enumerate(layers, 1):
             layer.register_forward_pre_hook(lambda *_, index=index: self._wait(index))
         for buffer_name, buffer in list(model.named_buffers()):

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from xtoken_core.configs import head_rows
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
-from xtoken_core.models import Loaded, head_rows
+from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.pool import TeacherPool

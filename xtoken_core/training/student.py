@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xtoken_core.data.batch import Batch
+from xtoken_core.layers import decoder_layers, prune_layers
 from xtoken_core.losses import StepTotals, TeacherBatch, distillation_loss, loss_sums
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import Loaded, decoder_layers, final_hidden, head_logits, load_model, prune_layers
+from xtoken_core.models import Loaded, final_hidden, head_logits, load_model
 from xtoken_core.spec import DistillationSpec, LossSpec
 
 

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xtoken_core.configs import weight_bytes
 from xtoken_core.data.batch import Side
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
-from xtoken_core.models import Loaded, weight_bytes
+from xtoken_core.models import Loaded
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.teachers.setup import Logits, Shards, TeacherSetup

@@ -17,6 +17,7 @@ from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.spec import MAX_TEACHERS, DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
+from xtoken_core.workflow.model_checks import check_models
 from xtoken_core.workflow.subjects import evaluated
 from xtoken_core.workflow.versions import Versions
 from xtoken_core.workflow.views import view
@@ -84,6 +85,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
         views[f"evaluate_teacher_{i}"] = view(spec, "evaluate_teacher", versions.of([teacher], texts), i)
         if teacher.cross_tokenizer:
             views[f"projection_{i}"] = view(spec, "projection", versions.of([student, teacher]), i)
+    check_models(spec)
     return views | {"checkpoints": _checkpoints(spec), "inputs": versions.known}
 
 

@@ -14,7 +14,7 @@ def check_models(spec: DistillationSpec) -> None:
     Raises InputError, which names the field, for a model that will not load, for rows longer than a model has positions, for
     an attention that a model lacks, and for layers that the student cannot do without.
     """
-    refs = {"student.model": spec.student.model} | {f"teachers.{i} ({t.id}).model": t.model for i, t in enumerate(spec.teachers)}
+    refs = {"student.model": spec.student.model} | {f"teachers.{t.id}.model": t.model for t in spec.teachers}
     for field, ref in refs.items():
         try:
             config = read_config(ref)

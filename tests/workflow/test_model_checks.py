@@ -1,0 +1,60 @@
+"""What the models' configurations say against the spec, found by the resolve step."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.architectures import tiny_config
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.model_checks import check_models
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder per architecture with nothing but its config.json."""
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("llama", "gpt2", "gpt_oss", "bloom", "deepseek_v3", "gemma3n_text"):
+        tiny_config(kind).save_pretrained(root / kind)
+    return root
+
+
+def spec_of(folders, student_kind: str, teacher_kind: str, **sections) -> DistillationSpec:
+    values = {
+        "name": "s",
+        "student": {"model": str(folders / student_kind)} | sections.pop("student", {}),
+        "teachers": [{"id": "t", "model": str(folders / teacher_kind)}],
+        "data": {"train": ["x"], "max_length": 32} | sections.pop("data", {}),
+        "output": {"uri": "o"},
+    }
+    return DistillationSpec.model_validate(values | sections)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "sections"),
+    [
+        ("llama", "gpt_oss", {}),
+        ("bloom", "gpt2", {"data": {"max_length": 64}}),
+        ("bloom", "bloom", {"data": {"max_length": 4096}}),
+        ("deepseek_v3", "llama", {"student": {"keep_layers": 3}}),
+    ],
+)
+def test_models_that_fit_pass(folders, student, teacher, sections):
+    check_models(spec_of(folders, student, teacher, **sections))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "sections", "message"),
+    [
+        ("gpt2", "llama", {"data": {"max_length": 65}}, r"data\.max_length: 65 tokens a row, but student\.model \(.*gpt2\) has 64 pos"),
+        ("bloom", "gpt2", {"data": {"max_length": 65}}, r"data\.max_length: 65 tokens a row, but teachers\.t\.model \(.*gpt2\) has 64"),
+        ("llama", "gpt2", {"evaluation": {"window": 65}}, r"evaluation\.window: 65 tokens a row, but student\.model"),
+        ("llama", "gpt_oss", {"training": {"attention": "sdpa"}}, r"training\.attention: .*gpt_oss \(GptOssForCausalLM\) has no sdpa"),
+        ("llama", "absent", {}, r"teachers\.t\.model: .*absent: cannot load the model: no such file or folder"),
+        ("llama", "llama", {"student": {"keep_layers": 5}}, r"student\.keep_layers: 5 layers asked for, the model has 4"),
+        ("gemma3n_text", "llama", {"student": {"keep_layers": 3}}, r"student\.keep_layers: Gemma3nForCausalLM cannot be pruned so"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_names_field_and_model(folders, student, teacher, sections, message):
+    with pytest.raises(InputError, match=f"^{message}[^\n]*$"):
+        check_models(spec_of(folders, student, teacher, **sections))

@@ -230,7 +230,7 @@ def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path
     """One case's line."""
     spec = spec_of(case, rows, steps + 2)
     out = Path(tempfile.mkdtemp(dir=work))
-    args = training_arguments(spec, out)
+    args = training_arguments(spec, out, rows=1)
     teachers = []
     for i, (teacher, config) in enumerate(zip(spec.teachers, case.teachers)):
         model = save_random(config, work / f"{config.model_type}-{config.hidden_size}-{config.num_hidden_layers}", device)

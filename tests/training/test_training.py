@@ -265,12 +265,18 @@ def test_every_epoch_is_a_new_order_of_all_rows_that_the_seed_fixes():
     assert items != [Shuffled(rows, 21, seed=4)[i] for i in range(21)]
 
 
+def test_epochs_become_steps(values, tmp_path):
+    training = {name: value for name, value in values["training"].items() if name != "max_steps"} | {"epochs": 2}
+    args = training_arguments(DistillationSpec.model_validate(values | {"training": training}), tmp_path, rows=9)
+    assert (args.max_steps, args.train_batch_size * args.gradient_accumulation_steps) == (5, 4)
+
+
 def test_rows_that_do_not_divide_over_the_ranks_are_named(values, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         InputError, match=r"^training\.global_batch_size: 4 rows do not divide over 3 ranks by micro-batches of 2$"
     ):
-        training_arguments(DistillationSpec.model_validate(values), tmp_path)
+        training_arguments(DistillationSpec.model_validate(values), tmp_path, rows=1)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def _distill(
     transformers_logging.disable_progress_bar()
     first_rank = os.environ.get("RANK", "0") == "0"
     out_dir.mkdir(parents=True, exist_ok=True)
-    args = training_arguments(spec, out_dir)
+    data = _data(spec, inputs)
+    args = training_arguments(spec, out_dir, len(data.train))
     if first_rank:
         logger.info("precision: %s", _precision(args))
         check_inputs(out_dir / "checkpoints", spec, inputs, baseline)
@@ -105,7 +106,6 @@ def _distill(
         for teacher_id, weights in load_file(checkpoint / LEARNABLE_FILE).items():
             learnable[teacher_id].log_weights.data = weights
     student = Student(loaded, training_loss(spec, baseline), learnable)
-    data = _data(spec, inputs)
     with contextlib.ExitStack() as stack:
         callbacks = stack.enter_context(trackers(spec, out_dir, baseline)) if first_rank else []
         log = stack.enter_context(RunLog(out_dir / "log.jsonl", args.max_steps, resumed)) if first_rank else None

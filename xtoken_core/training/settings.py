@@ -34,15 +34,19 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArguments:
-    """The spec's training section as transformers has it. Raises InputError where rows do not divide over ranks."""
+def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> TrainingArguments:
+    """The spec's training section as transformers has it, for so many training rows.
+
+    Raises InputError where a step's rows do not divide over ranks, or epochs make no number of steps.
+    """
     training, ranks, cuda = spec.training, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     accumulation = training.accumulation(ranks)
+    steps = training.steps(rows)
     workers = 2 if cuda else 0
     sharded = training.sharding == "fsdp" and ranks > 1
     return TrainingArguments(
         output_dir=str(out_dir / "checkpoints"),
-        max_steps=training.max_steps,
+        max_steps=steps,
         per_device_train_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
@@ -60,10 +64,10 @@ def training_arguments(spec: DistillationSpec, out_dir: Path) -> TrainingArgumen
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if spec.data.validation else "no",
-        eval_steps=training.eval_steps or training.max_steps,
+        eval_steps=training.eval_steps or steps,
         eval_on_start=bool(spec.data.validation),
         save_strategy="steps" if training.save_steps else "no",
-        save_steps=training.save_steps or training.max_steps,
+        save_steps=training.save_steps or steps,
         save_total_limit=2,
         report_to="none",  # see `trackers`
         disable_tqdm=True,

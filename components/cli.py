@@ -22,7 +22,8 @@ from kfp.dsl.types import type_annotations
 
 from xtoken_core import storage
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec, ResourcesSpec
+from xtoken_core.spec import ResourcesSpec
+from xtoken_core.workflow.views import View
 
 component = partial(dsl.component, base_image=ResourcesSpec().image, install_kfp_package=False)
 """The decorator of every component; a pipeline puts its spec's image in place of the default one."""
@@ -114,7 +115,7 @@ def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any
     if value is None:
         return None
     if name == "spec":
-        return DistillationSpec.from_yaml(value, changes).to_json()
+        return View.from_yaml(value, changes).to_json()
     if type_annotations.is_artifact_wrapped_in_Output(kind):
         path = Path(tempfile.mkdtemp()) / name if storage.is_remote(value) else Path(value)
         path.parent.mkdir(parents=True, exist_ok=True)

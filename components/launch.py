@@ -11,17 +11,10 @@ def launch(
     run: Output[Model],
     rows: list,
     resources: str,
+    projections: Input[Artifact] = None,
     modes: dict = {},  # noqa: B006 - KFP reads the default
     baseline: bool = False,
     checkpoints: str = "",
-    projection_0: Input[Artifact] = None,
-    projection_1: Input[Artifact] = None,
-    projection_2: Input[Artifact] = None,
-    projection_3: Input[Artifact] = None,
-    projection_4: Input[Artifact] = None,
-    projection_5: Input[Artifact] = None,
-    projection_6: Input[Artifact] = None,
-    projection_7: Input[Artifact] = None,
 ):
     """Create a TrainJob that trains the student on several hosts, print its log, and end as it ends.
 
@@ -32,26 +25,17 @@ def launch(
         run: Where the hosts publish the trained student, its log and its summary.
         rows: URIs of the rows that prepare wrote, one per shard.
         resources: The spec's resources, as JSON: image, hosts and what each gets.
+        projections: Folder of every W that projections wrote, where a teacher has one.
         modes: Loss mode of each cross-tokenizer teacher by its id, as overlap prints them.
-        baseline: Cross-entropy alone, on the same rows in the same order.
+        baseline: Cross-entropy only, on the same rows in the same order.
         checkpoints: URI for checkpoints from which an interrupted training resumes; none by default.
-        projection_0: W of teacher 0, where it has one.
-        projection_1: W of teacher 1.
-        projection_2: W of teacher 2.
-        projection_3: W of teacher 3.
-        projection_4: W of teacher 4.
-        projection_5: W of teacher 5.
-        projection_6: W of teacher 6.
-        projection_7: W of teacher 7.
     """
     from xtoken_core.workflow.step import step
 
-    slots = (projection_0, projection_1, projection_2, projection_3, projection_4, projection_5, projection_6, projection_7)
     with step("distill-baseline" if baseline else "distill", run):
         from xtoken_core.workflow.trainjob import launch
 
-        matrices = {index: slot.uri for index, slot in enumerate(slots) if slot}
-        launch(spec, resources, rows, run.uri, modes, matrices, baseline, checkpoints)
+        launch(spec, resources, rows, run.uri, modes, projections and projections.uri, baseline, checkpoints)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,17 @@ def prepare(spec: str, rows: Output[Dataset], shard: int = 0) -> NamedTuple("Out
         spec: Student, teachers and data are read.
         rows: Folder for the rows, train and validation (Arrow).
         shard: Which of data.shards shares of the documents; shard 0 also does the validation documents.
+
+    Returns:
+        uri: Where the rows lie.
     """
     from xtoken_core.workflow.step import step
 
     with step("prepare", rows):
         from xtoken_core.data.prepare import prepare_rows
-        from xtoken_core.spec import DistillationSpec
+        from xtoken_core.workflow.views import View
 
-        parsed = DistillationSpec.from_text(spec)
+        parsed = View.from_text(spec)
         prepare_rows(parsed, f"{rows.path}/train", "train", shard)
         if shard == 0 and parsed.data.validation:
             prepare_rows(parsed, f"{rows.path}/validation", "validation")

@@ -1,4 +1,4 @@
-"""Build, or fetch and check, the projection matrix W of one teacher."""
+"""Build, or fetch and check, the projection matrix W of every teacher."""
 
 from kfp.dsl import Artifact, Output
 
@@ -6,24 +6,20 @@ from components.cli import component, main
 
 
 @component
-def projection(spec: str, matrix: Output[Artifact], teacher: str = ""):
-    """Build the projection matrix from the student's vocabulary to a teacher's.
+def projection(spec: str, matrices: Output[Artifact]):
+    """Build the projection matrix from the student's vocabulary to that of every teacher that the spec projects to.
 
     Args:
         spec: Student and teachers are read.
-        matrix: Folder for projection.safetensors and stats.json.
-        teacher: Id of the teacher; may be left out where the spec has one.
+        matrices: Folder for the W of each teacher (<teacher>.safetensors) and its figures (<teacher>.json).
     """
-    from pathlib import Path
-
     from xtoken_core.workflow.step import step
 
-    with step("projection", matrix):
-        from xtoken_core.spec import DistillationSpec
-        from xtoken_core.workflow.vocabularies import write_projection
+    with step("projections", matrices):
+        from xtoken_core.workflow.views import View
+        from xtoken_core.workflow.vocabularies import write_projections
 
-        Path(matrix.path).mkdir(parents=True, exist_ok=True)
-        write_projection(DistillationSpec.from_text(spec), teacher, matrix.path)
+        write_projections(View.from_text(spec), matrices.path)
 
 
 if __name__ == "__main__":

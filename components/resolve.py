@@ -7,13 +7,20 @@ from components.cli import component, main
 
 @component
 def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  # type: ignore[valid-type]
-    "Views",
+    "Resolved",
     [
-        (name, str)
-        for name in ("overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints")
-        + tuple(f"{step}_{i}" for step in ("projection", "evaluate_teacher") for i in range(8))
-    ]
-    + [("inputs", list), ("times", dict)],
+        ("overlap", str),
+        ("projections", str),
+        ("prepare", str),
+        ("distill", str),
+        ("baseline", str),
+        ("evaluate_student", str),
+        ("evaluate_teachers", str),
+        ("report", str),
+        ("checkpoints", str),
+        ("inputs", list),
+        ("times", dict),
+    ],
 ):
     """Check a spec with its overrides, that its models and data are there and that its output can be written.
 
@@ -23,15 +30,26 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         spec: The whole spec.
         overrides: Changes to it, as dotted.key=value items separated by blanks.
         compiled: What the compiled pipeline has built in, as JSON; a spec that contradicts it is refused.
+
+    Returns:
+        overlap: What overlap reads of the spec, with a digest of what else it reads; so for the other steps.
+        projections: What projections reads.
+        prepare: What prepare reads.
+        distill: What distill reads.
+        baseline: What distill reads for the twin that is trained on cross-entropy only.
+        evaluate_student: What evaluate reads for the student and its twin.
+        evaluate_teachers: What evaluate reads for the teachers.
+        report: What report reads, which is the whole spec with its overrides.
+        checkpoints: Folder or URI for the checkpoints of this run; empty where there is no place that lasts.
+        inputs: Every model and corpus that is read, as field, uri and version.
+        times: When this step started (Unix time), and how many seconds it took.
     """
     from xtoken_core.workflow.resolve import resolve
     from xtoken_core.workflow.step import step
 
     with step("resolve") as times:
-        views = resolve(spec, overrides, compiled)
-        names = ["overlap", "prepare", "distill", "baseline", "evaluate_student", "report", "checkpoints"]
-        names += [f"{name}_{i}" for name in ("projection", "evaluate_teacher") for i in range(8)]
-        return (*(views[name] for name in [*names, "inputs"]), times())
+        *views, inputs = resolve(spec, overrides, compiled)
+        return (*views, [entry.model_dump() for entry in inputs], times())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mkdocs.structure.files import File, Files
 
 from xtoken_core.report.dag import BOX_HEIGHT, BOX_WIDTH, dag_picture
+from xtoken_core.results.workflow import Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.fields import SpecField, spec_fields
 
@@ -25,16 +26,17 @@ def on_files(files: Files, config) -> Files:  # type: ignore[no-untyped-def]
 WORKFLOW = {
     "resolve": [],
     "overlap": ["resolve"],
-    "projection": ["overlap"],
+    "projections": ["overlap"],
     "prepare": ["overlap"],
-    "distill": ["projection", "prepare"],
+    "distill": ["projections", "prepare"],
     "distill-baseline": ["prepare"],
-    "evaluate-teacher": ["overlap"],
-    "evaluate-student": ["distill"],
+    "evaluate-teachers": ["overlap"],
+    "evaluate-student-before": ["projections", "prepare"],
+    "evaluate-student-after": ["distill"],
     "evaluate-baseline": ["distill-baseline"],
-    "report": ["evaluate-teacher", "evaluate-student", "evaluate-baseline"],
+    "report": ["evaluate-teachers", "evaluate-student-before", "evaluate-student-after", "evaluate-baseline"],
 }
-"""The steps of a run with one teacher and a twin, and what each waits for."""
+"""The steps of a run with a twin, and what each waits for."""
 
 _BOX = '<rect width="{w}" height="{h}" rx="7" fill="none" stroke="currentColor"/>'
 _TEXT = '<text x="{x}" y="{y}" text-anchor="middle" font-size="13" fill="currentColor">{text}</text>'
@@ -46,7 +48,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def _picture() -> str:
-    dag = dag_picture([{"name": name, "after": after} for name, after in WORKFLOW.items()])
+    dag = dag_picture([Task(name=name, after=after) for name, after in WORKFLOW.items()])
     assert dag is not None
     parts = [f'<path d="{edge}" fill="none" stroke="currentColor" opacity=".5"/>' for edge in dag.edges]
     for box in dag.boxes:

@@ -140,6 +140,19 @@ def compare(runs: tuple[str, ...], output: Path) -> None:
     click.echo(f"{output}: {len(runs)} runs compared")
 
 
+@cli.command()
+@click.argument("tokenizers", nargs=-1, required=True, metavar="TOKENIZER...")
+@click.option("--output", required=True, metavar="FOLDER", help="For overlap.json and the heat map, overlap.png.")
+def tokenizers(tokenizers: tuple[str, ...], output: str) -> None:
+    """Compare the vocabularies of any number of tokenizers, each with each."""
+    from xtoken_core.workflow.vocabularies import compare_tokenizers
+
+    found = compare_tokenizers(tokenizers, output)
+    width = max(map(len, found.names))
+    for name, row in zip(found.names, found.coefficient):
+        click.echo(f"{name:{width}} " + " ".join(f"{value:.4f}" for value in row))
+
+
 def main() -> None:
     """Entry point."""
     run_command(cli, "python -m pipelines")

@@ -19,37 +19,47 @@ from components.resolve import resolve
 from pipelines.cluster import on_cluster
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import shape
-from xtoken_core.workflow.subjects import evaluated
+from xtoken_core.workflow.subjects import Group, groups
 
 NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
 training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
 
-AGREEMENT = ("student_before", "student_after_best")
-"""Whose agreement with the teachers is measured: it costs a pass of every teacher, and these two tell what distillation changed."""
+PARAMETERS = """Distills a student.
+
+Args:
+    spec: The whole spec, as JSON or YAML; by default the one that was compiled.
+    overrides: Changes to it, as dotted.key=value items separated by blanks; the first task checks them.
+"""
+
+REPORT_INPUTS = {
+    Group.TEACHERS: "evaluated_teachers",
+    Group.BEFORE: "evaluated_before",
+    Group.AFTER: "evaluated_after",
+    Group.BASELINE: "evaluated_baseline",
+}
 
 
 def build_pipeline(compiled: DistillationSpec) -> Any:
     """The pipeline of a spec. Its parameters, `spec` (JSON; this one by default) and `overrides`, are checked by its first task."""
 
-    @dsl.pipeline(name=compiled.name, description=_description(compiled))
     def pipeline(spec: str = compiled.to_json(), overrides: str = ""):
         _add_tasks(compiled, spec, overrides)
 
-    return pipeline
+    pipeline.__doc__ = PARAMETERS
+    return dsl.pipeline(pipeline, name=compiled.name, description=_description(compiled))
 
 
 def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     edges: list[dict[str, Any]] = []
-    add, gpus = _adder(compiled, edges), compiled.resources.gpus_per_node
+    add = _adder(compiled, edges)
     views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=json.dumps(shape(compiled)))
     audit = add(overlap, "overlap", spec=views["overlap"])
 
     matrices = {}
-    for index, teacher in enumerate(compiled.teachers):
-        if teacher.cross_tokenizer:
-            task = add(projection, f"projection-{teacher.id}", after="overlap", heavy=True, spec=views[f"projection_{index}"])
-            matrices[f"projection_{index}"] = task["matrix"]
+    if any(teacher.cross_tokenizer for teacher in compiled.teachers):
+        built = add(projection, "projections", after="overlap", heavy=True, spec=views["projections"])
+        matrices = {"projections": built["matrices"]}
     shares = range(compiled.data.shards)
     names = ["prepare"] if compiled.data.shards == 1 else [f"prepare-{shard}" for shard in shares]
     prepared = [
@@ -57,43 +67,37 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     ]
     rows, uris = prepared[0]["rows"], [share["uri"] for share in prepared]
 
+    runs = _trainings(compiled, add, views, rows, uris, {"modes": audit["modes"], **matrices})
+    agreement = {"rows": rows, "modes": audit["modes"], **matrices}
+    given: dict[Group, dict[str, Any]] = {
+        Group.TEACHERS: {"spec": views["evaluate_teachers"], "after": "overlap"},
+        Group.BEFORE: {"spec": views["evaluate_student"], **agreement},
+        Group.AFTER: {"spec": views["evaluate_student"], "run": runs["run"], **agreement},
+        Group.BASELINE: {"spec": views["evaluate_student"], "run": runs.get("baseline")},
+    }
+    gpus = min(compiled.resources.gpus_per_node, 1)
+    results = {
+        REPORT_INPUTS[group]: add(evaluate, f"evaluate-{group}", gpus=gpus, group=str(group), **given[group])["results"]
+        for group in groups(compiled)
+    }
+    told = {"tasks": edges, "inputs": views["inputs"], "resolved": views["times"], **({"shards": uris[1:]} if uris[1:] else {})}
+    add(report, "report", spec=views["report"], overlap=audit["report"], rows=rows, **told, **runs, **matrices, **results)
+
+
+def _trainings(
+    compiled: DistillationSpec, add: Callable[..., Any], views: Any, rows: Any, uris: list[Any], teaching: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds the training, and that of the twin where the spec wants one; what they write, by the report's input."""
     if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
-        training = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
+        given = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
     else:
-        training = {"component": distill, "gpus": gpus, "rows": rows} | ({"more_rows": uris[1:]} if uris[1:] else {})
-    training["checkpoints"] = views["checkpoints"]
-    student = add(name="distill", spec=views["distill"], modes=audit["modes"], **training, **matrices)["run"]
-    runs = {"student_after": student}
+        given = {"component": distill, "gpus": compiled.resources.gpus_per_node, "rows": rows}
+        given |= {"more_rows": uris[1:]} if uris[1:] else {}
+    given["checkpoints"] = views["checkpoints"]
+    runs = {"run": add(name="distill", spec=views["distill"], **given, **teaching)["run"]}
     if compiled.evaluation.ce_baseline:
-        runs["baseline"] = add(name="distill-baseline", spec=views["baseline"], baseline=True, **training)["run"]
-
-    results = {}
-    for who in evaluated(compiled):
-        if who.startswith("teacher-"):
-            index = [f"teacher-{teacher.id}" for teacher in compiled.teachers].index(who)
-            slot, given = f"teacher_{index}", {"spec": views[f"evaluate_teacher_{index}"], "after": "overlap"}
-        else:
-            slot, given = who, {"spec": views["evaluate_student"]}
-            if who in AGREEMENT:
-                given |= {"rows": rows, "modes": audit["modes"], **matrices}
-            given |= {"run": run for prefix, run in runs.items() if who.startswith(prefix)}  # noqa: B035 - of one prefix
-        results[slot] = add(evaluate, f"evaluate-{who.replace('_', '-')}", gpus=min(gpus, 1), who=who, **given)["result"]
-
-    kept = {"run": student} | ({"baseline": runs["baseline"]} if "baseline" in runs else {})
-    add(
-        report,
-        "report",
-        spec=views["report"],
-        tasks=edges,
-        inputs=views["inputs"],
-        resolved=views["times"],
-        overlap=audit["report"],
-        rows=rows,
-        **({"shards": uris[1:]} if uris[1:] else {}),
-        **kept,
-        **matrices,
-        **results,
-    )
+        runs["baseline"] = add(name="distill-baseline", spec=views["baseline"], baseline=True, **given)["run"]
+    return runs
 
 
 def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[..., Any]:

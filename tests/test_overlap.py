@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from components.overlap import compare
+from pipelines.__main__ import cli
 from tests.support import assets
 from tests.test_alignment import make_table
 from xtoken_core.errors import InputError
 from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, resolve_mode, token_classes, vocabulary_overlap
 from xtoken_core.report.overlap_figure import overlap_figure
+from xtoken_core.results.vocabulary import ClassCoverage, OverlapReport, TokenizerComparison
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.vocabularies import compare_tokenizers, overlap_report
 
@@ -116,16 +117,16 @@ def test_report_of_a_spec() -> None:
             {"id": "set", "tokenizer": mistral, "projection": {}, "mode": "gold"},
         )
     )
-    assert json.loads(json.dumps(report)) == report
-    modes = {name: teacher["mode"] for name, teacher in report["teachers"].items()}
+    assert OverlapReport.model_validate_json(report.model_dump_json()) == report
+    modes = {name: teacher.mode for name, teacher in report.teachers.items()}
     assert modes == {"other": "p_kl", "same": "same_vocabulary", "set": "gold"}
-    other = report["teachers"]["other"]
-    assert "0 of 100 two-digit numbers" in other["reason"]
-    assert other["coverage"]["two_digit_numbers"] == {"tokens": 100, "covered": 0, "share": 0.0}
-    assert other["size"] == 32000 and report["student"]["fingerprint"] == assets.SOURCES["gpt2"].fingerprint
+    other = report.teachers["other"]
+    assert "0 of 100 two-digit numbers" in other.reason
+    assert other.coverage["two_digit_numbers"] == ClassCoverage(tokens=100, covered=0, share=0.0)
+    assert other.size == 32000 and report.student.fingerprint == assets.SOURCES["gpt2"].fingerprint
     c = vocabulary_overlap(assets.table("gpt2"), assets.table("mistral")).coefficient
-    assert report["matrix"]["names"] == ["student", "other", "same", "set"]
-    assert report["matrix"]["coefficient"] == [[1, c, 1, c], [c, 1, c, 1], [1, c, 1, c], [c, 1, c, 1]]
+    assert report.matrix.names == ["student", "other", "same", "set"]
+    assert report.matrix.coefficient == [[1, c, 1, c], [c, 1, c, 1], [1, c, 1, c], [c, 1, c, 1]]
 
 
 def test_a_teacher_of_another_vocabulary_needs_a_projection() -> None:
@@ -157,16 +158,16 @@ def test_heat_map() -> None:
 def test_many_tokenizers_at_once(tmp_path: Path) -> None:
     names = ["smollm2", "mistral", "gpt2"]
     found = compare_tokenizers([str(assets.tokenizer_folder(name)) for name in names], tmp_path / "out")
-    assert found == json.loads((tmp_path / "out/overlap.json").read_text())
-    assert found["names"] == names and found["fingerprints"] == [assets.SOURCES[name].fingerprint for name in names]
+    assert found == TokenizerComparison.read(tmp_path / "out/overlap.json")
+    assert found.names == names and found.fingerprints == [assets.SOURCES[name].fingerprint for name in names]
     pairs = [[vocabulary_overlap(assets.table(a), assets.table(b)).coefficient for a in names] for b in names]
-    assert found["coefficient"] == [[round(c, 4) for c in row] for row in pairs]
+    assert found.coefficient == [[round(c, 4) for c in row] for row in pairs]
     assert (tmp_path / "out/overlap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_that_compares(tmp_path: Path) -> None:
     folders = [str(assets.tokenizer_folder(name)) for name in ("mistral", "gpt2")]
-    result = CliRunner().invoke(compare, [*folders, "--output", str(tmp_path)], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["tokenizers", *folders, "--output", str(tmp_path)], catch_exceptions=False)
     coefficient = vocabulary_overlap(assets.table("mistral"), assets.table("gpt2")).coefficient
     assert result.output == f"mistral 1.0000 {coefficient:.4f}\ngpt2    {coefficient:.4f} 1.0000\n"
     assert (tmp_path / "overlap.png").exists()

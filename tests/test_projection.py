@@ -21,8 +21,9 @@ from xtoken_core.errors import InputError
 from xtoken_core.losses import distillation_loss, reference
 from xtoken_core.projection import Projection, build_projection, spell_vocabulary
 from xtoken_core.report.projection_summary import projection_block, projection_summary
+from xtoken_core.results.vocabulary import ProjectionStats
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
-from xtoken_core.workflow.vocabularies import write_projection
+from xtoken_core.workflow.vocabularies import write_projections
 
 PAIRS = (("llama3", "qwen3"), ("smollm2", "gemma3"), ("mistral", "smollm2"), ("gpt2", "mistral"), ("llama2", "llama3"))
 BUILT: dict[tuple[str, str], Projection] = {}
@@ -361,20 +362,20 @@ def test_files_that_are_no_torch_files_are_refused(tmp_path: Path) -> None:
 def test_summary_counts_every_row() -> None:
     student, teacher, w = assets.table("llama3"), assets.table("qwen3"), build("llama3", "qwen3")
     summary = projection_summary(w, student, teacher)
-    assert json.loads(json.dumps(summary)) == summary
-    assert summary["rows"] == 128256 == sum(summary["entries_per_row"].values())
-    assert summary["exact"] + summary["multi"] + summary["single_inexact"] + summary["empty"] == 128256
-    assert np.sum(summary["picture"]) == pytest.approx(128256 - summary["empty"], rel=1e-4)
-    assert np.shape(summary["picture"]) == (48, 64)
-    shown = {example["student"]: example["pieces"] for example in summary["examples"]}
-    assert shown["201"] == [["2", 0.9009], ["0", 0.0901], ["1", 0.009]] and shown["␣the"] == [["␣the", 1.0]]
+    assert ProjectionStats.model_validate_json(summary.model_dump_json()) == summary
+    assert summary.rows == 128256 == sum(summary.entries_per_row.values())
+    assert summary.exact + summary.multi + summary.single_inexact + summary.empty == 128256
+    assert np.sum(summary.picture) == pytest.approx(128256 - summary.empty, rel=1e-4)
+    assert np.shape(summary.picture) == (48, 64)
+    shown = {example.student: example.pieces for example in summary.examples}
+    assert shown["201"] == [("2", 0.9009), ("0", 0.0901), ("1", 0.009)] and shown["␣the"] == [("␣the", 1.0)]
 
 
 def test_block_is_the_chosen_part_of_w() -> None:
     student, teacher, w = assets.table("llama3"), assets.table("qwen3"), build("llama3", "qwen3")
     block = projection_block(w, student, teacher, [student.ids_by_bytes[t] for t in (b"201", b"100", b"\n\n")])
-    assert block["rows"] == ["201", "100", "\\n\\n"] and block["columns"] == ["2", "0", "1", "\\n\\n"]
-    np.testing.assert_allclose(block["weights"], [[0.9009, 0.0901, 0.009, 0], [0, 0.0991, 0.9009, 0], [0, 0, 0, 1]], atol=1e-4)
+    assert block.rows == ["201", "100", "\\n\\n"] and block.columns == ["2", "0", "1", "\\n\\n"]
+    np.testing.assert_allclose(block.weights, [[0.9009, 0.0901, 0.009, 0], [0, 0.0991, 0.9009, 0], [0, 0, 0, 1]], atol=1e-4)
 
 
 def spec(projection: dict | None) -> DistillationSpec:
@@ -393,28 +394,26 @@ def spec(projection: dict | None) -> DistillationSpec:
     )
 
 
-def test_write_projection(tmp_path: Path) -> None:
-    write_projection(spec({}), "t", tmp_path)
+def test_write_projections(tmp_path: Path) -> None:
+    write_projections(spec({}), tmp_path)
     prints = [assets.SOURCES[name].fingerprint for name in ("mistral", "smollm2")]
-    built = Projection.load(tmp_path / "projection.safetensors", *prints)
+    built = Projection.load(tmp_path / "t.safetensors", *prints)
     assert equal(built, build("mistral", "smollm2"))
-    stats = json.loads((tmp_path / "stats.json").read_text())
-    assert stats["rows"] == 32000 and stats["options"]["top_k"] == 4 and stats["seconds"] > 0
+    stats = ProjectionStats.read(tmp_path / "t.json")
+    assert stats.rows == 32000 and stats.options["top_k"] == 4 and stats.seconds > 0
 
-    for stored in (tmp_path / "projection.safetensors", tmp_path / "nemo.pt"):
+    for stored in (tmp_path / "t.safetensors", tmp_path / "nemo.pt"):
         if stored.suffix == ".pt":
             built.to_nemo_rl(stored)
         again = tmp_path / stored.suffix
         again.mkdir()
-        write_projection(spec({"uri": str(stored)}), "", again)
-        assert torch.allclose(Projection.load(again / "projection.safetensors", *prints).weights, built.weights)
+        write_projections(spec({"uri": str(stored)}), again)
+        assert torch.allclose(Projection.load(again / "t.safetensors", *prints).weights, built.weights)
 
 
-def test_write_projection_refuses(tmp_path: Path) -> None:
+def test_write_projections_refuses(tmp_path: Path) -> None:
     small().save(tmp_path / "other.safetensors", "aa", "bb")
     with pytest.raises(InputError, match="made for a student vocabulary aa"):
-        write_projection(spec({"uri": str(tmp_path / "other.safetensors")}), "t", tmp_path)
-    with pytest.raises(InputError, match="teacher"):
-        write_projection(spec(None), "t", tmp_path)
-    with pytest.raises(InputError, match="teacher"):
-        write_projection(spec({}), "nobody", tmp_path)
+        write_projections(spec({"uri": str(tmp_path / "other.safetensors")}), tmp_path)
+    with pytest.raises(InputError, match="teachers: none has a projection"):
+        write_projections(spec(None), tmp_path)

@@ -14,6 +14,7 @@ from tests.support.cli import call as shell
 from tests.support.tiny import tiny_run
 from xtoken_core.errors import ERROR_FILE, InputError, left_error
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.evaluations import read_evaluations
 
 NAMES = ("resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report")
 
@@ -51,19 +52,19 @@ def test_each_step_runs_by_itself(run):
     assert audit.exception is None, audit.output
     modes = json.loads(audit.output.splitlines()[-1])["modes"]
     assert modes["other"] == "p_kl"
-    assert call("projection", *spec, "--matrix", run / "w").exception is None
+    assert call("projection", *spec, "--matrices", run / "w").exception is None
     assert call("prepare", *spec, "--rows", run / "rows").exception is None
-    training = ("--rows", run / "rows", "--projection-0", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")
+    training = ("--rows", run / "rows", "--projections", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")
     trained = subprocess.run(
         [sys.executable, "-m", "components.distill", *map(str, (*spec, *training))], capture_output=True, text=True, timeout=300
     )
     assert trained.returncode == 0, trained.stderr
-    result = call("evaluate", *spec, "--who", "student_after_last", "--run", run / "trained", "--result", run / "result.json")
+    result = call("evaluate", *spec, "--group", "student-after", "--run", run / "trained", "--results", run / "after")
     assert result.exception is None, result.output
-    assert json.loads((run / "result.json").read_text())["bits_per_byte"]["total"] > 0
+    assert [found.bits_per_byte.total > 0 for found in read_evaluations(run / "after")] == [True, True]
     pages = ("--page", run / "page.html", "--summary", run / "summary.md", "--metrics", run / "metrics.json")
-    made = ("--overlap", run / "audit.json", "--rows", run / "rows", "--run", run / "trained", "--projection-0", run / "w")
-    assert call("report", *spec, *pages, *made, "--student-after-last", run / "result.json").exception is None
+    made = ("--overlap", run / "audit.json", "--rows", run / "rows", "--run", run / "trained", "--projections", run / "w")
+    assert call("report", *spec, *pages, *made, "--evaluated-after", run / "after").exception is None
     assert "bits_per_byte_student_after_last" in json.loads((run / "metrics.json").read_text())
     assert {path.name for path in (run / "out").iterdir()} == {
         "report.html", "run.json", "spec.yaml", "student", "logs", "projections"

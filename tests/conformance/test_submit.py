@@ -54,7 +54,7 @@ def test_submit_uploads_runs_and_follows(run, server):
     version = next(iter(server.versions.values()))["display_name"]
     assert version.startswith("tiny-") and f"{version}: uploading" in done.stdout
     assert f"Run details: {server.url}/#/runs/details/" in done.stdout
-    for task in ("resolve", "overlap", "projection-other", "prepare", "distill", "report"):
+    for task in ("resolve", "overlap", "projections", "prepare", "distill", "report"):
         assert f"{task}: succeeded" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("SUCCEEDED")
     assert (run / "out" / "student" / "last" / "config.json").exists()

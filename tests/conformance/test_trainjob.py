@@ -22,7 +22,7 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow import trainjob
-from xtoken_core.workflow.vocabularies import write_projection
+from xtoken_core.workflow.vocabularies import write_projections
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,7 @@ def run(tmp_path_factory):
     spec = DistillationSpec.from_text(json.dumps(tiny_run(folder)))
     for split in ("train", "validation"):
         prepare_rows(spec, folder / "rows" / split, split)
-    (folder / "w").mkdir()
-    write_projection(spec, "other", folder / "w")
+    write_projections(spec, folder / "w")
     return folder, spec
 
 
@@ -54,7 +53,7 @@ def resources(folder, **more) -> str:
 
 def launch(run, out, **changes) -> None:
     folder, spec = run
-    given = {"rows": [str(folder / "rows")], "modes": {"other": "p_kl"}, "projections": {0: str(folder / "w")}} | changes
+    given = {"rows": [str(folder / "rows")], "modes": {"other": "p_kl"}, "projections": str(folder / "w")} | changes
     trainjob.launch(spec.to_json(), resources(folder), given["rows"], str(out), given["modes"], given["projections"], False, "")
 
 
@@ -90,7 +89,7 @@ def test_a_launcher_that_is_cancelled_deletes_its_job(run, cluster):
     folder, spec = run
     (folder / "spec.yaml").write_text(yaml.safe_dump(json.loads(spec.to_json())))
     arguments = ["--spec", folder / "spec.yaml", "--rows", json.dumps([str(folder / "rows")]), "--run", folder / "cancelled"]
-    arguments += ["--resources", resources(folder), "--projection-0", folder / "w", "--modes", '{"other": "p_kl"}']
+    arguments += ["--resources", resources(folder), "--projections", folder / "w", "--modes", '{"other": "p_kl"}']
     launcher = subprocess.Popen(
         [sys.executable, "-m", "components.launch", *map(str, arguments)], stdout=subprocess.PIPE, text=True
     )
@@ -139,7 +138,7 @@ def test_a_job_that_another_has_deleted_is_told(cluster):
 def test_what_not_every_host_reaches_is_refused(run):
     folder, spec = run
     with pytest.raises(InputError, match="resources.nodes: several hosts cannot all reach /elsewhere/rows"):
-        trainjob.launch(spec.to_json(), resources(folder), ["/elsewhere/rows"], str(folder / "x"), {}, {}, False, "")
+        trainjob.launch(spec.to_json(), resources(folder), ["/elsewhere/rows"], str(folder / "x"), {}, None, False, "")
 
 
 def test_the_job_is_one_of_the_published_crd():

@@ -145,7 +145,7 @@ def test_prepare_chats(tmp_path):
         "output": {"uri": "unused"},
     }
     stats = prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows")
-    assert stats["rows"] == 2 and stats["dropped_documents"] == {"no target within data.max_length": 1}
+    assert stats.rows == 2 and stats.dropped_documents == {"no target within data.max_length": 1}
     row = load_rows(tmp_path / "rows")[0]
     covered = row["student_bytes"][row["student_mask"] > 0].sum()
     assert covered == sum(len(m["content"].strip().encode()) for m in CHAT if m["role"] == "assistant")

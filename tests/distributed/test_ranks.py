@@ -62,8 +62,8 @@ def test_two_ranks_train_as_one(base, values, alone, sharding):
         assert ours == pytest.approx(theirs, rel=1e-4)
     two = json.loads((out / "summary.json").read_text())
     assert two["ranks"] == 2
-    assert two["tokens"] == summary["tokens"]
-    assert two["best_validation_bits_per_byte"] == pytest.approx(summary["best_validation_bits_per_byte"], rel=1e-4)
+    assert two["tokens"] == summary.tokens
+    assert two["best_validation_bits_per_byte"] == pytest.approx(summary.best_validation_bits_per_byte, rel=1e-4)
     for name in ("last", "best"):
         load_model(str(out / name))
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, reference))
@@ -92,7 +92,7 @@ def test_distill_starts_a_process_per_gpu_by_itself(base, values, alone, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     out = base / "launched"
     summary = run(changed(values, training={"max_steps": 1}), base, out, baseline=True)
-    assert summary["ranks"] == 2
+    assert summary.ranks == 2
     (step, loss, _), (_, first, _) = losses(out)[0], losses(alone[0])[0]
     assert step == 1
     assert loss == pytest.approx(first / 2, rel=1e-4)  # CE alone: the other half was KD, scaled to its size

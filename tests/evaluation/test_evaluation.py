@@ -15,11 +15,15 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.evaluation.bits_per_byte import bits_per_byte, opener_of, token_nats, windows
 from xtoken_core.evaluation.evaluate import bits_interval, evaluate, held_out, load_for
+from xtoken_core.results.evaluation import Evaluation
+from xtoken_core.results.subject import BEFORE, LAST, teacher_subject
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
 from xtoken_core.tokenization import encode, load_tokenizer
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
-from xtoken_core.workflow.vocabularies import write_projection
+from xtoken_core.workflow.evaluations import evaluate_group, read_evaluations
+from xtoken_core.workflow.subjects import Group
+from xtoken_core.workflow.vocabularies import matrices, write_projections
 
 
 @pytest.fixture(scope="module")
@@ -118,39 +122,33 @@ def test_evaluate_a_student(run, tmp_path):
     folder, spec = run
     spec = parsed(spec)
     prepare_rows(spec, tmp_path / "rows" / "validation", "validation")
-    write_projection(spec, "other", tmp_path)
-    out = evaluate(
-        spec,
-        "student_after_last",
-        folder / "same",  # as if the student had become its teacher
-        tmp_path / "result.json",
-        rows=tmp_path / "rows",
-        projections={"other": tmp_path / "projection.safetensors"},
-        modes={"other": "p_kl"},
-    )
-    assert json.loads((tmp_path / "result.json").read_text()) == out
-    bits = out["bits_per_byte"]
-    assert bits["per_corpus"].keys() == {"held-out", "tale"} and bits["per_corpus"]["tale"]["documents"] == 5
-    assert bits["total"] == pytest.approx(sum(bits["documents"]["bits"]) / sum(bits["documents"]["bytes"]))
-    assert out["agreement"]["same"]["top1"] == 1.0 and abs(out["agreement"]["same"]["kl"]) < 1e-6
+    write_projections(spec, tmp_path / "w")
+    became = folder / "same"  # as if the student had become its teacher
+    out = evaluate(spec, LAST, became, tmp_path / "rows", matrices(spec, tmp_path / "w"), {"other": "p_kl"})
+    out.write(tmp_path / "result.json")
+    assert Evaluation.read(tmp_path / "result.json") == out
+    bits = out.bits_per_byte
+    assert bits.per_corpus.keys() == {"held-out", "tale"} and bits.per_corpus["tale"].documents == 5
+    assert bits.total == pytest.approx(sum(bits.documents.bits) / sum(bits.documents.bytes))
+    assert out.agreement["same"].top1 == 1.0 and abs(out.agreement["same"].kl) < 1e-6
     # random models with tied embeddings say the last token again, and most chunks are one token on both sides
-    assert out["agreement"]["other"]["chunks"] > 50 and 0.5 < out["agreement"]["other"]["top1"] < 1
-    assert out["agreement"]["other"]["kl"] > 0
-    assert len(out["samples"]) == 3 and all(s["prompt"] and s["reference"] for s in out["samples"])
+    assert out.agreement["other"].chunks > 50 and 0.5 < out.agreement["other"].top1 < 1
+    assert out.agreement["other"].kl > 0
+    assert len(out.samples) == 3 and all(s.prompt and s.reference for s in out.samples)
 
 
-def test_evaluate_who(run, tmp_path):
+def test_groups_are_measured_into_one_folder(run, tmp_path):
     _, spec = run
-    teacher = evaluate(parsed(spec), "teacher-other", None, tmp_path / "t.json")
-    whole = evaluate(parsed(spec), "student_before", None, tmp_path / "b.json")
+    evaluate_group(parsed(spec), Group.TEACHERS, tmp_path)
+    evaluate_group(parsed(spec), Group.BEFORE, tmp_path)
+    whole, *teachers = read_evaluations(tmp_path)
+    assert [r.subject for r in (whole, *teachers)] == [BEFORE, *map(teacher_subject, ("other", "same"))]
     pruned = parsed(spec, student={**spec["student"], "keep_layers": 1})
-    assert "samples" not in teacher and "agreement" not in whole
-    assert (
-        evaluate(pruned, "student_before", None, tmp_path / "p.json")["bits_per_byte"]["total"] != whole["bits_per_byte"]["total"]
-    )
-    assert teacher["bits_per_byte"]["documents"]["bytes"] == whole["bits_per_byte"]["documents"]["bytes"]
-    with pytest.raises(InputError, match="who: teacher-nobody"):
-        evaluate(parsed(spec), "teacher-nobody", None, tmp_path / "n.json")
+    assert not teachers[0].samples and not whole.agreement
+    assert evaluate(pruned, BEFORE).bits_per_byte.total != whole.bits_per_byte.total
+    assert teachers[0].bits_per_byte.documents.bytes == whole.bits_per_byte.documents.bytes
+    with pytest.raises(InputError, match="group: pupils: not one of teachers, student-before"):
+        Group.named("pupils")
 
 
 @pytest.mark.parametrize(
@@ -170,16 +168,16 @@ def test_models_of_one_vocabulary_meet_on_the_ids_that_all_have_rows_for(tmp_pat
     spec = parsed(spec, teachers=[same[0] | {"transport": "topk", "top_k": 8}, same[1]], evaluation={"bits_per_byte": False})
     for split in ("train", "validation"):
         prepare_rows(spec, tmp_path / "rows" / split, split)
-    assert distill(spec, TrainingInputs((tmp_path / "rows",)), tmp_path / "out")["steps"] == 2
-    out = evaluate(spec, "student_after_last", tmp_path / "out" / "last", tmp_path / "e.json", rows=tmp_path / "rows")
-    assert all(found["kl"] > 0 for found in out["agreement"].values())
+    assert distill(spec, TrainingInputs((tmp_path / "rows",)), tmp_path / "out").steps == 2
+    out = evaluate(spec, LAST, tmp_path / "out" / "last", tmp_path / "rows")
+    assert all(found.kl > 0 for found in out.agreement.values())
 
 
 def test_without_text_of_its_own_validation_is_measured_and_without_any_nothing(run, tmp_path):
     folder, spec = run
     assert len(held_out(parsed(spec, evaluation={}))) == 1  # data.validation
     none = parsed(spec, evaluation={}, data={"train": spec["data"]["train"]})
-    assert "bits_per_byte" not in evaluate(none, "student_before", None, tmp_path / "e.json")
+    assert evaluate(none, BEFORE).bits_per_byte is None
     (folder / "blank.txt").write_text("")
     with pytest.raises(InputError, match="evaluation.texts: no text"):
         held_out(parsed(spec, evaluation={"texts": [str(folder / "blank.txt")]}))
@@ -188,7 +186,7 @@ def test_without_text_of_its_own_validation_is_measured_and_without_any_nothing(
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_models_are_measured_with_the_attention_they_are_trained_with(run, attention):
     _, spec = run
-    loaded, _ = load_for(parsed(spec, training={"attention": attention}), "teacher-other", None)
+    loaded, _ = load_for(parsed(spec, training={"attention": attention}), teacher_subject("other"), None)
     assert loaded.model.config._attn_implementation == attention
 
 
@@ -206,10 +204,10 @@ def test_bits_of_chats_are_those_of_the_answers(tmp_path):
         "data": {"train": ["unused"], "validation": [str(tmp_path / "chats.jsonl")], "format": "messages", "max_length": 200},
         "output": {"uri": "unused"},
     }
-    out = evaluate(parsed(spec), "student_before", None, tmp_path / "out.json")
-    assert out["bits_per_byte"]["documents"]["bytes"] == [len(c[1]["content"].encode()) for c in chats]
-    assert 2 < out["bits_per_byte"]["total"] < 9  # a random model's guess among 400 tokens
-    assert out["samples"][0]["prompt"].endswith("Say it.<eos>")
+    out = evaluate(parsed(spec), BEFORE)
+    assert out.bits_per_byte.documents.bytes == [len(c[1]["content"].encode()) for c in chats]
+    assert 2 < out.bits_per_byte.total < 9  # a random model's guess among 400 tokens
+    assert out.samples[0].prompt.endswith("Say it.<eos>")
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmarks
@@ -230,8 +228,8 @@ def test_tasks_offline_and_from_a_folder(run, tmp_path):
     results = run_tasks(EvaluationSpec(tasks=("xtoken-offline", str(tmp_path)), limit=4), model, tok, None)
     assert results.keys() == {*SUITES["xtoken-offline"].names, "own"}
     own = results["own"]
-    assert own["metric"] == "acc,none" and own["samples"] == 4 and own["low"] <= own["value"] <= own["high"]
-    assert results["xtoken_gsm_symbolic"]["shots"] == 3
+    assert own.metric == "acc,none" and own.samples == 4 and own.low <= own.value <= own.high
+    assert results["xtoken_gsm_symbolic"].shots == 3
 
     with pytest.raises(InputError, match="evaluation.tasks: nonesuch: no task"):
         plan_tasks(["nonesuch"])

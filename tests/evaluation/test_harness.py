@@ -27,6 +27,8 @@ from xtoken_core.report.page import render_report
 from xtoken_core.report.run import Run
 from xtoken_core.report.tables import tasks_table
 from xtoken_core.report.verdict import score_difference, task_difference, verdict
+from xtoken_core.results.evaluation import Evaluation, TaskScore
+from xtoken_core.results.subject import BEFORE, LAST, TWIN_LAST, teacher_subject
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
 
@@ -112,13 +114,16 @@ def test_three_examples_are_in_every_prompt(told):
 
 
 def test_differences_and_the_noise(told):
-    before, after = ({"who": who, "tasks": told[who]["tasks"]} for who in ("model", "oracle"))
+    before, after = (
+        Evaluation.model_validate({"subject": who, "tasks": told[name]["tasks"]})
+        for who, name in ((BEFORE, "model"), (LAST, "oracle"))
+    )
     found = {task: task_difference(task, after, before) for task in METRICS}
-    assert found["mmlu"].tone == "good" and found["mmlu"].value == 1 - before["tasks"]["mmlu"]["value"]
+    assert found["mmlu"].tone == "good" and found["mmlu"].value == 1 - before.tasks["mmlu"].value
     assert task_difference("mmlu", before, before).tone == "even"
-    for entry in before["tasks"].values():
-        assert len(entry["scores"]) == entry["samples"]
-        assert entry["scores"].count("1") == round(entry["value"] * entry["samples"])
+    for entry in before.tasks.values():
+        assert len(entry.scores) == entry.samples
+        assert entry.scores.count("1") == round(entry.value * entry.samples)
     assert all(difference.paired for difference in found.values())
 
 
@@ -131,17 +136,11 @@ def test_paired_differences_hold_their_level_and_are_narrower():
         for _ in "ab":
             right = (hard + random.normal(0, 0.1, 200)) < 0.4
             low, high = share_interval(right.mean(), 200)
-            entry = {
-                "value": right.mean(),
-                "low": low,
-                "high": high,
-                "questions": "q",
-                "scores": "".join(str(int(r)) for r in right),
-            }
-            entries.append(entry)
+            scores = "".join(str(int(r)) for r in right)
+            entries.append(TaskScore(value=right.mean(), low=low, high=high, questions="q", scores=scores))
         paired, alone = (
-            score_difference("a", "b", *entries),
-            score_difference("a", "b", entries[0], entries[1] | {"questions": "r"}),
+            score_difference(LAST, BEFORE, *entries),
+            score_difference(LAST, BEFORE, entries[0], entries[1].model_copy(update={"questions": "r"})),
         )
         held += not paired.exceeds_noise
         narrower += paired.high - paired.low < 0.7 * (alone.high - alone.low)
@@ -157,15 +156,9 @@ def test_the_offline_suite_in_a_report(model, tmp_path):
         "evaluation": {"bits_per_byte": False, "tasks": ["xtoken-offline"], "limit": 8, "ce_baseline": True},
     }
     spec = DistillationSpec.from_text(json.dumps(SPEC | sections))
-    trained = {
-        "student_after_last": teacher,
-        "baseline_last": model,
-    }  # as if the student had become its teacher, and the twin nothing
-    who = ["student_before", *trained, "teacher-t"]
-    results = [tmp_path / f"{name}.json" for name in who]
-    for name, path in zip(who, results):
-        evaluate(spec, name, trained.get(name), path)
-    run = Run.collect(spec, results=results)
+    trained = {LAST: teacher, TWIN_LAST: model}  # as if the student had become its teacher, and the twin nothing
+    everybody = (BEFORE, *trained, teacher_subject("t"))
+    run = Run.collect(spec, results=[evaluate(spec, subject, trained.get(subject)) for subject in everybody])
     table = tasks_table(run)
     assert table.columns == ["benchmark", "student before", "student after, last", "change", "CE twin, last", "teacher t"]
     assert [row[0].note for row in table.rows] == ["acc, 3-shot, n = 8", "acc norm, 0-shot, n = 8"]
@@ -180,7 +173,7 @@ def test_the_offline_suite_in_a_report(model, tmp_path):
 def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
     spec = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    arguments = ["components.evaluate", "--spec", str(tmp_path / "spec.yaml"), "--who", "student_before", "--result", "r"]
+    arguments = ["components.evaluate", "--spec", str(tmp_path / "spec.yaml"), "--group", "student-before", "--results", "r"]
     with Hub({}) as hub:
         refused = with_hub(arguments, tmp_path, hub.endpoint)
     assert refused.returncode == 2, refused.stderr
@@ -230,6 +223,7 @@ def test_what_vllm_is_given(model, monkeypatch):
 
 def test_a_changed_model_is_not_left_to_others_to_load():
     spec = DistillationSpec.from_text(json.dumps(SPEC | {"student": {"model": "org/small", "keep_layers": [0]}}))
-    assert not _as_it_lies(spec, "student_before", "org/small") and _as_it_lies(spec, "student_after_last", "out/last")
-    assert _as_it_lies(spec, "teacher-t", "org/big") and not _as_it_lies(spec, "teacher-t", "s3://models/big")
-    assert not _as_it_lies(spec, "teacher-u", "org/other")  # with a tokenizer from elsewhere
+    t, u = map(teacher_subject, ("t", "u"))
+    assert not _as_it_lies(spec, BEFORE, "org/small") and _as_it_lies(spec, LAST, "out/last")
+    assert _as_it_lies(spec, t, "org/big") and not _as_it_lies(spec, t, "s3://models/big")
+    assert not _as_it_lies(spec, u, "org/other")  # with a tokenizer from elsewhere

@@ -26,8 +26,8 @@ from tests.support.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import CHECKPOINTS, resolve, shape
-from xtoken_core.workflow.subjects import evaluated
-from xtoken_core.workflow.views import view
+from xtoken_core.workflow.subjects import groups, subjects
+from xtoken_core.workflow.views import View, view
 
 SPECS = sorted(compiling.SPECS.glob("*.yaml"))
 
@@ -58,16 +58,31 @@ def tasks(spec):
 # ---------------------------------------------------------------------------------------------------------- compiling
 
 
-def test_the_dag_is_unrolled_over_teachers_under_their_ids():
+def producer(task, name):
+    """The task that another one's input artifact comes from."""
+    return task["inputs"]["artifacts"][name]["taskOutputArtifact"]["producerTask"]
+
+
+def test_the_dag_is_the_same_for_any_number_of_teachers():
+    many = [{"id": f"t{n}", "model": "big", "projection": {}} for n in range(20)]
     unrolled = tasks(spec_of("evaluation.ce_baseline=true"))
-    assert set(unrolled) == {
-        "resolve", "overlap", "projection-big", "prepare", "distill", "distill-baseline", "evaluate-student-before",
-        "evaluate-student-after-best", "evaluate-student-after-last", "evaluate-baseline-best", "evaluate-baseline-last",
-        "evaluate-teacher-big", "evaluate-teacher-same", "report",
+    assert set(unrolled) == set(tasks(spec_of("evaluation.ce_baseline=true", teachers=many))) == {
+        "resolve", "overlap", "projections", "prepare", "distill", "distill-baseline", "evaluate-teachers",
+        "evaluate-student-before", "evaluate-student-after", "evaluate-baseline", "report",
     }  # fmt: skip
-    assert set(unrolled["distill"]["dependentTasks"]) == {"overlap", "prepare", "projection-big", "resolve"}
-    assert unrolled["distill"]["inputs"]["artifacts"]["projection_0"]["taskOutputArtifact"]["producerTask"] == "projection-big"
-    assert unrolled["report"]["inputs"]["artifacts"]["teacher_1"]["taskOutputArtifact"]["producerTask"] == "evaluate-teacher-same"
+    assert set(unrolled["distill"]["dependentTasks"]) == {"overlap", "prepare", "projections", "resolve"}
+    assert producer(unrolled["distill"], "projections") == "projections"
+    assert producer(unrolled["report"], "evaluated_teachers") == "evaluate-teachers"
+    assert producer(unrolled["evaluate-baseline"], "run") == "distill-baseline"
+    assert "projections" not in tasks(spec_of(teachers=[{"id": "same", "model": "same"}]))
+
+
+def test_every_parameter_and_every_output_of_resolve_is_described():
+    pipeline = documents(compile_spec(spec_of()))[0]
+    parameters = pipeline["root"]["inputDefinitions"]["parameters"]
+    outputs = pipeline["components"]["comp-resolve"]["outputDefinitions"]["parameters"]
+    assert set(parameters) == {"spec", "overrides"} and len(outputs) == 11
+    assert all(about.get("description") for about in (*parameters.values(), *outputs.values()))
 
 
 def test_shards_are_tasks_and_several_hosts_a_launcher():
@@ -90,9 +105,11 @@ def test_the_report_is_told_the_edges():
 
 
 def test_nothing_is_evaluated_without_a_measure():
-    assert evaluated(spec_of(data={"train": ["t"]})) == []
-    assert evaluated(spec_of("evaluation.tasks=[arc_easy]", data={"train": ["t"]})) == [
-        "student_before", "student_after_last", "teacher-big", "teacher-same"
+    assert groups(spec_of(data={"train": ["t"]})) == []
+    asked = spec_of("evaluation.tasks=[arc_easy]", data={"train": ["t"]})
+    assert groups(asked) == ["teachers", "student-before", "student-after"]
+    assert [subject.key for group in groups(asked) for subject in subjects(asked, group)] == [
+        "teacher-big", "teacher-same", "student_before", "student_after_last"
     ]  # fmt: skip
     assert not [name for name in tasks(spec_of("evaluation.bits_per_byte=false")) if name.startswith("evaluate")]
 
@@ -156,7 +173,7 @@ def test_gpu_steps_get_what_resources_say():
         assert config["pvcMount"][0]["mountPath"] == "/models"
         assert ("accelerator" in container.get("resources", {})) == gpu
         assert ("emptyDirMounts" in config) == ("nodeSelector" in config) == ("tolerations" in config) == gpu
-        tried_once = name in ("resolve", "overlap", "prepare", "projection-big")
+        tried_once = name in ("resolve", "overlap", "prepare", "projections")
         assert task.get("retryPolicy", {}).get("maxRetryCount") == (None if tried_once else 3)
         if gpu:
             count = "4" if name == "distill" else "1"  # evaluations take a model each, all at a time
@@ -181,7 +198,7 @@ def test_training_is_cached_here_and_never_on_a_cluster():
 
 # ------------------------------------------------------------------------------------------------ what a step depends on
 
-STEPS = ("overlap", "projection", "prepare", "distill", "baseline", "evaluate_student", "evaluate_teacher")
+STEPS = ("overlap", "projections", "prepare", "distill", "baseline", "evaluate_student", "evaluate_teachers")
 
 
 @pytest.mark.parametrize(
@@ -192,10 +209,10 @@ STEPS = ("overlap", "projection", "prepare", "distill", "baseline", "evaluate_st
         ("loss.mode=gold", {"distill", "overlap", "evaluate_student"}),
         ("loss.dynamic_scaling=false", {"distill"}),
         ("teachers.same.weight=0.5", {"distill"}),
-        ("teachers.big.projection.top_k=2", {"distill", "projection"}),
-        ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teacher"}),
+        ("teachers.big.projection.top_k=2", {"distill", "projections"}),
+        ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teachers"}),
         ("student.keep_layers=2", {"distill", "baseline", "evaluate_student"}),
-        ("evaluation.limit=3", {"evaluate_student", "evaluate_teacher"}),
+        ("evaluation.limit=3", {"evaluate_student", "evaluate_teachers"}),
         ("evaluation.ce_baseline=true", set()),
         ("output.uri=elsewhere", set()),
         ("resources.memory=1Gi", set()),
@@ -204,7 +221,7 @@ STEPS = ("overlap", "projection", "prepare", "distill", "baseline", "evaluate_st
 )
 def test_a_step_sees_only_what_it_reads(override, changed):
     def views(spec):
-        return {step: view(spec, step, teacher=0 if step in ("projection", "evaluate_teacher") else None) for step in STEPS}
+        return {step: view(spec, step) for step in STEPS}
 
     before, after = views(spec_of()), views(spec_of(override))
     assert {step for step in STEPS if before[step] != after[step]} == changed
@@ -213,13 +230,13 @@ def test_a_step_sees_only_what_it_reads(override, changed):
 def test_views_follow_the_files_that_a_step_reads(run):
     spec = DistillationSpec.from_yaml(run / "spec.yaml")
     before = resolve(spec.to_json())
-    assert DistillationSpec.from_text(before["distill"]).training == spec.training
+    assert View.from_text(before.distill).training == spec.training
     document = run / "train" / "0.txt"
     text = document.read_text()
     document.write_text(text + " More.")
     after = resolve(spec.to_json())
     document.write_text(text)
-    assert {step for step in before if before[step] != after[step]} == {"prepare", "inputs"}
+    assert {name for name, old, new in zip(before._fields, before, after) if old != new} == {"prepare", "inputs"}
 
 
 @pytest.mark.parametrize(
@@ -251,22 +268,22 @@ def test_rows_divide_over_the_gpus_of_a_cluster_and_not_of_this_machine(run, mon
     with pytest.raises(InputError, match="training.global_batch_size: 2 rows do not divide over 3 ranks"):
         resolve(spec)
     monkeypatch.setenv(CHECKPOINTS, "/somewhere")
-    assert resolve(spec)["checkpoints"] == "/somewhere"
+    assert resolve(spec).checkpoints == "/somewhere"
 
 
 @pytest.mark.parametrize("mount", ["/elsewhere", None])
 def test_checkpoints_lie_beside_an_output_that_outlives_its_pod(run, mount):
     claim = {"resources": {"pvc": [{"name": "work", "mount_path": mount or str(run)}]}}
     spec = yaml.safe_load((run / "spec.yaml").read_text()) | claim
-    assert resolve(json.dumps(spec))["checkpoints"] == ("" if mount else f"{run}/out.checkpoints")
+    assert resolve(json.dumps(spec)).checkpoints == ("" if mount else f"{run}/out.checkpoints")
 
 
 def test_overrides_that_a_compiled_pipeline_can_follow_are_taken(run):
     spec = DistillationSpec.from_yaml(run / "spec.yaml")
     overrides = shlex.join(["training.max_steps=9", f"output.uri={run}/else where"])
     views = resolve(spec.to_json(), overrides, json.dumps(shape(spec)))
-    assert DistillationSpec.from_text(views["distill"]).training.max_steps == 9
-    assert DistillationSpec.from_text(views["report"]).output.uri == f"{run}/else where"
+    assert View.from_text(views.distill).training.max_steps == 9
+    assert DistillationSpec.from_text(views.report).output.uri == f"{run}/else where"
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -355,13 +372,13 @@ def test_a_run_reuses_what_has_not_changed(run):
     assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
 
     second = pipelines(*command)
-    assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
-    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projection-other", "distill"}
+    assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projections", "distill"}
+    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projections", "distill"}
     prepared = json.loads((run / "out" / "run.json").read_text())["prepare"]["train"]
     assert prepared["documents"] == 4 and len(prepared["corpora"]) == 1  # of both shards
     third = pipelines(*command, "--set", "training.max_steps=3")
-    assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projection-other"}
-    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projection-other"}
+    assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projections"}
+    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projections"}
     assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
 
 
@@ -399,7 +416,7 @@ def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
 
     resumed = pipelines(*command)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert steps(resumed.stdout, "unchanged") == {"overlap", "prepare", "projection-other"}
+    assert steps(resumed.stdout, "unchanged") == {"overlap", "prepare", "projections"}
     assert json.loads((tmp_path / "out" / "logs" / "summary.json").read_text())["resumed_from"] >= 5
 
 

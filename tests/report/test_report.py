@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 
-from tests.support.report_sample import LEVELS, sample_run, write_files
+from tests.support.report_sample import parts, sample_run
 from xtoken_core.errors import InputError
 from xtoken_core.report.answer import answer_table, markdown, metrics
 from xtoken_core.report.cautions import cautions
@@ -20,9 +19,13 @@ from xtoken_core.report.dag import dag_picture
 from xtoken_core.report.facts import teacher_facts
 from xtoken_core.report.page import render_report, write_report
 from xtoken_core.report.projection_summary import density_picture
-from xtoken_core.report.run import MAX_LINES, Run
+from xtoken_core.report.run import FORMAT, MAX_LINES, Run
 from xtoken_core.report.tables import bits_table, parts_table, settings_that_differ, tasks_table
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
+from xtoken_core.results.evaluation import BitsPerByte, Documents, Evaluation, TaskScore
+from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
+from xtoken_core.results.training import LogLine, TeacherLine
+from xtoken_core.results.workflow import Task
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +33,35 @@ def run(tmp_path_factory) -> Run:
     return sample_run(tmp_path_factory.mktemp("run"))
 
 
-def result(who: str, bits: list[float], size: list[int]) -> dict:
+def result(bits: list[float], size: list[int], subject: Subject = BEST) -> Evaluation:
     total = sum(bits) / sum(size)
-    documents = {"corpus": ["c"] * len(bits), "bits": bits, "bytes": size}
-    return {"who": who, "bits_per_byte": {"total": total, "low": total - 0.2, "high": total + 0.2, "documents": documents}}
+    documents = Documents(corpus=["c"] * len(bits), bits=bits, bytes=size)
+    return Evaluation(
+        subject=subject, bits_per_byte=BitsPerByte(total=total, low=total - 0.2, high=total + 0.2, documents=documents)
+    )
 
 
-def changed(run: Run, **levels: float) -> Run:
+def with_documents(evaluation: Evaluation, documents: Documents, **bits: float | None) -> Evaluation:
+    """The evaluation with other documents, and other bits per byte."""
+    measured = evaluation.bits_per_byte.model_copy(update={"documents": documents, **bits})
+    return evaluation.model_copy(update={"bits_per_byte": measured})
+
+
+def replaced(run: Run, **fields: object) -> Run:
+    """The run with other fields."""
+    return run.model_copy(update=fields)
+
+
+def changed(run: Run, levels: dict[Subject, float]) -> Run:
     """The run with other totals, documents shifted along."""
     results = []
     for old in run.results:
-        new = json.loads(json.dumps(old))
-        if old["who"] in levels:
-            shift = levels[old["who"]] - old["bits_per_byte"]["total"]
-            documents = new["bits_per_byte"]["documents"]
-            documents["bits"] = [b + shift * n for b, n in zip(documents["bits"], documents["bytes"])]
-            for key in ("total", "low", "high"):
-                new["bits_per_byte"][key] += shift
-        results.append(new)
-    return dataclasses.replace(run, results=results)
+        bits = old.bits_per_byte
+        shift = levels.get(old.subject, bits.total) - bits.total
+        moved = [b + shift * n for b, n in zip(bits.documents.bits, bits.documents.bytes)]
+        documents = bits.documents.model_copy(update={"bits": moved})
+        results.append(with_documents(old, documents, total=bits.total + shift, low=bits.low + shift, high=bits.high + shift))
+    return replaced(run, results=results)
 
 
 # ------------------------------------------------------------------------------------------------------- differences
@@ -58,13 +71,12 @@ def test_paired_difference_sees_through_the_texts_own_spread():
     rng = np.random.default_rng(0)
     size = rng.integers(500, 2000, 60)
     hard = rng.normal(2.0, 0.5, 60)  # some documents are far harder than others, for everybody
-    a = result("a", (size * hard).tolist(), size.tolist())
-    b = result("b", (size * (hard + 0.02 + rng.normal(0, 0.02, 60))).tolist(), size.tolist())
+    a = result((size * hard).tolist(), size.tolist())
+    b = result((size * (hard + 0.02 + rng.normal(0, 0.02, 60))).tolist(), size.tolist())
     paired = bits_difference(b, a)
     assert paired.paired and paired.exceeds_noise and paired.tone == "bad"
     assert paired.low < paired.value < paired.high and paired.high - paired.low < 0.02
-    b["bits_per_byte"]["documents"] = {}
-    unpaired = bits_difference(b, a)
+    unpaired = bits_difference(with_documents(b, Documents()), a)
     assert not unpaired.paired and not unpaired.exceeds_noise
     assert unpaired.high - unpaired.value == pytest.approx(0.2 * 2**0.5)
 
@@ -74,27 +86,28 @@ def test_bootstrap_covers_what_it_says():
     rng, held = np.random.default_rng(1), 0
     for _ in range(100):
         size = rng.integers(500, 2000, 30)
-        pair = [result(w, (size * rng.normal(2.0, 0.1, 30)).tolist(), size.tolist()) for w in "ab"]
+        pair = [result((size * rng.normal(2.0, 0.1, 30)).tolist(), size.tolist()) for _ in "ab"]
         held += not bits_difference(*pair).exceeds_noise
     assert 85 <= held <= 99
 
 
 def test_one_document_proves_nothing(run):
     alone = []
-    for who, total in (("student_before", 3.0), ("student_after_best", 2.0)):
-        documents = {"corpus": ["c"], "bits": [total * 1000], "bytes": [1000]}
-        alone.append({"who": who, "bits_per_byte": {"total": total, "low": None, "high": None, "documents": documents}})
+    for who, total in ((BEFORE, 3.0), (BEST, 2.0)):
+        documents = Documents(corpus=["c"], bits=[total * 1000], bytes=[1000])
+        alone.append(Evaluation(subject=who, bits_per_byte=BitsPerByte(total=total, documents=documents)))
     difference = bits_difference(alone[1], alone[0])
     assert difference.value == -1 and not difference.exceeds_noise
-    single = dataclasses.replace(run, results=alone)
+    single = replaced(run, results=alone)
     assert verdict(single).headline.startswith("One document says little: from 3.000 to 2.000")
     for text in (answer_table(single), render_report(single), markdown(single)):
         assert "noise unknown" in text and "one document: none" in text and not re.search(r"[+-]?inf\b|nan", text)
 
 
 def test_benchmark_difference_knows_which_way_is_better():
-    def scored(value: float, **about: object) -> dict:
-        return {"who": "x", "tasks": {"t": {"value": value, "low": value - 0.02, "high": value + 0.02, **about}}}
+    def scored(value: float, **about: bool) -> Evaluation:
+        score = TaskScore(value=value, low=value - 0.02, high=value + 0.02, **about)
+        return Evaluation(subject=BEST, tasks={"t": score})
 
     assert task_difference("t", scored(0.6), scored(0.5)).tone == "good"
     assert task_difference("t", scored(0.6, higher_is_better=False), scored(0.5)).tone == "bad"
@@ -118,34 +131,35 @@ def test_verdict_of_a_run_that_helped(run):
 @pytest.mark.parametrize(
     ("levels", "tone", "words"),
     [
-        ({"student_after_best": 3.8}, "bad", "made the student worse"),
-        ({"baseline_best": 1.5}, "mixed", "The student improved, but cross-entropy alone does better: from"),
-        ({"student_after_last": 3.0}, "mixed", "helped"),  # behind its twin at the last checkpoint
+        ({BEST: 3.8}, "bad", "made the student worse"),
+        ({TWIN_BEST: 1.5}, "mixed", "The student improved, but cross-entropy alone does better: from"),
+        ({LAST: 3.0}, "mixed", "helped"),  # behind its twin at the last checkpoint
     ],
 )
 def test_verdict_is_plain_about_bad_news(run, levels, tone, words):
-    answer = verdict(changed(run, **levels))
+    answer = verdict(changed(run, levels))
     assert answer.tone == tone and words in answer.headline
     if tone == "mixed":
         assert "behind its twin" in " ".join(answer.sentences)
 
 
 def test_verdict_within_the_noise(run):
-    before = run.result("student_before")
-    noisy = json.loads(json.dumps(before)) | {"who": "student_after_best"}
+    before = run.result(BEFORE)
+    documents = before.bits_per_byte.documents
     wobble = np.random.default_rng(0).normal(0, 60, 24)
-    noisy["bits_per_byte"]["documents"]["bits"] = (np.array(before["bits_per_byte"]["documents"]["bits"]) + wobble).tolist()
-    answer = verdict(dataclasses.replace(run, results=[before, noisy]))
+    documents = documents.model_copy(update={"bits": (np.array(documents.bits) + wobble).tolist()})
+    noisy = with_documents(before, documents).model_copy(update={"subject": BEST})
+    answer = verdict(replaced(run, results=[before, noisy]))
     assert answer.tone == "even" and answer.headline.startswith("No difference beyond the noise")
 
 
 def test_verdict_names_overfitting_and_a_beaten_teacher(run):
-    said = " ".join(verdict(changed(run, student_after_best=0.9, student_after_last=1.4)).sentences)
+    said = " ".join(verdict(changed(run, {BEST: 0.9, LAST: 1.4})).sentences)
     assert "overfits towards the end" in said and "now beats the best teacher, gemma" in said
 
 
 def test_verdict_without_evaluations(run):
-    assert verdict(dataclasses.replace(run, results=[])).tone == "unknown"
+    assert verdict(replaced(run, results=[])).tone == "unknown"
 
 
 # --------------------------------------------------------------------------------------------------- terminal and KFP
@@ -154,24 +168,17 @@ def test_verdict_without_evaluations(run):
 def test_answer_table_says_who_stands_where(run):
     text = answer_table(run, {"report": "out/report.html", "student": "out/best"})
     lines = text.splitlines()
-    for who in ("student before", "student after, best", "CE twin, last", "teacher gemma", "teacher smollm"):
-        total = run.result(next(w for w in LEVELS if _same(w, who)))["bits_per_byte"]["total"]
-        assert any(line.startswith(who) and f" {total:.3f}" in line for line in lines), who
+    names = ("student before", "student after, best", "CE twin, last", "teacher gemma", "teacher smollm")
+    for who, name in zip((BEFORE, BEST, TWIN_LAST, teacher_subject("gemma"), teacher_subject("smollm")), names):
+        total = run.result(who).bits_per_byte.total
+        assert any(line.startswith(name) and f" {total:.3f}" in line for line in lines), who
     assert lines[-2:] == ["report:     out/report.html", "student:    out/best"]
     assert "Distillation helped" in text and text.isascii() and max(map(len, lines[:10])) <= 100
 
 
-def _same(who: str, words: str) -> bool:
-    return who in {
-        "student before": "student_before",
-        "student after, best": "student_after_best",
-        "CE twin, last": "baseline_last",
-    }.get(words, words.replace(" ", "-"))
-
-
 def test_metrics_and_markdown(run):
     figures = metrics(run)
-    best, before = (run.result(f"student_{w}")["bits_per_byte"]["total"] for w in ("after_best", "before"))
+    best, before = (run.result(who).bits_per_byte.total for who in (BEST, BEFORE))
     assert figures["bits_per_byte_student_after_best"] == pytest.approx(best, abs=1e-4)
     assert figures["bits_per_byte_gain"] == pytest.approx(before - best, abs=1e-4)
     assert 500 < figures["tokens_per_second"] < 900 and all(isinstance(v, float) for v in figures.values())
@@ -199,7 +206,7 @@ def test_groups_of_benchmarks_unfold(run):
         0
     ].note == "acc, 3-shot, n = 3,153"
     assert "mmlu_stem" not in [row[0].text for row in tasks_table(run).rows]
-    assert parts_table(dataclasses.replace(run, results=[])) is None
+    assert parts_table(replaced(run, results=[])) is None
 
 
 def test_settings_that_differ():
@@ -218,7 +225,7 @@ def titles(run: Run) -> str:
 
 
 def with_validation(run: Run, values: list[float]) -> Run:
-    return dataclasses.replace(run, log=[{"step": 10 * i, "validation_bits_per_byte": v} for i, v in enumerate(values)])
+    return replaced(run, log=[LogLine(step=10 * i, validation_bits_per_byte=v) for i, v in enumerate(values)])
 
 
 def test_warnings_on_validation(run):
@@ -227,38 +234,37 @@ def test_warnings_on_validation(run):
     settled = titles(with_validation(run, [3, 2.0, 1.9, 1.85, 1.849, 1.8485]))
     assert "Overfitting" not in settled and "Still improving" not in settled
     assert run.spec["evaluation"]["texts"] and "also measures it" not in settled
-    same = dataclasses.replace(run, spec=run.spec | {"evaluation": run.spec["evaluation"] | {"texts": []}})
+    same = replaced(run, spec=run.spec | {"evaluation": run.spec["evaluation"] | {"texts": []}})
     assert "The text that chose the best checkpoint also measures it" in titles(with_validation(same, [3, 2.0, 1.9]))
 
 
 def test_warnings_on_teachers_chunks_rows_and_selection(run):
-    assert "Teacher gemma is no better than the student was" in titles(changed(run, **{"teacher-gemma": 3.4}))
-    prepare = json.loads(json.dumps(run.prepare))
-    prepare["train"]["teachers"]["gemma"]["exact_chunks"] = 100
-    prepare["train"] |= {"dropped_documents": {"too short": 9}, "rows": 100_000}
-    poor = dataclasses.replace(
-        run, prepare=prepare, projections={"gemma": {"rows": 1000, "exact": 500, "multi": 100, "empty": 400}}
-    )
+    assert "Teacher gemma is no better than the student was" in titles(changed(run, {teacher_subject("gemma"): 3.4}))
+    train = run.prepare["train"]
+    teachers = {"gemma": train.teachers["gemma"].model_copy(update={"exact_chunks": 100})}
+    train = train.model_copy(update={"teachers": teachers, "dropped_documents": {"too short": 9}, "rows": 100_000})
+    empty = run.projections["gemma"].model_copy(update={"rows": 1000, "empty": 400})
+    poor = replaced(run, prepare={"train": train}, projections={"gemma": empty})
     assert "Only 1 % of the chunks shared with gemma" in titles(poor) and "40.0 % of the student's tokens" in titles(poor)
     assert "9 of 41 documents were left out" in titles(poor) and "Little text" not in titles(poor)
-    assert "Never selected: smollm" in titles(dataclasses.replace(run, log=[{"step": 1, "selected": "gemma"}]))
+    assert "Never selected: smollm" in titles(replaced(run, log=[LogLine(step=1, selected="gemma")]))
 
 
 def test_warnings_on_the_optimiser(run):
-    lines = [{"step": i, "grad_norm": 900.0 if i == 5 else 30.0, "loss": None if i > 7 else 1.0} for i in range(10)]
-    assert "Gradient spikes in 1 of 10" in titles(dataclasses.replace(run, log=lines))
-    assert "not finite in 2 of the logged steps" in titles(dataclasses.replace(run, log=lines))
+    lines = [LogLine(step=i, tokens=i, grad_norm=900.0 if i == 5 else 30.0, loss=None if i > 7 else 1.0) for i in range(10)]
+    assert "Gradient spikes in 1 of 10" in titles(replaced(run, log=lines))
+    assert "not finite in 2 of the logged steps" in titles(replaced(run, log=lines))
     assert "Gradient" not in titles(run)
 
 
 def test_only_what_was_decided_while_training_is_drawn(run):
     def drawn(**loss: object) -> str:
-        changed = dataclasses.replace(run, spec=run.spec | {"loss": run.spec["loss"] | loss})
+        changed = replaced(run, spec=run.spec | {"loss": run.spec["loss"] | loss})
         return " ".join(chart.title for _, group in charts(changed) for chart in group)
 
     assert "Weight of each teacher" in drawn() and "Dynamic factor" in drawn()
     assert "Weight of each teacher" not in drawn(weight_metric=None) and "Dynamic factor" not in drawn(dynamic_scaling=False)
-    fixed = dataclasses.replace(run, spec=run.spec | {"loss": run.spec["loss"] | {"weight_metric": None}})
+    fixed = replaced(run, spec=run.spec | {"loss": run.spec["loss"] | {"weight_metric": None}})
     assert ("weight", "1, fixed") in list(teacher_facts(fixed, fixed.spec["teachers"][0]))
 
 
@@ -303,8 +309,8 @@ def test_dag_has_no_box_over_another(run):
         assert a.y >= 0 and a.y + 54 <= picture.height and a.x + 142 <= picture.width
         assert all(abs(a.x - b.x) >= 142 or abs(a.y - b.y) >= 54 for b in picture.boxes[:i])
     at = {box.name: box.x for box in picture.boxes}
-    assert all(at[before] < at[task["name"]] for task in run.tasks for before in task["after"])
-    assert len(picture.edges) < sum(len(task["after"]) for task in run.tasks)  # resolve -> distill and the like go without saying
+    assert all(at[before] < at[task.name] for task in run.tasks for before in task.after)
+    assert len(picture.edges) < sum(len(task.after) for task in run.tasks)  # resolve -> distill and the like go without saying
 
 
 def test_density_is_darkest_where_most_weight_lies():
@@ -332,23 +338,23 @@ def test_run_json_restores_the_run(run, tmp_path):
 
 @pytest.mark.parametrize("missing", ["log", "baseline_log", "summary", "results", "overlap", "projections", "prepare", "tasks"])
 def test_every_part_may_be_missing(run, missing):
-    page = render_report(dataclasses.replace(run, **{missing: type(getattr(run, missing))()}))
+    page = render_report(replaced(run, **{missing: Run.model_fields[missing].get_default()}))
     assert "<h2>What was run</h2>" in page
 
 
 def test_report_of_a_spec_alone(run):
-    page = render_report(Run(spec=run.spec, settings=run.settings, name="bare"))
+    page = render_report(Run(format=FORMAT, spec=run.spec, settings=run.settings, name="bare"))
     assert "were not both measured" in page and 'id="curves"' not in page
 
 
 def test_files_that_are_no_json(tmp_path):
-    files = write_files(tmp_path)
-    log = files["log"]
+    files = parts(tmp_path)
+    log = files["training"] / "log.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 12')  # a run that was killed while writing
     assert len(Run.collect(**files).log) == whole.count("\n")
     log.write_text('{"step": 1, "ce": NaN}\n')
-    assert Run.collect(**files).log == [{"step": 1, "ce": None}]
+    assert Run.collect(**files).log == [LogLine(step=1, ce=None)]
     log.write_text("{oops\n" + whole)
     with pytest.raises(InputError, match="log.jsonl: line 1"):
         Run.collect(**files)
@@ -360,23 +366,24 @@ def test_files_that_are_no_json(tmp_path):
 
 def test_long_logs_are_thinned(tmp_path):
     log = tmp_path / "log.jsonl"
-    lines = [{"step": i, "loss": 1.0} if i % 100 else {"step": i, "validation_bits_per_byte": 2.0} for i in range(20_000)]
+    lines = [{"step": i, "tokens": i} if i % 100 else {"step": i, "validation_bits_per_byte": 2.0} for i in range(20_000)]
     log.write_text("\n".join(map(json.dumps, lines)))
-    kept = Run.collect(write_files(tmp_path / "run")["spec"], log=log).log
-    assert sum("loss" in line for line in kept) <= MAX_LINES and sum("loss" not in line for line in kept) == 200
-    assert [line["step"] for line in kept] == sorted(line["step"] for line in kept) and kept[-1]["step"] > 19_900
+    kept = Run.collect(parts(tmp_path / "run")["spec"], tmp_path).log
+    assert sum(line.of_training for line in kept) <= MAX_LINES and sum(not line.of_training for line in kept) == 200
+    assert [line.step for line in kept] == sorted(line.step for line in kept) and kept[-1].step > 19_900
 
 
 def test_a_prompt_of_two_corpora_is_shown_once(run):
-    doubled = [r | {"samples": 2 * r.get("samples", [])} for r in run.results]
-    assert render_report(dataclasses.replace(run, results=doubled)).count('class="prompt"') == 3
-    assert render_report(dataclasses.replace(run, results=doubled)).count("<h4>student before</h4>") == 3
+    doubled = [r.model_copy(update={"samples": 2 * r.samples}) for r in run.results]
+    assert render_report(replaced(run, results=doubled)).count('class="prompt"') == 3
+    assert render_report(replaced(run, results=doubled)).count("<h4>student before</h4>") == 3
 
 
 def test_losses_below_zero_are_explained(run):
     words = "below 0 where only the tokens in common count"
-    log = [line | ({"kd_gemma": -0.2} if "loss" in line else {}) for line in run.log]
-    assert words in render_report(dataclasses.replace(run, log=log)) and words not in render_report(run)
+    below = {"teachers": {"gemma": TeacherLine(kd=-0.2)}}
+    log = [line.model_copy(update=below) if line.of_training else line for line in run.log]
+    assert words in render_report(replaced(run, log=log)) and words not in render_report(run)
 
 
 def test_bars_of_time(run):
@@ -385,16 +392,16 @@ def test_bars_of_time(run):
     tasks = task_bars(run)
     assert tasks[0].label == "distill" and not any(bar.pale for bar in tasks[:-2])
     assert [(bar.label, bar.text, bar.note) for bar in tasks[-2:]] == [  # they took no time in this run
-        ("projection-gemma", "5.9 s", "from cache"),
+        ("projections", "5.9 s", "from cache"),
         ("overlap", "4.8 s", "from cache"),
     ]
 
 
 def test_the_run_took_what_its_own_tasks_took(run):
     times = {"resolve": (100.0, 5.0, "done"), "overlap": (10.0, 3.0, "cached"), "distill": (106.0, 60.0, "done")}
-    tasks = [{"name": n, "after": [], "start": s, "seconds": t, "status": status} for n, (s, t, status) in times.items()]
-    assert run_seconds(dataclasses.replace(run, tasks=tasks)) == 66 and run_seconds(run) is None
-    assert "1 min 06 s from the start" in render_report(dataclasses.replace(run, tasks=tasks))
+    tasks = [Task(name=n, start=s, seconds=t, status=status) for n, (s, t, status) in times.items()]
+    assert run_seconds(replaced(run, tasks=tasks)) == 66 and run_seconds(run) is None
+    assert "1 min 06 s from the start" in render_report(replaced(run, tasks=tasks))
 
 
 def test_the_dag_tells_what_came_from_the_cache(run):
@@ -403,15 +410,15 @@ def test_the_dag_tells_what_came_from_the_cache(run):
 
 
 def test_the_dag_shows_shards_as_one_box():
-    shards = [{"name": f"prepare-{k}", "after": ["overlap"], "seconds": 60.0 * k + 1, "status": "cached"} for k in range(12)]
-    trained = {"name": "distill", "after": ["overlap", *(shard["name"] for shard in shards)], "seconds": 5.0}
-    overlap = {"name": "overlap", "after": [], "seconds": 1.0}
+    shards = [Task(name=f"prepare-{k}", after=["overlap"], seconds=60.0 * k + 1, status="cached") for k in range(12)]
+    trained = Task(name="distill", after=["overlap", *(shard.name for shard in shards)], seconds=5.0)
+    overlap = Task(name="overlap", seconds=1.0)
     picture = dag_picture([overlap, *shards, trained])
     assert [box.lines for box in picture.boxes] == [
         ["overlap", "1.0 s"], ["prepare", "12 shards", "from cache, 11 min 01 s"], ["distill", "5.0 s"]
     ]  # fmt: skip
     assert len(picture.edges) == 2
-    partly = dag_picture([overlap, *shards[:2], {**shards[2], "status": "done"}, trained])
+    partly = dag_picture([overlap, *shards[:2], shards[2].model_copy(update={"status": "done"}), trained])
     assert partly.boxes[1].lines == ["prepare", "3 shards", "2 min 01 s"]
 
 
@@ -429,9 +436,8 @@ def test_comparison(run, tmp_path):
 
 def test_comparison_of_runs_on_other_documents_colours_nothing(run, tmp_path):
     other = sample_run(tmp_path / "b", seed=1, shift=0.07, steps=300)
-    for result in other.results:
-        if "bits_per_byte" in result:
-            result["bits_per_byte"]["documents"]["bytes"][0] += 1
+    for measured in other.results:
+        measured.bits_per_byte.documents.bytes[0] += 1
     page = write_comparison([run, other], tmp_path / "compare.html").read_text()
     results = page.split("Bits per byte of held-out text, lower is better; below each")[0].rpartition("<table")[2]
     assert "not all on the same documents: careful" in page and "not on the same documents: careful" in page
@@ -439,6 +445,6 @@ def test_comparison_of_runs_on_other_documents_colours_nothing(run, tmp_path):
 
 
 def test_comparison_names_runs_by_their_place(run, tmp_path):
-    other = dataclasses.replace(run, spec=run.spec | {"output": {"uri": "s3://bucket/second"}})
+    other = replaced(run, spec=run.spec | {"output": {"uri": "s3://bucket/second"}})
     page = write_comparison([run, other], tmp_path / "compare.html").read_text()
     assert f"{run.name} (demo)" in page and f"{run.name} (second)" in page and "None: the runs have equal specs" in page

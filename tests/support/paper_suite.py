@@ -125,7 +125,8 @@ def main(out: str, folder: str) -> None:
     for name in ("model", "oracle"):
         prompts: list[str] = []
         benchmarks._language_model = made(plain, prompts, knows=name == "oracle")
-        told[name] = {"tasks": benchmarks.run_tasks(evaluation, model, tok, folder), "prompts": prompts}
+        scores = benchmarks.run_tasks(evaluation, model, tok, folder)
+        told[name] = {"tasks": {n: s.model_dump() for n, s in scores.items()}, "prompts": prompts}
     Path(out).write_text(json.dumps(told))
 
 

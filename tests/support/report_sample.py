@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +14,12 @@ import numpy as np
 from xtoken_core.report.compare import write_comparison
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
+from xtoken_core.results.evaluation import Evaluation
+from xtoken_core.results.rows import RowStatistics
+from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
+from xtoken_core.results.training import LogLine, TeacherLine, TrainingSummary
+from xtoken_core.results.vocabulary import OverlapReport, ProjectionStats
+from xtoken_core.results.workflow import ReadInput, Task
 from xtoken_core.spec import DistillationSpec
 
 SPEC = """
@@ -31,13 +36,13 @@ output: {uri: runs/demo}
 """
 
 LEVELS = {
-    "student_before": 3.221,
-    "student_after_best": 1.842,
-    "student_after_last": 1.851,
-    "baseline_best": 2.402,
-    "baseline_last": 2.931,
-    "teacher-gemma": 1.062,
-    "teacher-smollm": 1.124,
+    BEFORE: 3.221,
+    BEST: 1.842,
+    LAST: 1.851,
+    TWIN_BEST: 2.402,
+    TWIN_LAST: 2.931,
+    teacher_subject("gemma"): 1.062,
+    teacher_subject("smollm"): 1.124,
 }
 
 PROMPTS = [
@@ -50,25 +55,20 @@ PROMPTS = [
 ]
 
 
-def write_files(folder: Path, *, seed: int = 0, shift: float = 0.0, steps: int = 120) -> dict:
-    """Writes every file of a run; returns the arguments of `Run.collect`."""
+def parts(folder: Path, *, seed: int = 0, shift: float = 0.0, steps: int = 120) -> dict:
+    """The arguments of `Run.collect`, with the folders of trainings written."""
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def put(name: str, value: object) -> Path:
-        (folder / name).write_text(json.dumps(value))
-        return folder / name
-
-    spec = DistillationSpec.from_text(SPEC, [f"training.max_steps={steps}", f"training.seed={seed}"])
-    results = [put(f"{who}.json", _result(who, level + shift, np.random.default_rng(99))) for who, level in LEVELS.items()]
+    for name in ("run", "baseline"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        _log(folder / name / "log.jsonl", rng, steps, twin=name == "baseline")
+    _summary(steps).write(folder / "run" / "summary.json")
     return {
-        "spec": spec.to_json(),
-        "log": _log(folder / "log.jsonl", rng, steps, twin=False),
-        "baseline_log": _log(folder / "baseline.jsonl", rng, steps, twin=True),
-        "summary": put("summary.json", _summary(steps)),
-        "results": results,
-        "overlap": put("overlap.json", _overlap()),
-        "projections": {"gemma": put("projection.json", _projection(rng))},
+        "spec": DistillationSpec.from_text(SPEC, [f"training.max_steps={steps}", f"training.seed={seed}"]),
+        "training": folder / "run",
+        "baseline": folder / "baseline",
+        "results": [_result(who, level + shift, np.random.default_rng(99)) for who, level in LEVELS.items()],
+        "overlap": _overlap(),
+        "projections": {"gemma": _projection(rng)},
         "prepare": {split: _prepare(split) for split in ("train", "validation")},
         "inputs": _inputs(),
         "tasks": _tasks(),
@@ -77,7 +77,7 @@ def write_files(folder: Path, *, seed: int = 0, shift: float = 0.0, steps: int =
 
 def sample_run(folder: Path, **options: float) -> Run:
     """The run as the report component collects it."""
-    return Run.collect(**write_files(folder, **options))
+    return Run.collect(**parts(folder, **options))
 
 
 def _log(path: Path, rng: np.random.Generator, steps: int, twin: bool) -> Path:
@@ -87,8 +87,8 @@ def _log(path: Path, rng: np.random.Generator, steps: int, twin: bool) -> Path:
         if step:
             ce = 2.6 * math.exp(-(9 if twin else 4) * done) + (0.3 if twin else 1.9) + noise[0] * 3
             kd = {
-                "kd_gemma": 0.9 * math.exp(-5 * done) + 0.2 + noise[1] / 3,
-                "kd_smollm": 60 * math.exp(-6 * done) + 0.7 + abs(noise[2]),
+                "gemma": 0.9 * math.exp(-5 * done) + 0.2 + noise[1] / 3,
+                "smollm": 60 * math.exp(-6 * done) + 0.7 + abs(noise[2]),
             }
             line = {
                 "step": step,
@@ -107,29 +107,23 @@ def _log(path: Path, rng: np.random.Generator, steps: int, twin: bool) -> Path:
                 "memory_gib": (1.9 if twin else 3.1) + min(1, 5 * done) * 0.8,
             }
             if not twin:
-                line |= kd | {
-                    "kd": sum(kd.values()),
-                    "scale": ce / sum(kd.values()),
-                    "weight_gemma": 0.6 + noise[1],
-                    "weight_smollm": 0.4 - noise[1],
-                }
-                line |= {
-                    "seconds_gemma": 0.5 + noise[7] / 4,
-                    "seconds_smollm": 0.25 + noise[7] / 8,
-                    "seconds_teachers": 0.75 + noise[7] / 3,
+                line |= {"kd": sum(kd.values()), "scale": ce / sum(kd.values()), "seconds_teachers": 0.75 + noise[7] / 3}
+                line["teachers"] = {
+                    "gemma": TeacherLine(kd=kd["gemma"], weight=0.6 + noise[1], seconds=0.5 + noise[7] / 4),
+                    "smollm": TeacherLine(kd=kd["smollm"], weight=0.4 - noise[1], seconds=0.25 + noise[7] / 8),
                 }
                 line |= {"selected": "gemma" if noise[1] > 0 else "smollm"}
-            lines.append(line)
+            lines.append(LogLine(**line))
         if step % 10 == 0:
             bits = 1.85 + 1.37 * math.exp(-6 * done) if not twin else 2.3 + 0.9 * math.exp(-14 * done) + 0.6 * done**1.5
-            lines.append({"step": step, "validation_bits_per_byte": bits})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines.append(LogLine(step=step, validation_bits_per_byte=bits))
+    path.write_text("".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in lines))
     return path
 
 
-def _result(who: str, level: float, rng: np.random.Generator) -> dict:
+def _result(who: Subject, level: float, rng: np.random.Generator) -> Evaluation:
     size = rng.integers(400, 4000, 24)
-    bits = size * (level + rng.normal(0, 0.15, 24)) + np.random.default_rng(len(who)).normal(0, 20, 24)
+    bits = size * (level + rng.normal(0, 0.15, 24)) + np.random.default_rng(len(who.key)).normal(0, 20, 24)
     corpora = ["texts/kjv"] * 12 + ["texts/carroll"] * 12
     total = bits.sum() / size.sum()
     halves = {name: slice(12 * i, 12 * i + 12) for i, name in enumerate(("texts/kjv", "texts/carroll"))}
@@ -143,7 +137,7 @@ def _result(who: str, level: float, rng: np.random.Generator) -> dict:
         }
         for name, part in halves.items()
     }
-    student = not who.startswith("teacher")
+    student = who.role != "teacher"
     tasks = {
         "arc_easy": {
             "metric": "acc",
@@ -163,9 +157,9 @@ def _result(who: str, level: float, rng: np.random.Generator) -> dict:
     tasks["mmlu"] = tasks["arc_easy"] | {"shots": 3, "samples": 14042, "parts": {}}
     for part, samples in {"mmlu_stem": 3153, "mmlu_humanities": 4705}.items():
         tasks["mmlu"]["parts"][part] = tasks["winogrande"] | {"samples": samples, "low": 0.3, "high": 0.6}
-    return {
-        "who": who,
-        "model": who,
+    return Evaluation.model_validate({
+        "subject": who,
+        "model": who.key,
         "bits_per_byte": {
             "total": total,
             "low": total - 0.05,
@@ -174,13 +168,13 @@ def _result(who: str, level: float, rng: np.random.Generator) -> dict:
             "documents": {"corpus": corpora, "bits": bits.tolist(), "bytes": size.tolist()},
         },
         "tasks": {name: entry | {"low": entry["value"] - 0.03, "high": entry["value"] + 0.03} for name, entry in tasks.items()},
-        "agreement": {t: {"top1": 0.75 - level / 8, "kl": level / 3, "chunks": 5000} for t in ("gemma", "smollm")} if student else {},
-        "tokens_per_second": 2100 + 300 * len(who),
-        "samples": [{"prompt": p, "text": f" the {'king' if level < 2 else 'the the'} said unto the people of <{who}>.", "reference": r} for p, r in PROMPTS] if student else [],
-    }  # fmt: skip
+        "agreement": {t: {"top1": 0.75 - level / 8, "kl": level / 3, "chunks": 5000, "mode": "p_kl"} for t in ("gemma", "smollm")} if student else {},
+        "tokens_per_second": 2100 + 300 * len(who.key),
+        "samples": [{"prompt": p, "text": f" the {'king' if level < 2 else 'the the'} said unto the people of <{who.key}>.", "reference": r} for p, r in PROMPTS] if student else [],
+    })  # fmt: skip
 
 
-def _summary(steps: int) -> dict:
+def _summary(steps: int) -> TrainingSummary:
     environment = {
         "python": "3.11.7",
         "platform": "Linux-6.1-x86_64-with-glibc2.36",
@@ -193,10 +187,12 @@ def _summary(steps: int) -> dict:
     }
     phases = {"gemma": 61.0, "smollm": 30.0, "student": 96.0, "validation": 21.0, "checkpoint": 6.0}
     summary = {"steps": steps, "tokens": steps * 1000, "seconds": 214.0, "best_step": steps - 10, "modes": {"gemma": "p_kl"}}
-    return {**summary, "parameters": 74_400_000, "seconds_by_phase": phases, "environment": environment}
+    return TrainingSummary.model_validate(
+        {**summary, "parameters": 74_400_000, "seconds_by_phase": phases, "environment": environment}
+    )
 
 
-def _overlap() -> dict:
+def _overlap() -> OverlapReport:
     def coverage(digits: float) -> dict:
         shares = {
             "letter": 0.83,
@@ -213,6 +209,7 @@ def _overlap() -> dict:
 
     reason = "no two- or three-digit tokens on the student's side"
     gemma = {
+        "tokenizer": "models/gemma-3-270m",
         "fingerprint": "9f0b2c4417aa",
         "size": 262144,
         "same_vocabulary": False,
@@ -221,6 +218,8 @@ def _overlap() -> dict:
         "mode": "p_kl",
     }
     same = {
+        "tokenizer": "models/SmolLM2-135M-Instruct",
+        "reason": "every id stands for the same bytes as the student's",
         "fingerprint": "5a7c01d2e9ff",
         "size": 49152,
         "same_vocabulary": True,
@@ -228,17 +227,19 @@ def _overlap() -> dict:
         "coefficient": 1.0,
         "mode": "same_vocabulary",
     }
-    return {
-        "student": {"fingerprint": "5a7c01d2e9ff", "size": 49152},
-        "teachers": {"gemma": gemma | {"coverage": coverage(1.0), "reason": reason}, "smollm": same | {"coverage": {}}},
-        "matrix": {
-            "names": ["student", "gemma", "smollm"],
-            "coefficient": [[1.0, 0.691, 1.0], [0.691, 1.0, 0.691], [1.0, 0.691, 1.0]],
-        },
-    }
+    return OverlapReport.model_validate(
+        {
+            "student": {"tokenizer": "models/SmolLM2-135M-Instruct", "fingerprint": "5a7c01d2e9ff", "size": 49152},
+            "teachers": {"gemma": gemma | {"coverage": coverage(1.0), "reason": reason}, "smollm": same | {"coverage": {}}},
+            "matrix": {
+                "names": ["student", "gemma", "smollm"],
+                "coefficient": [[1.0, 0.691, 1.0], [0.691, 1.0, 0.691], [1.0, 0.691, 1.0]],
+            },
+        }
+    )
 
 
-def _projection(rng: np.random.Generator) -> dict:
+def _projection(rng: np.random.Generator) -> ProjectionStats:
     picture = rng.gamma(0.3, 2.0, (48, 64)) * (rng.random((48, 64)) < 0.6)
     picture[np.arange(48), np.arange(48) * 64 // 48] += 300
     examples = [
@@ -251,11 +252,22 @@ def _projection(rng: np.random.Generator) -> dict:
     weights += [[0] * 6 + [0.909, 0.091, 0, 0], [0] * 8 + [0.909, 0.091]]
     block = {"rows": tokens, "columns": pieces, "weights": weights}
     counts = {"0": 12, "1": 34012, "2": 11000, "3": 3500, "4": 628}
-    numbers = {"rows": 49152, "columns": 262144, "entries": 70000, "exact": 33980, "multi": 15128, "empty": 12, "seconds": 3.2}
-    return {**numbers, "entries_per_row": counts, "picture": picture.round(3).tolist(), "block": block, "examples": examples}
+    numbers = {
+        "rows": 49152,
+        "columns": 262144,
+        "entries": 70000,
+        "exact": 33980,
+        "multi": 15128,
+        "single_inexact": 32,
+        "empty": 12,
+        "seconds": 3.2,
+    }
+    return ProjectionStats.model_validate(
+        {**numbers, "entries_per_row": counts, "picture": picture.round(3).tolist(), "block": block, "examples": examples}
+    )
 
 
-def _prepare(split: str) -> dict:
+def _prepare(split: str) -> RowStatistics:
     size = 61_000 if split == "train" else 24_000
     corpora = {f"texts/{split}": {"documents": 41, "bytes": size}}
     teachers = {"gemma": {"tokens": size // 4, "chunks": size // 5, "exact_chunks": int(size / 5 * 0.999)}}
@@ -267,52 +279,32 @@ def _prepare(split: str) -> dict:
         "dropped_documents": {},
         "seconds": 2.1,
     }
-    return {**numbers, "corpora": corpora, "teachers": teachers}
+    return RowStatistics.model_validate({**numbers, "corpora": corpora, "teachers": teachers})
 
 
-def _inputs() -> list[dict]:
+def _inputs() -> list[ReadInput]:
     models = {"student.model": "models/SmolLM2-135M-Instruct", "teachers.gemma.model": "models/gemma-3-270m"}
     read = models | {"data.train": "texts/train", "data.validation": "texts/validation"}
-    return [{"field": name, "uri": uri, "version": "c0ffee12deadbeef"} for name, uri in read.items()]
+    return [ReadInput(field=name, uri=uri, version="c0ffee12deadbeef") for name, uri in read.items()]
 
 
-def _tasks() -> list[dict]:
-    evaluations = [
-        "student-before",
-        "student-after-best",
-        "student-after-last",
-        "baseline-best",
-        "baseline-last",
-        "teacher-gemma",
-        "teacher-smollm",
-    ]
+def _tasks() -> list[Task]:
     needs = {
+        "teachers": "resolve",
         "student-before": "resolve",
-        "student-after-best": "distill",
-        "student-after-last": "distill",
-        "baseline-best": "distill-baseline",
+        "student-after": "distill",
+        "baseline": "distill-baseline",
     }
-    needs |= {"baseline-last": "distill-baseline", "teacher-gemma": "resolve", "teacher-smollm": "resolve"}
-    tasks = [
-        {"name": "resolve", "after": [], "seconds": 1.3},
-        {"name": "overlap", "after": ["resolve"], "seconds": 4.8, "status": "cached"},
-        {"name": "projection-gemma", "after": ["resolve", "overlap"], "seconds": 5.9, "status": "cached"},
-        {"name": "prepare", "after": ["resolve", "overlap"], "seconds": 8.1},
-        {"name": "distill", "after": ["resolve", "prepare", "projection-gemma", "overlap"], "seconds": 214.0},
-        {"name": "distill-baseline", "after": ["resolve", "prepare"], "seconds": 131.0},
-        *(
-            {"name": f"evaluate-{who}", "after": ["resolve", needs[who]], "seconds": 9.0 + 3 * i}
-            for i, who in enumerate(evaluations)
-        ),
-    ]
+    evaluations = [f"evaluate-{group}" for group in needs]
     return [
-        *tasks,
-        {
-            "name": "report",
-            "after": [f"evaluate-{who}" for who in evaluations] + ["distill"],
-            "seconds": None,
-            "status": "running",
-        },
+        Task(name="resolve", seconds=1.3),
+        Task(name="overlap", after=["resolve"], seconds=4.8, status="cached"),
+        Task(name="projections", after=["resolve", "overlap"], seconds=5.9, status="cached"),
+        Task(name="prepare", after=["resolve", "overlap"], seconds=8.1),
+        Task(name="distill", after=["resolve", "prepare", "projections", "overlap"], seconds=214.0),
+        Task(name="distill-baseline", after=["resolve", "prepare"], seconds=131.0),
+        *(Task(name=f"evaluate-{g}", after=["resolve", needs[g]], seconds=9.0 + 3 * i) for i, g in enumerate(needs)),
+        Task(name="report", after=[*evaluations, "distill"], status="running"),
     ]
 
 

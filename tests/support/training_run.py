@@ -13,6 +13,7 @@ from typing import Any
 from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.projection import build_projection
+from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.distill import distill
@@ -52,7 +53,7 @@ def changed(values: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any
     return values | {name: values.get(name, {}) | section for name, section in sections.items()}
 
 
-def run(values: dict[str, Any], folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+def run(values: dict[str, Any], folder: Path, out: Path, **options: Any) -> TrainingSummary:
     """Distils; returns the summary."""
     spec = DistillationSpec.model_validate(values)
     inputs = TrainingInputs((folder / "rows",), {"other": "p_kl"}, {"other": folder / "w.safetensors"})
@@ -78,7 +79,7 @@ def kill_after_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
 def steps(out: Path) -> list[dict[str, Any]]:
     """The lines of optimizer steps in the log."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [line for line in lines if "tokens" in line]
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.training_run import changed, prepare, steps
 from xtoken_core.errors import InputError
+from xtoken_core.results.training import LogLine
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training import trackers
 from xtoken_core.workflow.resolve import resolve
@@ -54,7 +55,8 @@ def tracked(values):
 
 def expected(out: Path) -> dict[str, list[tuple[int, float]]]:
     """The series of log.jsonl."""
-    return {name: [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps(out)] for name in SERIES}
+    lines = [LogLine.model_validate(line) for line in steps(out)]
+    return {name: [(line.step, pytest.approx(line.flat()[name], rel=1e-6)) for line in lines] for name in SERIES}
 
 
 def wandb_records(path: Path) -> list:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.data.rows import Row
+from xtoken_core.results.rows import RowsRecord
 from xtoken_core.spec import DistillationSpec
 
 
@@ -136,7 +136,7 @@ class Collator:
     @classmethod
     def for_rows(cls, spec: DistillationSpec, folder: str | Path) -> Collator:
         """The collator of the rows that `prepare_rows` wrote to `folder`."""
-        pads = json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))["pads"]
+        pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
         return cls(columns, pads, spec.loss.chunk_distribution)
 

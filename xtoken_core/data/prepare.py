@@ -14,7 +14,6 @@ Columns of a row (`teacher_I` for each teacher I of another vocabulary; one with
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.reading import row_budget
 from xtoken_core.data.rows import Row, Side, Tokenized, document_rows, load_sides, tokenize_texts
 from xtoken_core.data.statistics import Statistics, check_statistics
+from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.spec import DataSpec, DistillationSpec
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ BATCH_DOCUMENTS = 64
 
 def prepare_rows(
     spec: DistillationSpec, folder: str | Path, split: Literal["train", "validation"] = "train", shard: int = 0
-) -> dict[str, Any]:
+) -> RowStatistics:
     """Writes the rows of one share of the documents to `folder` (rows.arrow, rows.json) and returns the statistics.
 
     Shard k of `data.shards` takes documents k, k + shards, ...; all shards together hold the rows that one alone would.
@@ -63,12 +63,10 @@ def prepare_rows(
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec.data, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
-    seconds = round(time.time() - started, 3)
-    result = stats.summary() | {"started": round(started, 1), "seconds": seconds}
+    result = stats.summary(started=round(started, 1), seconds=round(time.time() - started, 3))
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
         check_statistics(result, f"data.{split}")
-    record = {"pads": {side.column: side.pad for side in sides}, "stats": result}
-    (folder / "rows.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    RowsRecord(pads={side.column: side.pad for side in sides}, stats=result).write(folder / "rows.json")
     return result
 
 

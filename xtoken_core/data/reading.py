@@ -36,7 +36,7 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
     check_statistics(all_shards(statistics), "data.train")
     if len(shards) == 1 or data.max_rows is not None or data.packing:
         return training_rows(data, *(storage.local_copy(shard) for shard in shards))
-    return StreamedRows(shards, [counted["rows"] for counted in statistics])
+    return StreamedRows(shards, [counted.rows for counted in statistics])
 
 
 class StreamedRows:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xtoken_core import storage
 from xtoken_core.data.documents import Document
 from xtoken_core.data.rows import Row, Side
 from xtoken_core.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from xtoken_core.results.rows import CorpusCounts, RowsRecord, RowStatistics, TeacherCounts
 
 
 class Statistics:
@@ -50,55 +47,47 @@ class Statistics:
                 self.exact[side.name] += int(row[f"{side.column}_chunk_exact"].sum())
             yield row
 
-    def summary(self) -> dict[str, Any]:
-        """JSON-able: counts of documents, rows, bytes, tokens; per teacher its tokens and chunks."""
-        return {
-            "documents": self.documents,
-            "dropped_documents": dict(self.dropped),
-            "rows": self.rows,
-            "bytes": self.bytes,
-            "student_tokens": self.tokens["student"],
-            "corpora": {name: {"documents": count, "bytes": self.corpus_bytes[name]} for name, count in self.corpora.items()},
-            "teachers": {
-                side.name.removeprefix("teacher "): {
-                    "tokens": self.tokens[side.name],
-                    "chunks": self.chunks[side.name],
-                    "exact_chunks": self.exact[side.name],
-                    **_means(self.exact[side.name], self.bytes, self.chunks[side.name]),
-                }
+    def summary(self, **about: float) -> RowStatistics:
+        """What was counted so far; `about`: the other fields."""
+        return RowStatistics(
+            documents=self.documents,
+            dropped_documents=dict(self.dropped),
+            rows=self.rows,
+            bytes=self.bytes,
+            student_tokens=self.tokens["student"],
+            corpora={n: CorpusCounts(documents=count, bytes=self.corpus_bytes[n]) for n, count in self.corpora.items()},
+            teachers={
+                side.name.removeprefix("teacher "): TeacherCounts(
+                    tokens=self.tokens[side.name], chunks=self.chunks[side.name], exact_chunks=self.exact[side.name]
+                )
                 for side in self.sides[1:]
             },
-        }
+            **about,
+        )
 
 
-def _means(exact: int, num_bytes: int, chunks: int) -> dict[str, float]:
-    return {"exact_share": exact / max(chunks, 1), "chunk_bytes_mean": num_bytes / max(chunks, 1)}
+def statistics_of(folder: str) -> RowStatistics:
+    """What `prepare_rows` counted when it wrote the rows of `folder` (a path or URI). Raises InputError."""
+    path = f"{folder}/rows.json"
+    return RowsRecord.parse(storage.open_text(path).read(), path).stats
 
 
-def statistics_of(folder: str) -> dict[str, Any]:
-    """What `prepare_rows` counted when it wrote the rows of `folder` (a path or URI)."""
-    counted: dict[str, Any] = json.loads(storage.open_text(f"{folder}/rows.json").read())["stats"]
-    return counted
+def all_shards(statistics: Sequence[RowStatistics]) -> RowStatistics:
+    """Statistics of several shards as those of one: sums, begun with the first of them."""
+    total = _added([part.model_dump() for part in statistics])
+    return RowStatistics(**total | {"started": min(part.started for part in statistics)})
 
 
-def all_shards(statistics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of several shards (each as `prepare_rows` returns them) as those of one: sums, with shares and means made anew."""
-    total = _added(statistics)
-    for counts in total["teachers"].values():
-        counts |= _means(counts["exact_chunks"], total["bytes"], counts["chunks"])
-    return total | {"started": min(part["started"] for part in statistics)}
-
-
-def check_statistics(statistics: dict[str, Any], where: str) -> None:
+def check_statistics(statistics: RowStatistics, where: str) -> None:
     """Raises InputError, with the field `where`, if what `prepare_rows` counted leaves nothing to learn from."""
-    documents = statistics["documents"]
+    documents = statistics.documents
     if not documents:
         raise InputError(f"{where}: no documents")
-    if not statistics["rows"]:
-        reason, count = max(statistics["dropped_documents"].items(), key=lambda item: item[1])
+    if not statistics.rows:
+        reason, count = max(statistics.dropped_documents.items(), key=lambda item: item[1])
         raise InputError(f"{where}: no rows: all {documents} documents dropped, {count} since {reason}")
-    for teacher, counts in statistics["teachers"].items():
-        if not counts["chunks"]:
+    for teacher, counts in statistics.teachers.items():
+        if not counts.chunks:
             raise InputError(f"{where}: teacher {teacher} has no chunk in common with the student")
 
 

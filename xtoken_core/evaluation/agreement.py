@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xtoken_core.data.reading import load_rows
 from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
 from xtoken_core.models import Loaded, final_hidden, head_logits, load
 from xtoken_core.projection import Projection
+from xtoken_core.results.evaluation import Agreement
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 
 BATCH_TOKENS = 1024
@@ -25,9 +27,9 @@ def agreement(
     spec: DistillationSpec,
     student: Loaded,
     rows_folder: str | Path,
-    projections: dict[str, Path | str],
-    modes: dict[str, str],
-) -> dict[str, dict[str, Any]]:
+    projections: Mapping[str, Path | str],
+    modes: Mapping[str, str],
+) -> dict[str, Agreement]:
     """What each teacher and the student have in common, by teacher id.
 
     `kl`: the loss's own divergence, nats per chunk, or per token with the student's vocabulary. `top1`: at how many of the
@@ -69,17 +71,17 @@ def agreement(
             agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch.student.token_mask)
             same, places = same + int(agrees.sum()), places + len(agrees)
         totals = StepTotals.from_sums(counts, [seen], loss)
-        results[teacher.id] = {
-            "kl": float(loss_metrics(sums, totals, loss)["kl_loss_t0"]),
-            "top1": same / max(places, 1),
-            "chunks": int(totals.kd_counts[0]),
-            "mode": mode or "same_vocabulary",
-        }
+        results[teacher.id] = Agreement(
+            kl=float(loss_metrics(sums, totals, loss)["kl_loss_t0"]),
+            top1=same / max(places, 1),
+            chunks=int(totals.kd_counts[0]),
+            mode=mode or "same_vocabulary",
+        )
     return results
 
 
 def _load(
-    teacher: TeacherSpec, student: Loaded, projections: dict[str, Path | str], attention: str
+    teacher: TeacherSpec, student: Loaded, projections: Mapping[str, Path | str], attention: str
 ) -> tuple[PreTrainedModel, int, Projection | None]:
     """The teacher's model beside the student's, how many rows of its lm_head count, and W."""
     device = student.model.device

@@ -5,9 +5,8 @@ How two results differ, and whether by more than the noise: `report.verdict`.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,26 @@ from xtoken_core.evaluation.intervals import ratio_interval
 from xtoken_core.evaluation.samples import samples
 from xtoken_core.layers import prune_layers
 from xtoken_core.models import Loaded, load
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.results.evaluation import BitsPerByte, CorpusBits, Documents, Evaluation
+from xtoken_core.results.subject import BEFORE, Subject
+from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.tokenization import row_bos
 
 
 def evaluate(
     spec: DistillationSpec,
-    who: str,
-    model: str | Path | None,
-    out_path: str | Path,
+    subject: Subject,
+    checkpoint: str | Path | None = None,
     rows: str | Path | None = None,
-    projections: dict[str, Path | str] | None = None,
-    modes: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    """Measures one model by what `spec.evaluation` asks for; writes the result to `out_path` as JSON and returns it.
-
-    Keys of the result: who, model, window, stride (tokens), seconds, tokens_per_second (of bits per byte), and where measured
-    bits_per_byte (total, low, high; per_corpus, the same with documents and bytes; documents: corpus, bits and bytes of each),
-    agreement (see `agreement`), tasks (see `benchmarks`), samples (prompt, text, reference).
+    projections: Mapping[str, Path | str] | None = None,
+    modes: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """Measures one model by what `spec.evaluation` asks for.
 
     Args:
-        spec: the run; a teacher's evaluation needs only that teacher in it.
-        who: teacher-ID, student_before, or a trained student (student_after_best, baseline_last, ...).
-        model: folder or reference of a trained student, else None: the spec names it.
-        out_path: file to write.
+        spec: the run.
+        subject: who is measured.
+        checkpoint: folder of a trained student; None: the spec names the model.
         rows: folder that holds the validation rows in `validation`, for the agreement of a student; None: none is measured.
         projections: file of W by teacher id, for the agreement.
         modes: loss mode by teacher id, for the agreement.
@@ -57,11 +52,11 @@ def evaluate(
     Raises InputError.
     """
     started = time.perf_counter()
-    loaded, reference = load_for(spec, who, model)
+    loaded, reference = load_for(spec, subject, checkpoint)
     window = spec.evaluation.window or spec.data.max_length
     stride = max(1, window // 2)
-    result: dict[str, Any] = {"who": who, "model": reference, "window": window, "stride": stride}
-    student = not who.startswith("teacher-")
+    result: dict[str, Any] = {}
+    student = subject.role != "teacher"
     if spec.measures_bits:
         documents = held_out(spec)
         measured = time.perf_counter()
@@ -75,41 +70,34 @@ def evaluate(
     if spec.evaluation.tasks:
         from xtoken_core.evaluation.harness import run_tasks
 
-        result["tasks"] = run_tasks(
-            spec.evaluation, loaded.model, loaded.tokenizer, reference if _as_it_lies(spec, who, reference) else None
-        )
-    result["seconds"] = time.perf_counter() - started
-    Path(out_path).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    return result
+        folder = reference if _as_it_lies(spec, subject, reference) else None
+        result["tasks"] = run_tasks(spec.evaluation, loaded.model, loaded.tokenizer, folder)
+    seconds = time.perf_counter() - started
+    return Evaluation(subject=subject, model=reference, window=window, stride=stride, seconds=seconds, **result)
 
 
-def load_for(spec: DistillationSpec, who: str, model: str | Path | None) -> tuple[Loaded, str]:
+def load_for(spec: DistillationSpec, subject: Subject, checkpoint: str | Path | None) -> tuple[Loaded, str]:
     """The model (on the GPU, in bfloat16, if there is one) with its tokenizer, and where it is from. Raises InputError."""
     dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
-    layers = None
-    if model is not None:
-        reference, tokenizer = str(model), None
-    elif who == "student_before":
-        reference, tokenizer, layers = spec.student.model, spec.student.tokenizer, spec.student.keep_layers
-    else:
-        teacher = next((t for t in spec.teachers if who == f"teacher-{t.id}"), None)
-        if teacher is None:
-            raise InputError(f"who: {who}: neither teacher-ID of a teacher, nor student_before, nor a model given")
-        reference, tokenizer = teacher.model, teacher.tokenizer
-    loaded = load(reference, tokenizer, who, dtype, spec.training.attention)
-    if layers is not None:
-        prune_layers(loaded.model, layers)
+    named = _named(spec, subject)
+    reference, tokenizer = (named.model, named.tokenizer) if checkpoint is None else (str(checkpoint), None)
+    loaded = load(reference, tokenizer, subject.key, dtype, spec.training.attention)
+    if subject == BEFORE and spec.student.keep_layers is not None:
+        prune_layers(loaded.model, spec.student.keep_layers)
     loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     return loaded, reference
 
 
-def _as_it_lies(spec: DistillationSpec, who: str, reference: str) -> bool:
+def _named(spec: DistillationSpec, subject: Subject) -> StudentSpec | TeacherSpec:
+    """What the spec says of the subject's model."""
+    return spec.student if subject.teacher is None else next(t for t in spec.teachers if t.id == subject.teacher)
+
+
+def _as_it_lies(spec: DistillationSpec, subject: Subject, reference: str) -> bool:
     """Whether another program that loads the reference gets the same model and tokenizer."""
-    changed: tuple[Any, ...] = {
-        "student_before": (spec.student.tokenizer, spec.student.keep_layers),
-        **{f"teacher-{teacher.id}": (teacher.tokenizer,) for teacher in spec.teachers},
-    }.get(who, ())
-    return not any(changed) and not storage.is_remote(reference) and not reference.endswith(".gguf")
+    trained = subject.state in ("best", "last")
+    changed = not trained and (_named(spec, subject).tokenizer or (subject == BEFORE and spec.student.keep_layers))
+    return not changed and not storage.is_remote(reference) and not reference.endswith(".gguf")
 
 
 def held_out(spec: DistillationSpec) -> list[Document]:
@@ -126,22 +114,20 @@ def held_out(spec: DistillationSpec) -> list[Document]:
 
 def measure_bits(
     spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document], window: int, stride: int
-) -> tuple[dict[str, Any], int]:
+) -> tuple[BitsPerByte, int]:
     """The `bits_per_byte` of a result, and how many tokens it took."""
     tok = loaded.tokenizer
     ids, counted, sizes = _tokens(spec, tok, documents)
     nats = token_nats(loaded.model, ids, opener_of(tok), row_bos(tok), window, stride)
     bits = np.array([float(n[c].sum()) for n, c in zip(nats, counted)]) / np.log(2)
     corpora = np.array([document.corpus for document in documents])
-    return {
-        **bits_interval(bits, sizes),
-        "per_corpus": {
-            name: bits_interval(bits[here], sizes[here]) | {"documents": int(here.sum()), "bytes": int(sizes[here].sum())}
-            for name in sorted(set(corpora.tolist()))
-            for here in [corpora == name]
-        },
-        "documents": {"corpus": corpora.tolist(), "bits": bits.tolist(), "bytes": sizes.tolist()},
-    }, sum(map(len, ids))
+    per_corpus = {
+        name: CorpusBits(documents=int(here.sum()), bytes=int(sizes[here].sum()), **bits_interval(bits[here], sizes[here]))
+        for name in sorted(set(corpora.tolist()))
+        for here in [corpora == name]
+    }
+    each = Documents(corpus=corpora.tolist(), bits=bits.tolist(), bytes=sizes.tolist())
+    return BitsPerByte(per_corpus=per_corpus, documents=each, **bits_interval(bits, sizes)), sum(map(len, ids))
 
 
 def _tokens(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from xtoken_core.errors import InputError
 from xtoken_core.evaluation.bits_per_byte import opener_of
 from xtoken_core.evaluation.intervals import Z95, share_interval
+from xtoken_core.results.evaluation import TaskScore
 from xtoken_core.spec import EvaluationSpec
 from xtoken_core.tokenization import row_bos
 
@@ -52,12 +53,10 @@ SUITES = {
 
 def run_tasks(
     evaluation: EvaluationSpec, model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: str | Path | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, TaskScore]:
     """Runs `evaluation.tasks`: names of the harness, suites of `SUITES`, folders (also fsspec URIs) of tasks and their data.
 
-    Per task or group of tasks: metric, value, stderr (the harness's), low, high (95 %, None where none is known), samples, shots (None where a
-    group's tasks differ), higher_is_better, metrics, all the harness has, scores ("0110": right or wrong, by question) and questions (their
-    digest) where answers are right or wrong, and of a group parts: the same for what it consists of.
+    Returns the score of each task or group of tasks.
 
     Args:
         evaluation: tasks, num_fewshot and limit are read.
@@ -70,7 +69,7 @@ def run_tasks(
     jobs = plan_tasks(evaluation.tasks)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells at length what it was told
     lm = _language_model(model, tok, folder)
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, TaskScore] = {}
     for job in jobs:
         shots = job.shots if evaluation.num_fewshot is None else evaluation.num_fewshot
         results |= _run(job, lm, shots, evaluation.limit)
@@ -122,7 +121,7 @@ def _language_model(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder
     return HFLM(model, tokenizer=tok, batch_size=16 if torch.cuda.is_available() else 4, **begin)
 
 
-def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
+def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, TaskScore]:
     from lm_eval import simple_evaluate
 
     try:
@@ -144,7 +143,7 @@ def _run(job: Job, lm: LM, shots: int | None, limit: int | None) -> dict[str, di
     }
     parts = {part for inside in members.values() for part in inside}
     return {
-        name: _summary(name, found) | {"parts": {part: _summary(part, found) for part in members.get(name, [])}}
+        name: _score(name, found).model_copy(update={"parts": {part: _score(part, found) for part in members.get(name, [])}})
         for name in found["results"]
         if _metrics(found["results"][name]) and name not in parts
     }
@@ -154,7 +153,7 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in result.items() if "," in key and "_stderr" not in key and isinstance(value, float)}
 
 
-def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _score(name: str, found: dict[str, Any]) -> TaskScore:
     result, tasks = found["results"][name], _tasks_of(name, found)
     metrics = _metrics(result)
     metric = next((m for m in PREFERRED_METRICS if m in metrics), next(iter(metrics)))
@@ -169,18 +168,18 @@ def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
         answers = _answers(measure, kind, [entry for task in tasks for entry in found["samples"][task]])
     elif stderr is not None:
         low, high = value - Z95 * stderr, value + Z95 * stderr
-    return {
-        "metric": metric,
-        "value": value,
-        "stderr": stderr,
-        "low": low,
-        "high": high,
-        "samples": samples,
-        "shots": shots.pop() if len(shots) == 1 else None,
-        "higher_is_better": found["higher_is_better"].get(name, {}).get(measure, True),
-        "metrics": metrics,
+    return TaskScore(
+        metric=metric,
+        value=value,
+        stderr=stderr,
+        low=low,
+        high=high,
+        samples=samples,
+        shots=shots.pop() if len(shots) == 1 else None,
+        higher_is_better=found["higher_is_better"].get(name, {}).get(measure, True),
+        metrics=metrics,
         **answers,
-    }
+    )
 
 
 def _answers(measure: str, kind: str, entries: list[dict[str, Any]]) -> dict[str, str]:

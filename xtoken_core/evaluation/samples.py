@@ -8,14 +8,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.data.documents import Document
+from xtoken_core.results.evaluation import Sample
 from xtoken_core.tokenization import row_bos
 
 SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
 
 
 @torch.no_grad()
-def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[dict[str, str]]:
-    """Greedy continuations of the first held-out texts of each corpus in turn: prompt, text, reference.
+def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[Sample]:
+    """Greedy continuations of the first held-out texts of each corpus in turn.
 
     The prompt is a text's beginning, or a chat up to the assistant's first answer.
     """
@@ -35,7 +36,7 @@ def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Seq
             pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
         )
         text = str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
-        results.append({"prompt": prompt, "text": text, "reference": reference})
+        results.append(Sample(prompt=prompt, text=text, reference=reference))
     return results
 
 

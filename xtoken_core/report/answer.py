@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import bits_difference, bits_limits, bits_per_byte, everybody, label, verdict
+from xtoken_core.results.subject import BEFORE, TWIN_BEST
 
 COLUMNS = ("", "bits per byte", "95 % interval", "against before", "tokens/s")
 
@@ -29,12 +30,9 @@ def answer_table(run: Run, places: Mapping[str, str] | None = None) -> str:
 
 def metrics(run: Run) -> dict[str, float]:
     """Scalars for KFP's `Metrics` artifact: bits per byte of everybody, gains, speed."""
-    figures: dict[str, float | None] = {
-        f"bits_per_byte_{who.replace('-', '_')}": bits_per_byte(run.result(who)) for who in everybody(run)
-    }
-    after = run.result("student_after_best") or run.result("student_after_last")
-    for name, other in (("gain", "student_before"), ("gain_over_cross_entropy", "baseline_best")):
-        if after and (difference := bits_difference(run.result(other), after)):
+    figures: dict[str, float | None] = {f"bits_per_byte_{result.subject.key}": bits_per_byte(result) for result in everybody(run)}
+    for name, other in (("gain", BEFORE), ("gain_over_cross_entropy", TWIN_BEST)):
+        if difference := bits_difference(run.result(other), run.after):
             figures[f"bits_per_byte_{name}"] = difference.value
     _, speeds = run.steps("tokens_per_second")
     figures["tokens_per_second"] = sorted(speeds)[len(speeds) // 2] if speeds else None
@@ -51,17 +49,16 @@ def markdown(run: Run) -> str:
 def _rows(run: Run) -> list[list[str]]:
     """One row of text for everybody who was evaluated."""
     rows = []
-    for who in everybody(run):
-        result = run.result(who)
-        measured = result.get("bits_per_byte") or {}
-        gain = bits_difference(result, run.result("student_before")) if who != "student_before" else None
+    for result in everybody(run):
+        measured = result.bits_per_byte
+        gain = bits_difference(result, run.result(BEFORE)) if result.subject != BEFORE else None
         rows.append(
             [
-                label(who),
-                f"{measured['total']:.3f}" if measured.get("total") is not None else "-",
+                label(result.subject),
+                f"{measured.total:.3f}" if measured and measured.total is not None else "-",
                 bits_limits(measured) if measured else "-",
                 f"{gain.value:+.3f}" + ("" if gain.exceeds_noise else " (noise)") if gain else "-",
-                f"{result['tokens_per_second']:,.0f}" if result.get("tokens_per_second") else "-",
+                f"{result.tokens_per_second:,.0f}" if result.tokens_per_second else "-",
             ]
         )
     return rows

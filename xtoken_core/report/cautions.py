@@ -8,6 +8,7 @@ from statistics import median
 
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import bits_per_byte
+from xtoken_core.results.subject import BEFORE, BEST, teacher_subject
 
 SHARE_OF_EXACT_CHUNKS = 0.5
 """Fewer chunks whose text is equal on both sides than this is worth a word."""
@@ -63,7 +64,7 @@ def _on_validation(run: Run) -> Iterator[Caution]:
 def _on_held_out(run: Run) -> Iterator[Caution]:
     """Text that is no longer unseen, since the best of several checkpoints was chosen by it."""
     choices = len(run.steps("validation_bits_per_byte")[1])
-    if choices > 2 and not run.spec["evaluation"]["texts"] and bits_per_byte(run.result("student_after_best")) is not None:
+    if choices > 2 and not run.spec["evaluation"]["texts"] and bits_per_byte(run.result(BEST)) is not None:
         yield Caution(
             "The text that chose the best checkpoint also measures it",
             f"The best of {choices} validations flatters the student and the twin a little. Texts of their own "
@@ -84,7 +85,7 @@ def _on_gradients(run: Run) -> Iterator[Caution]:
 
 
 def _on_numbers(run: Run) -> Iterator[Caution]:
-    broken = [line["step"] for line in run.log if "loss" in line and line["loss"] is None]
+    broken = [line.step for line in run.log if line.of_training and line.loss is None]
     if broken:
         yield Caution(
             f"The loss was not finite in {len(broken)} of the logged steps",
@@ -94,9 +95,9 @@ def _on_numbers(run: Run) -> Iterator[Caution]:
 
 def _on_teachers(run: Run) -> Iterator[Caution]:
     """Teachers that have nothing to teach, or no more."""
-    states = (("student_before", "the student was before it began"), ("student_after_best", "the student is now"))
+    states = ((BEFORE, "the student was before it began"), (BEST, "the student is now"))
     for teacher in run.teachers:
-        score = bits_per_byte(run.result(f"teacher-{teacher}"))
+        score = bits_per_byte(run.result(teacher_subject(teacher)))
         for state, words in states:
             student = bits_per_byte(run.result(state))
             if student is not None and score is not None and score >= student:
@@ -109,7 +110,7 @@ def _on_teachers(run: Run) -> Iterator[Caution]:
 
 
 def _on_selection(run: Run) -> Iterator[Caution]:
-    chosen = [line["selected"] for line in run.log if line.get("selected")]
+    chosen = [line.selected for line in run.log if line.selected]
     idle = [teacher for teacher in run.teachers if teacher not in chosen]
     if chosen and idle:
         yield Caution(
@@ -119,8 +120,9 @@ def _on_selection(run: Run) -> Iterator[Caution]:
 
 
 def _on_chunks(run: Run) -> Iterator[Caution]:
-    for teacher, counts in run.prepare.get("train", {}).get("teachers", {}).items():
-        if counts.get("chunks") and (share := counts.get("exact_chunks", 0) / counts["chunks"]) < SHARE_OF_EXACT_CHUNKS:
+    train = run.prepare.get("train")
+    for teacher, counts in train.teachers.items() if train else ():
+        if counts.chunks and (share := counts.exact_chunks / counts.chunks) < SHARE_OF_EXACT_CHUNKS:
             yield Caution(
                 f"Only {100 * share:.0f} % of the chunks shared with {teacher} have equal text on both sides",
                 "The text is changed by a tokenizer's normaliser, or the two disagree on it; check the data's script and normal form.",
@@ -129,8 +131,8 @@ def _on_chunks(run: Run) -> Iterator[Caution]:
 
 def _on_projections(run: Run) -> Iterator[Caution]:
     for teacher, projection in run.projections.items():
-        rows, empty = projection.get("rows"), projection.get("empty", 0)
-        if rows and empty > 0.02 * rows:
+        rows, empty = projection.rows, projection.empty
+        if empty > 0.02 * rows:
             yield Caution(
                 f"{100 * empty / rows:.1f} % of the student's tokens have no counterpart in {teacher}'s vocabulary",
                 f"{empty:,} of W's {rows:,} rows are empty: the student's probability on these tokens is compared with nothing.",
@@ -139,22 +141,29 @@ def _on_projections(run: Run) -> Iterator[Caution]:
 
 def _on_data(run: Run) -> Iterator[Caution]:
     """Text seen many times, documents lost, few documents to measure on."""
-    train, training = run.prepare.get("train", {}), run.spec["training"]
-    seen = run.summary.get("steps", training["max_steps"]) * training["global_batch_size"]
-    if train.get("rows") and seen > 4 * train["rows"]:
-        yield Caution(
-            f"Little text: every row was seen {seen / train['rows']:.0f} times",
-            f"{train['rows']:,} rows of training text, {seen:,} shown. Fine for a demonstration; watch validation for overfitting.",
-        )
-    dropped = train.get("dropped_documents", {})
-    if train.get("documents") and sum(dropped.values()) > 0.01 * train["documents"]:
-        yield Caution(
-            f"{sum(dropped.values()):,} of {train['documents']:,} documents were left out",
-            f"Reasons: {'; '.join(f'{reason} ({count:,})' for reason, count in dropped.items())}.",
-        )
-    documents = (run.result("student_after_best").get("bits_per_byte") or {}).get("documents", {}).get("bits", [])
+    yield from _on_rows(run)
+    best = run.result(BEST)
+    documents = best.bits_per_byte.documents.bits if best and best.bits_per_byte else []
     if 1 < len(documents) < 10:
         yield Caution(
             f"Measured on {len(documents)} held-out documents",
             "Intervals over so few documents are rough; more held-out text (evaluation.texts) makes the verdict firm.",
+        )
+
+
+def _on_rows(run: Run) -> Iterator[Caution]:
+    train, training = run.prepare.get("train"), run.spec["training"]
+    if train is None:
+        return
+    seen = (run.summary.steps if run.summary else training["max_steps"]) * training["global_batch_size"]
+    if train.rows and seen > 4 * train.rows:
+        yield Caution(
+            f"Little text: every row was seen {seen / train.rows:.0f} times",
+            f"{train.rows:,} rows of training text, {seen:,} shown. Fine for a demonstration; watch validation for overfitting.",
+        )
+    dropped = train.dropped_documents
+    if sum(dropped.values()) > 0.01 * train.documents:
+        yield Caution(
+            f"{sum(dropped.values()):,} of {train.documents:,} documents were left out",
+            f"Reasons: {'; '.join(f'{reason} ({count:,})' for reason, count in dropped.items())}.",
         )

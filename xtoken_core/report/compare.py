@@ -22,6 +22,7 @@ from xtoken_core.report.verdict import (
     task_difference,
     verdict,
 )
+from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject
 
 CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),
@@ -32,7 +33,7 @@ CURVES = (
     ("Throughput", "student tokens per second", "tokens_per_second"),
     ("Memory", "GiB, student and teachers", "memory_gib"),
 )
-STATES = ("student_after_best", "student_after_last", "baseline_best", "baseline_last", "student_before")
+STATES = (BEST, LAST, TWIN_BEST, TWIN_LAST, BEFORE)
 
 
 def write_comparison(runs: Sequence[Run], out_html: str | Path) -> Path:
@@ -73,26 +74,20 @@ def distinct_names(runs: Sequence[Run]) -> list[Run]:
     if len(set(named)) < len(runs):
         named = [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]
     names = [run.name for run in runs]
-    return [replace(run, name=name) if names.count(run.name) > 1 else run for run, name in zip(runs, named)]
-
-
-def _after(run: Run) -> dict:
-    return run.result("student_after_best") or run.result("student_after_last")
+    return [run.model_copy(update={"name": name}) if names.count(run.name) > 1 else run for run, name in zip(runs, named)]
 
 
 def _summary(runs: Sequence[Run]) -> list[str]:
     """What the runs' students are to the first one's, in plain words."""
-    scored = [(score, run.name) for run in runs if (score := bits_per_byte(_after(run))) is not None]
-    careful = (
-        "" if all(same_documents(_after(run), _after(runs[0])) for run in runs) else " (not all on the same documents: careful)"
-    )
+    scored = [(score, run.name) for run in runs if (score := bits_per_byte(run.after)) is not None]
+    careful = "" if all(same_documents(run.after, runs[0].after) for run in runs) else " (not all on the same documents: careful)"
     sentences = (
         [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text{careful}."] if scored else []
     )
     words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
     for run in runs[1:]:
-        if _after(run) and _after(runs[0]) and (difference := bits_difference(_after(run), _after(runs[0]))):
-            same = "" if same_documents(_after(run), _after(runs[0])) else " (not on the same documents: careful)"
+        if difference := bits_difference(run.after, runs[0].after):
+            same = "" if same_documents(run.after, runs[0].after) else " (not on the same documents: careful)"
             sentences.append(f"{run.name} is {words[difference.tone]} {runs[0].name}: {interval(difference)}{same}.")
     return sentences
 
@@ -100,19 +95,18 @@ def _summary(runs: Sequence[Run]) -> list[str]:
 def _standing(runs: Sequence[Run]) -> list[Measured]:
     rows: list[Measured] = []
     for color, run in enumerate(runs):
-        for who in STATES[:2]:
-            measured = run.result(who).get("bits_per_byte") or {}
-            if measured.get("total") is not None:
-                state = who.rpartition("_")[2]
-                rows.append((f"{run.name}, {state}", color, measured["total"], measured.get("low"), measured.get("high")))
+        for subject in (BEST, LAST):
+            result = run.result(subject)
+            if result and (measured := result.bits_per_byte) and measured.total is not None:
+                rows.append((f"{run.name}, {subject.state}", color, measured.total, measured.low, measured.high))
     return rows
 
 
 def _bits_table(runs: Sequence[Run]) -> Table | None:
     """A run a row: bits per byte of its student's and its twin's states, and their differences from the first run's."""
-    states = [who for who in STATES if any(run.result(who).get("bits_per_byte") for run in runs)]
+    states = [who for who in STATES if any(bits_per_byte(run.result(who)) is not None for run in runs)]
 
-    def cell(run: Run, who: str) -> Cell:
+    def cell(run: Run, who: Subject) -> Cell:
         own, first = run.result(who), runs[0].result(who)
         difference = bits_difference(own, first) if run is not runs[0] and same_documents(own, first) else None
         return _cell(bits_per_byte(own), difference)
@@ -127,12 +121,12 @@ def _bits_table(runs: Sequence[Run]) -> Table | None:
 
 def _tasks_table(runs: Sequence[Run]) -> Table | None:
     """A run a row: its student's benchmark scores, and their differences from the first run's."""
-    tasks = list(dict.fromkeys(task for run in runs for task in _after(run).get("tasks", {})))
+    tasks = list(dict.fromkeys(task for run in runs for task in (run.after.tasks if run.after else ())))
     rows = []
     for run in runs:
-        entries = [_after(run).get("tasks", {}).get(task) or {} for task in tasks]
-        differences = [task_difference(task, _after(run), _after(runs[0])) if run is not runs[0] else None for task in tasks]
-        rows.append([Cell(run.name), *(_cell(entry.get("value"), d) for entry, d in zip(entries, differences))])
+        entries = [run.after.tasks.get(task) if run.after else None for task in tasks]
+        differences = [task_difference(task, run.after, runs[0].after) if run is not runs[0] else None for task in tasks]
+        rows.append([Cell(run.name), *(_cell(entry.value if entry else None, d) for entry, d in zip(entries, differences))])
     return Table(["run", *tasks], rows, "Benchmark scores of the student after distillation.") if tasks else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from xtoken_core.report.charts import Bar, Chart, Series, Style, duration_bars, line_chart
@@ -25,7 +24,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
             [
                 _twinned(run, "Total loss", "KD + CE, nats per token", "loss"),
                 _per_teacher(
-                    run, "Distillation loss of each teacher", f"KL, nats, unweighted{_partial(run)}", "kd_", may_be_log=True
+                    run, "Distillation loss of each teacher", f"KL, nats, unweighted{_partial(run)}", "kd", may_be_log=True
                 ),
                 _weights(run),
                 _selected(run),
@@ -60,7 +59,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
 
 def phase_bars(run: Run) -> list[Bar]:
     """Where the time of the training went, longest phase first."""
-    phases = {name: seconds for name, seconds in run.summary.get("seconds_by_phase", {}).items() if seconds and seconds >= 0.05}
+    phases = {name: seconds for name, seconds in (run.summary.seconds_by_phase if run.summary else {}).items() if seconds >= 0.05}
     total = sum(phases.values())
     rows = sorted(phases.items(), key=lambda phase: -phase[1])
     return duration_bars([(name, seconds, f"{100 * seconds / total:.0f} %") for name, seconds in rows])
@@ -68,20 +67,20 @@ def phase_bars(run: Run) -> list[Bar]:
 
 def run_seconds(run: Run) -> float | None:
     """From the start of the first task to the end of the last, of those that ran; None where no times are known."""
-    ran = [task for task in run.tasks if task.get("start") and task.get("seconds") is not None and task.get("status") != "cached"]
-    return max(task["start"] + task["seconds"] for task in ran) - min(task["start"] for task in ran) if ran else None
+    times = [(t.start, t.start + t.seconds) for t in run.tasks if t.start and t.seconds is not None and t.status != "cached"]
+    return max(end for _, end in times) - min(start for start, _ in times) if times else None
 
 
 def task_bars(run: Run) -> list[Bar]:
     """How long each task of the DAG took, longest first; after them those from the cache, which took no time in this run."""
-    timed = [task for task in run.tasks if task.get("seconds")]
-    timed.sort(key=lambda task: (task.get("status") == "cached", -task["seconds"]))
-    bars = duration_bars([(t["name"], t["seconds"], "from cache" if t.get("status") == "cached" else "") for t in timed])
+    timed = [(task.status == "cached", task.name, task.seconds) for task in run.tasks if task.seconds]
+    timed.sort(key=lambda task: (task[0], -task[2]))
+    bars = duration_bars([(name, seconds, "from cache" if cached else "") for cached, name, seconds in timed])
     return [replace(bar, pale=bool(bar.note)) for bar in bars]
 
 
 def _validation(run: Run) -> Chart | None:
-    best = run.summary.get("best_step")
+    best = run.summary.best_step if run.summary else None
     marks = [(float(best), "best")] if best is not None else []
     series = _student_and_twin(run, "validation_bits_per_byte", points=True)
     return line_chart("Validation", "bits per byte", series, Style(marks=marks, wide=True))
@@ -108,24 +107,24 @@ def _plain(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) 
     return line_chart(title, unit, [Series(title, *run.steps(key), STUDENT)], Style(may_be_log=may_be_log))
 
 
-def _teacher_series(run: Run, prefix: str, names: Iterable[str]) -> list[Series]:
-    return [Series(t, *run.steps(prefix + t), FIRST_TEACHER + i) for i, t in enumerate(names)]
+def _teacher_series(run: Run, key: str) -> list[Series]:
+    return [Series(t, *run.steps(key, teacher=t), FIRST_TEACHER + i) for i, t in enumerate(run.teachers)]
 
 
-def _per_teacher(run: Run, title: str, unit: str, prefix: str, may_be_log: bool = False) -> Chart | None:
-    return line_chart(title, unit, _teacher_series(run, prefix, run.teachers), Style(may_be_log=may_be_log))
+def _per_teacher(run: Run, title: str, unit: str, key: str, may_be_log: bool = False) -> Chart | None:
+    return line_chart(title, unit, _teacher_series(run, key), Style(may_be_log=may_be_log))
 
 
 def _partial(run: Run) -> str:
     """A word on losses below zero: h_kl and gold sum over a part of the vocabulary."""
-    below = any(value < 0 for teacher in run.teachers for value in run.steps(f"kd_{teacher}")[1])
+    below = any(value < 0 for teacher in run.teachers for value in run.steps("kd", teacher=teacher)[1])
     return ", below 0 where only the tokens in common count" if below else ""
 
 
 def _weights(run: Run) -> Chart | None:
     """Weights that follow the teachers' scores; fixed ones stand in words beside the teacher."""
     return (
-        _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight_")
+        _per_teacher(run, "Weight of each teacher", "share of the KD sum", "weight")
         if run.spec["loss"]["weight_metric"]
         else None
     )
@@ -137,7 +136,7 @@ def _scale(run: Run) -> Chart | None:
 
 
 def _selected(run: Run) -> Chart | None:
-    chosen = [(line["step"], run.teachers.index(line["selected"])) for line in run.log if line.get("selected") in run.teachers]
+    chosen = [(line.step, run.teachers.index(line.selected)) for line in run.log if line.selected in run.teachers]
     series = [
         Series(t, [s for s, c in chosen if c == i], [c for _, c in chosen if c == i], FIRST_TEACHER + i, points=True)
         for i, t in enumerate(run.teachers)
@@ -147,4 +146,4 @@ def _selected(run: Run) -> Chart | None:
 
 def _step_time(run: Run) -> Chart | None:
     whole = Series("whole step", *run.steps("seconds_step"), STUDENT)
-    return line_chart("Time of a step", "seconds", [whole, *_teacher_series(run, "seconds_", run.teachers)])
+    return line_chart("Time of a step", "seconds", [whole, *_teacher_series(run, "seconds")])

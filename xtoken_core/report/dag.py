@@ -11,6 +11,7 @@ import networkx as nx
 import numpy as np
 
 from xtoken_core.report.charts import duration
+from xtoken_core.results.workflow import Task
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 142, 54, 44, 12
 """Of the DAG's boxes, in pixels."""
@@ -39,7 +40,7 @@ class Dag:
     """SVG paths."""
 
 
-def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
+def dag_picture(tasks: Sequence[Task]) -> Dag | None:
     """Lays the tasks out from left to right, each one column after the last it waits for; None without tasks.
 
     An edge that skips columns runs through a free place in each (a dummy node, as in Sugiyama, Tagawa & Toda, 1981, "Methods for
@@ -48,10 +49,10 @@ def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
     """
     if not tasks:
         return None
-    known = {task["name"]: task for task in _shards_joined(tasks)}
+    known = {task.name: task for task in _shards_joined(tasks)}
     graph = nx.DiGraph()
     graph.add_nodes_from(known)
-    graph.add_edges_from((before, name) for name, task in known.items() for before in task.get("after", []) if before in known)
+    graph.add_edges_from((before, name) for name, task in known.items() for before in task.after if before in known)
     graph = nx.transitive_reduction(graph)
     column = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
     chains = [_chain(edge, column) for edge in graph.edges]
@@ -64,27 +65,25 @@ def dag_picture(tasks: Sequence[dict[str, Any]]) -> Dag | None:
     height = _place(layers, links)
     center = {node: y for layer in layers for node, y in zip(layer, _rows(layer, links, height))}
     boxes = [
-        Box(
-            name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_lines(task), task.get("status", "done")
-        )
+        Box(name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_lines(task), task.status)
         for name, task in known.items()
     ]
     edges = [_edge([(column[n] if n in column else n[1], center[n]) for n in chain]) for chain in chains]
     return Dag(len(layers) * (BOX_WIDTH + GAP_X) - GAP_X, height, boxes, edges)
 
 
-def _shards_joined(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shards_joined(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with all shards of prepare as one, which takes as long as the longest of them."""
-    shards = {task["name"]: task for task in tasks if re.fullmatch(r"prepare-\d+", task["name"])}
+    shards = {task.name: task for task in tasks if re.fullmatch(r"prepare-\d+", task.name)}
     name, kept = f"prepare-{len(shards)} shards", []
     for task in tasks:
-        if task["name"] not in shards:
-            after = dict.fromkeys(name if before in shards else before for before in task.get("after", []))
-            kept.append({**task, "after": list(after)})
+        if task.name not in shards:
+            after = dict.fromkeys(name if before in shards else before for before in task.after)
+            kept.append(task.model_copy(update={"after": list(after)}))
         elif task is next(iter(shards.values())):
-            seconds = [shard["seconds"] for shard in shards.values() if shard.get("seconds") is not None]
-            status = next((s for shard in shards.values() if (s := shard.get("status", "done")) != "cached"), "cached")
-            kept.append({**task, "name": name, "seconds": max(seconds, default=None), "status": status})
+            seconds = [shard.seconds for shard in shards.values() if shard.seconds is not None]
+            status = next((shard.status for shard in shards.values() if shard.status != "cached"), "cached")
+            kept.append(task.model_copy(update={"name": name, "seconds": max(seconds, default=None), "status": status}))
     return kept
 
 
@@ -133,11 +132,10 @@ def _edge(stops: list[tuple[int, float]]) -> str:
     return path
 
 
-def _task_lines(task: dict[str, Any]) -> list[str]:
-    status, seconds = task.get("status", "done"), task.get("seconds")
-    kind, _, rest = task["name"].partition("-")
-    time = [duration(seconds)] if seconds is not None else []
-    words = {"done": [], "cached": ["from cache"]}.get(status, [status])
+def _task_lines(task: Task) -> list[str]:
+    kind, _, rest = task.name.partition("-")
+    time = [duration(task.seconds)] if task.seconds is not None else []
+    words = {"done": [], "cached": ["from cache"]}.get(task.status, [task.status])
     return [kind, *([_shortened(rest)] if rest else []), ", ".join([*words, *time]) or "done"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from xtoken_core.report.charts import duration, number
 from xtoken_core.report.run import Run
+from xtoken_core.results.training import Environment, TrainingSummary
 
 Fact = tuple[str, str]
 
@@ -14,40 +15,36 @@ Fact = tuple[str, str]
 def run_facts(run: Run) -> Iterator[Fact]:
     """Student, training, machine, versions, places."""
     yield "student", run.spec["student"]["model"]
-    if student := run.overlap.get("student"):
-        yield "student's vocabulary", f"{student['size']:,} ids, fingerprint {student['fingerprint']}"
-    yield from _training(run.summary)
-    yield from _machine(run.summary.get("environment") or {})
+    if run.overlap:
+        yield "student's vocabulary", f"{run.overlap.student.size:,} ids, fingerprint {run.overlap.student.fingerprint}"
+    if run.summary:
+        yield from _training(run.summary)
+    if run.summary and run.summary.environment:
+        yield from _machine(run.summary.environment)
     yield "published at", run.spec["output"]["uri"]
     if run.created:
         yield "report made", run.made
 
 
-def _training(summary: dict[str, Any]) -> Iterator[Fact]:
-    if summary.get("parameters"):
-        yield "parameters", f"{summary['parameters']:,}"
-    if summary.get("steps"):
-        tokens = f", {number(summary['tokens'])} student tokens" if summary.get("tokens") else ""
-        yield "trained", f"{summary['steps']:,} steps{tokens}"
-    if summary.get("seconds"):
-        yield "training took", duration(summary["seconds"])
-    if summary.get("precision"):
-        yield "precision", summary["precision"]
-    if summary.get("resumed_from"):
-        yield "resumed", f"at step {summary['resumed_from']:,}"
+def _training(summary: TrainingSummary) -> Iterator[Fact]:
+    if summary.parameters:
+        yield "parameters", f"{summary.parameters:,}"
+    yield "trained", f"{summary.steps:,} steps, {number(summary.tokens)} student tokens"
+    yield "training took", duration(summary.seconds)
+    if summary.precision:
+        yield "precision", summary.precision
+    if summary.resumed_from:
+        yield "resumed", f"at step {summary.resumed_from:,}"
 
 
-def _machine(environment: dict[str, Any]) -> Iterator[Fact]:
-    """Of `xtoken_core.training.environment.describe_environment`."""
-    if not environment:
-        return
-    devices = environment["devices"]
+def _machine(environment: Environment) -> Iterator[Fact]:
+    devices = environment.devices
     yield "accelerators", f"{len(devices)} x {devices[0]}" if devices else "none"
-    yield "processor", f"{environment['cpu']}, {environment['cpu_cores']} cores, {environment['memory_gib']} GiB"
-    yield "system", f"{environment['platform']}, Python {environment['python']}"
-    yield "libraries", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    if environment["commit"]:
-        yield "commit", environment["commit"]
+    yield "processor", f"{environment.cpu}, {environment.cpu_cores} cores, {environment.memory_gib} GiB"
+    yield "system", f"{environment.platform}, Python {environment.python}"
+    yield "libraries", ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    if environment.commit:
+        yield "commit", environment.commit
 
 
 def teacher_facts(run: Run, teacher: dict[str, Any]) -> Iterator[Fact]:
@@ -57,20 +54,18 @@ def teacher_facts(run: Run, teacher: dict[str, Any]) -> Iterator[Fact]:
     loss = run.spec["loss"]
     if len(run.teachers) > 1 and not loss["weight_metric"] and loss["aggregation"] != "select_teacher":
         yield "weight", f"{teacher['weight']:g}, fixed"
-    if overlap := run.overlap.get("teachers", {}).get(name):
-        yield "loss mode", f"{overlap['mode']}: {overlap['reason']}" if overlap.get("reason") else overlap["mode"]
-        yield "vocabulary", f"{overlap['size']:,} ids, fingerprint {overlap['fingerprint']}"
-        yield "shared with the student", f"{overlap['shared']:,} byte strings, overlap {overlap['coefficient']:.4f}"
-    chunks = run.prepare.get("train", {}).get("teachers", {}).get(name, {})
-    if chunks.get("chunks"):
-        yield "chunks of training text", f"{chunks['chunks']:,}, {_percent(chunks['exact_chunks'], chunks['chunks'])} exact"
+    if overlap := run.overlap and run.overlap.teachers.get(name):
+        yield "loss mode", f"{overlap.mode}: {overlap.reason}"
+        yield "vocabulary", f"{overlap.size:,} ids, fingerprint {overlap.fingerprint}"
+        yield "shared with the student", f"{overlap.shared:,} byte strings, overlap {overlap.coefficient:.4f}"
+    train = run.prepare.get("train")
+    if (chunks := train and train.teachers.get(name)) and chunks.chunks:
+        yield "chunks of training text", f"{chunks.chunks:,}, {_percent(chunks.exact_chunks, chunks.chunks)} exact"
     if w := run.projections.get(name):
-        kinds = (
-            f"{_percent(w['exact'], w['rows'])} exact, {_percent(w['multi'], w['rows'])} of several tokens, {w['empty']:,} empty"
-        )
-        yield "rows of W", f"{w['rows']:,}: {kinds}"
-        if w.get("seconds") is not None:
-            yield "W was built in", duration(w["seconds"])
+        kinds = f"{_percent(w.exact, w.rows)} exact, {_percent(w.multi, w.rows)} of several tokens, {w.empty:,} empty"
+        yield "rows of W", f"{w.rows:,}: {kinds}"
+        if w.seconds is not None:
+            yield "W was built in", duration(w.seconds)
 
 
 def _percent(part: float, whole: float) -> str:

@@ -19,9 +19,10 @@ from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.projection_summary import density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
+from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
 from xtoken_core.storage import RUN_FILE
 
-SAMPLED = (("student_before",), ("student_after_best", "student_after_last"), ("baseline_best", "baseline_last"))
+SAMPLED = ((BEFORE,), (BEST, LAST), (TWIN_BEST, TWIN_LAST))
 """Whose text is shown: the first of each group that has any; teachers follow."""
 
 
@@ -81,46 +82,46 @@ def render(template: str, **values: Any) -> str:
 def standing(run: Run) -> Spans | None:
     """Where everybody stands in bits per byte, with intervals."""
     rows: list[Measured] = []
-    for who in everybody(run):
-        measured = run.result(who).get("bits_per_byte") or {}
-        if measured.get("total") is not None:
-            rows.append((label(who), color_of(run, who), measured["total"], measured.get("low"), measured.get("high")))
+    for result in everybody(run):
+        measured = result.bits_per_byte
+        if measured and measured.total is not None:
+            rows.append((label(result.subject), color_of(run, result.subject), measured.total, measured.low, measured.high))
     return interval_plot("bits per byte of held-out text, lower is better", rows)
 
 
-def color_of(run: Run, who: str) -> int | None:
+def color_of(run: Run, subject: Subject) -> int | None:
     """The palette's index for an evaluated model; None (grey) for the student before."""
-    if who.startswith("teacher-"):
-        return FIRST_TEACHER + run.teachers.index(who.removeprefix("teacher-"))
-    return {"student_before": None, "baseline_best": TWIN, "baseline_last": TWIN}.get(who, STUDENT)
+    if subject.teacher is not None:
+        return FIRST_TEACHER + run.teachers.index(subject.teacher)
+    return None if subject == BEFORE else TWIN if subject.role == "baseline" else STUDENT
 
 
 def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
     """What the report shows of one teacher's vocabulary and projection."""
     name = teacher["id"]
-    w = run.projections.get(name, {})
+    w = run.projections.get(name)
     return {
         "id": name,
-        "color": color_of(run, f"teacher-{name}"),
+        "color": color_of(run, teacher_subject(name)),
         "facts": list(teacher_facts(run, teacher)),
-        "picture": density_picture(w["picture"]) if w.get("picture") else None,
-        "block": w.get("block"),
-        "examples": [(e["student"], [(text, f"{weight:.3f}") for text, weight in e["pieces"]]) for e in w.get("examples", [])],
-        "rows": w.get("rows", 0),
-        "columns": w.get("columns", 0),
+        "picture": density_picture(w.picture) if w else None,
+        "block": w and w.block,
+        "examples": [(e.student, [(text, f"{weight:.3f}") for text, weight in e.pieces]) for e in (w.examples if w else ())],
+        "rows": w.rows if w else 0,
+        "columns": w.columns if w else 0,
     }
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Prompts with everybody's continuation; a prompt that is there twice, as of a document in two corpora, counts once."""
-    groups = (*SAMPLED, *((f"teacher-{teacher}",) for teacher in run.teachers))
-    sampled = [there[0] for group in groups if (there := [who for who in group if run.result(who).get("samples")])]
+    groups = (*SAMPLED, *((teacher_subject(teacher),) for teacher in run.teachers))
+    found = [[result for who in group if (result := run.result(who)) and result.samples] for group in groups]
     prompts: dict[str, dict[str, Any]] = {}
-    for who in sampled:
-        for sample in run.result(who)["samples"]:
+    for result in (results[0] for results in found if results):
+        for sample in result.samples:
             entry = prompts.setdefault(
-                sample["prompt"], {"prompt": sample["prompt"], "texts": [], "reference": (sample.get("reference") or "").strip()}
+                sample.prompt, {"prompt": sample.prompt, "texts": [], "reference": sample.reference.strip()}
             )
-            text = (label(who), color_of(run, who), sample["text"].strip())
+            text = (label(result.subject), color_of(run, result.subject), sample.text.strip())
             entry["texts"] += [text] if text not in entry["texts"] else []
     return list(prompts.values())

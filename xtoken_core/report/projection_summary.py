@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xtoken_core.projection import Projection
+from xtoken_core.results.vocabulary import Block, Example, ProjectionStats
 from xtoken_core.tokenization import TokenTable
 
 SHOWN = tuple(
@@ -22,40 +23,38 @@ SHOWN = tuple(
 """Numbers, code and words that show how one vocabulary reads in another; those that the student lacks are left out."""
 
 
-def projection_summary(projection: Projection, student: TokenTable, teacher: TokenTable) -> dict[str, Any]:
-    """JSON-able figures of W: counts of rows by kind, `picture` (density), `block` and `examples` (known tokens)."""
+def projection_summary(projection: Projection, student: TokenTable, teacher: TokenTable, **about: Any) -> ProjectionStats:
+    """Figures of W: counts of rows by kind, `picture` (density), `block` and `examples` (known tokens); `about`: the other fields."""
     weights, indices = projection.weights.detach().float().cpu().numpy(), projection.indices.cpu().numpy()
     per_row = (indices >= 0).sum(1)
     exact = np.zeros(len(indices), bool) if projection.exact is None else projection.exact.cpu().numpy()
     ids = [student.ids_by_bytes[token] for token in SHOWN if token in student.ids_by_bytes]
     multi = np.flatnonzero(per_row > 1)
     spread = multi[np.linspace(0, len(multi) - 1, min(8, len(multi))).astype(int)].tolist()
-    return {
-        "rows": len(indices),
-        "columns": len(teacher),
-        "entries": int(per_row.sum()),
-        "exact": int(exact.sum()),
-        "multi": len(multi),
-        "single_inexact": int(((per_row == 1) & ~exact).sum()),
-        "empty": int((per_row == 0).sum()),
-        "entries_per_row": {str(n): int((per_row == n).sum()) for n in range(indices.shape[1] + 1)},
-        "picture": _density(indices, weights, len(teacher)),
-        "block": projection_block(projection, student, teacher, [*ids, *spread]),
-        "examples": [
-            {
-                "student": show_token(student[i]),
-                "pieces": [[show_token(teacher[j]), round(float(w), 4)] for j, w in zip(indices[i], weights[i]) if j >= 0],
-            }
+    return ProjectionStats(
+        rows=len(indices),
+        columns=len(teacher),
+        entries=int(per_row.sum()),
+        exact=int(exact.sum()),
+        multi=len(multi),
+        single_inexact=int(((per_row == 1) & ~exact).sum()),
+        empty=int((per_row == 0).sum()),
+        entries_per_row={str(n): int((per_row == n).sum()) for n in range(indices.shape[1] + 1)},
+        picture=_density(indices, weights, len(teacher)),
+        block=projection_block(projection, student, teacher, [*ids, *spread]),
+        examples=[
+            Example(
+                student=show_token(student[i]),
+                pieces=[(show_token(teacher[j]), round(float(w), 4)) for j, w in zip(indices[i], weights[i]) if j >= 0],
+            )
             for i in [*ids, *spread]
         ],
-    }
+        **about,
+    )
 
 
-def projection_block(projection: Projection, student: TokenTable, teacher: TokenTable, ids: Sequence[int]) -> dict[str, Any]:
-    """The rows of the given student ids, over the teacher tokens that occur in them, in order of first use.
-
-    `rows` and `columns` are the tokens as text, `weights` a dense [rows][columns] list.
-    """
+def projection_block(projection: Projection, student: TokenTable, teacher: TokenTable, ids: Sequence[int]) -> Block:
+    """The rows of the given student ids, over the teacher tokens that occur in them, in order of first use."""
     indices, weights = projection.indices[list(ids)].tolist(), projection.weights[list(ids)].detach().tolist()
     columns = {j: None for row in indices for j in row if j >= 0}
     position = {j: c for c, j in enumerate(columns)}
@@ -64,11 +63,11 @@ def projection_block(projection: Projection, student: TokenTable, teacher: Token
         for j, weight in zip(row, row_weights):
             if j >= 0:
                 dense[r, position[j]] = weight
-    return {
-        "rows": [show_token(student[i]) for i in ids],
-        "columns": [show_token(teacher[j]) for j in columns],
-        "weights": dense.round(4).tolist(),
-    }
+    return Block(
+        rows=[show_token(student[i]) for i in ids],
+        columns=[show_token(teacher[j]) for j in columns],
+        weights=dense.round(4).tolist(),
+    )
 
 
 def show_token(token: bytes) -> str:

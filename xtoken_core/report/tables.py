@@ -11,6 +11,9 @@ import yaml
 
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import Difference, bits_difference, bits_limits, everybody, label, score_difference
+from xtoken_core.results.evaluation import Bits, Evaluation, TaskScore
+from xtoken_core.results.subject import BEFORE, BEST, LAST, Subject
+from xtoken_core.results.vocabulary import ClassCoverage, OverlapReport
 
 
 @dataclass(frozen=True)
@@ -45,23 +48,21 @@ MISSING = Cell("-", "Infinity")
 
 def bits_table(run: Run) -> Table | None:
     """Bits per byte of everybody: total with interval, difference from the student before, per corpus."""
-    who = [w for w in everybody(run) if run.result(w).get("bits_per_byte")]
-    if not who:
+    found = [(result, result.bits_per_byte) for result in everybody(run) if result.bits_per_byte]
+    if not found:
         return None
-    corpora = list(dict.fromkeys(name for w in who for name in run.result(w)["bits_per_byte"].get("per_corpus", {})))
+    corpora = list(dict.fromkeys(name for _, measured in found for name in measured.per_corpus))
     split = corpora if len(corpora) > 1 else []
     rows = []
-    for w in who:
-        measured = run.result(w)["bits_per_byte"]
-        difference = bits_difference(run.result(w), run.result("student_before")) if w != "student_before" else None
-        per_corpus = measured.get("per_corpus", {})
+    for result, measured in found:
+        difference = bits_difference(result, run.result(BEFORE)) if result.subject != BEFORE else None
         rows.append(
             [
-                Cell(label(w)),
+                Cell(label(result.subject)),
                 _bits(measured),
                 _difference(difference),
-                *(_bits(per_corpus.get(name)) for name in split),
-                _speed(run, w),
+                *(_bits(measured.per_corpus.get(name)) for name in split),
+                _speed(result),
             ]
         )
     caption = (
@@ -74,45 +75,44 @@ def bits_table(run: Run) -> Table | None:
 def tasks_table(run: Run) -> Table | None:
     """Benchmarks side by side, with the student's change."""
     caption = "Benchmark scores, 0 to 1, with 95 % intervals. Change: the student after against before, over the same questions."
-    return _tasks_table({who: run.result(who).get("tasks") or {} for who in everybody(run)}, caption)
+    return _tasks_table({result.subject: result.tasks for result in everybody(run)}, caption)
 
 
 def parts_table(run: Run) -> Table | None:
     """What groups of benchmarks consist of, as MMLU of its fields."""
+    parts = {
+        result.subject: {name: part for group in result.tasks.values() for name, part in group.parts.items()}
+        for result in everybody(run)
+    }
+    return _tasks_table(parts, "What groups of benchmarks consist of.")
 
-    def parts(who: str) -> dict[str, Any]:
-        groups = (run.result(who).get("tasks") or {}).values()
-        return {name: part for group in groups for name, part in group.get("parts", {}).items()}
 
-    return _tasks_table({who: parts(who) for who in everybody(run)}, "What groups of benchmarks consist of.")
-
-
-def _tasks_table(scores: Mapping[str, Mapping[str, Any]], caption: str) -> Table | None:
+def _tasks_table(scores: Mapping[Subject, Mapping[str, TaskScore]], caption: str) -> Table | None:
     """Of each one's entries by task, those who have none left out; the change stands beside the student that it is of."""
     scores = {who: entries for who, entries in scores.items() if entries}
-    before, after = "student_before", next((who for who in ("student_after_best", "student_after_last") if who in scores), None)
+    after = next((who for who in (BEST, LAST) if who in scores), None)
     tasks = list(dict.fromkeys(task for entries in scores.values() for task in entries))
     about = {task: next(of[task] for of in scores.values() if task in of) for task in tasks}
     columns = {"benchmark": [Cell(task, note=_about_task(about[task])) for task in tasks]}
     for who, entries in scores.items():
         columns[label(who)] = [_score(entries.get(task)) for task in tasks]
-        if who == after and before in scores:
+        if who == after and BEFORE in scores:
             columns["change"] = [
-                _difference(score_difference(after, before, entries.get(t), scores[before].get(t))) for t in tasks
+                _difference(score_difference(after, BEFORE, entries.get(t), scores[BEFORE].get(t))) for t in tasks
             ]
     return Table(list(columns), [list(row) for row in zip(*columns.values())], caption) if tasks else None
 
 
 def agreement_table(run: Run) -> Table | None:
     """How often the student's states and its teachers agree on the likeliest next text, and how far apart they are."""
-    who = [w for w in everybody(run) if run.result(w).get("agreement")]
-    teachers = [t for t in run.teachers if any(t in run.result(w)["agreement"] for w in who)]
+    found = [result for result in everybody(run) if result.agreement]
+    teachers = [t for t in run.teachers if any(t in result.agreement for result in found)]
     rows = []
-    for w in who:
-        row = [Cell(label(w))]
+    for result in found:
+        row = [Cell(label(result.subject))]
         for teacher in teachers:
-            measured = run.result(w)["agreement"].get(teacher) or {}
-            top1, kl = measured.get("top1"), measured.get("kl")
+            measured = result.agreement.get(teacher)
+            top1, kl = (measured.top1, measured.kl) if measured else (None, None)
             row.append(Cell(f"{100 * top1:.1f} %", top1, heat=top1) if top1 is not None else MISSING)
             row.append(Cell(f"{kl:.3f}", kl) if kl is not None else MISSING)
         rows.append(row)
@@ -129,14 +129,14 @@ def agreement_table(run: Run) -> Table | None:
     )
 
 
-def coverage_table(overlap: Mapping[str, Any]) -> Table | None:
+def coverage_table(overlap: OverlapReport | None) -> Table | None:
     """Which share of the student's tokens each teacher has exactly, by class of token."""
-    teachers = {t: o["coverage"] for t, o in overlap.get("teachers", {}).items() if o.get("coverage")}
+    teachers = {t: o.coverage for t, o in overlap.teachers.items() if o.coverage} if overlap else {}
     classes = list(dict.fromkeys(name for coverage in teachers.values() for name in coverage))
     rows = []
     for name in classes:
         cells = [_covered(coverage.get(name)) for coverage in teachers.values()]
-        tokens = max(coverage.get(name, {}).get("tokens", 0) for coverage in teachers.values())
+        tokens = max(coverage[name].tokens for coverage in teachers.values() if name in coverage)
         rows.append([Cell(name.replace("_", " ")), Cell(f"{tokens:,}", tokens), *cells])
     return (
         Table(
@@ -147,13 +147,14 @@ def coverage_table(overlap: Mapping[str, Any]) -> Table | None:
     )
 
 
-def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
+def overlap_table(overlap: OverlapReport | None) -> Table | None:
     """The pairwise vocabulary overlap as a heat map."""
-    matrix = overlap.get("matrix") or {}
-    names = matrix.get("names", [])
+    if overlap is None:
+        return None
+    names = overlap.matrix.names
     rows = [
-        [Cell(name), *(Cell(f"{value:.3f}", value, heat=value) if value is not None else MISSING for value in values)]
-        for name, values in zip(names, matrix.get("coefficient", []))
+        [Cell(name), *(Cell(f"{value:.3f}", value, heat=value) for value in values)]
+        for name, values in zip(names, overlap.matrix.coefficient)
     ]
     return (
         Table(["", *names], rows, "Vocabulary overlap |A ∩ B| / min(|A|, |B|), over the bytes of tokens.")
@@ -165,22 +166,18 @@ def overlap_table(overlap: Mapping[str, Any]) -> Table | None:
 def corpora_table(run: Run) -> Table | None:
     """Every corpus that rows were made of."""
     rows = [
-        [Cell(f"{split}: {name}"), *_counts(corpus, "documents", "bytes")]
+        [Cell(f"{split}: {name}"), *(Cell(f"{count:,}", count) for count in (corpus.documents, corpus.bytes))]
         for split, stats in run.prepare.items()
-        for name, corpus in stats.get("corpora", {}).items()
+        for name, corpus in stats.corpora.items()
     ]
     return Table(["corpus", "documents", "bytes"], rows, "Corpora that rows were made of.") if rows else None
 
 
 def inputs_table(run: Run) -> Table | None:
     """Every model and data set that was read, with its version."""
-    rows = [[Cell(entry["field"]), Cell(entry["uri"]), Cell(entry["version"])] for entry in run.inputs]
+    rows = [[Cell(entry.field), Cell(entry.uri), Cell(entry.version)] for entry in run.inputs]
     caption = "Models and data as they were: commit of a hub id, else fingerprint."
     return Table(["field", "read from", "version"], rows, caption, code=True) if rows else None
-
-
-def _counts(corpus: dict[str, Any], *keys: str) -> list[Cell]:
-    return [Cell(f"{corpus[key]:,}", corpus[key]) if key in corpus else MISSING for key in keys]
 
 
 def settings_that_differ(specs: Mapping[str, Mapping[str, Any]]) -> Table | None:
@@ -212,10 +209,10 @@ def short_name(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2] or uri
 
 
-def _bits(measured: dict[str, Any] | None) -> Cell:
-    if not measured or measured.get("total") is None:
+def _bits(measured: Bits | None) -> Cell:
+    if measured is None or measured.total is None:
         return MISSING
-    return Cell(f"{measured['total']:.3f}", measured["total"], note=bits_limits(measured))
+    return Cell(f"{measured.total:.3f}", measured.total, note=bits_limits(measured))
 
 
 def _difference(difference: Difference | None) -> Cell:
@@ -228,28 +225,27 @@ def _difference(difference: Difference | None) -> Cell:
     return Cell(f"{difference.value:+.3f}", difference.value, difference.tone, note=note)
 
 
-def _score(entry: dict[str, Any] | None) -> Cell:
-    if not entry or entry.get("value") is None:
+def _score(entry: TaskScore | None) -> Cell:
+    if entry is None or entry.value is None:
         return MISSING
-    note = f"{entry['low']:.3f} to {entry['high']:.3f}" if entry.get("low") is not None else ""
-    return Cell(f"{entry['value']:.3f}", entry["value"], note=note)
+    note = f"{entry.low:.3f} to {entry.high:.3f}" if entry.low is not None else ""
+    return Cell(f"{entry.value:.3f}", entry.value, note=note)
 
 
-def _about_task(entry: dict[str, Any]) -> str:
-    shots, samples = entry.get("shots"), entry.get("samples")
-    measure, _, kind = entry.get("metric", "").partition(",")
+def _about_task(entry: TaskScore) -> str:
+    shots, samples = entry.shots, entry.samples
+    measure, _, kind = entry.metric.partition(",")
     metric = measure.replace("_", " ") + (f" ({kind})" if kind not in ("", "none") else "")
     parts = [metric, f"{shots}-shot" if shots is not None else None, f"n = {samples:,}" if samples else None]
     return ", ".join(part for part in parts if part)
 
 
-def _speed(run: Run, who: str) -> Cell:
-    speed = run.result(who).get("tokens_per_second")
+def _speed(result: Evaluation) -> Cell:
+    speed = result.tokens_per_second
     return Cell(f"{speed:,.0f}", speed) if speed else MISSING
 
 
-def _covered(entry: dict[str, Any] | None) -> Cell:
-    if not entry or not entry.get("tokens"):
+def _covered(entry: ClassCoverage | None) -> Cell:
+    if entry is None or not entry.tokens:
         return MISSING
-    share = entry["share"]
-    return Cell(f"{100 * share:.1f} %", share, heat=share)
+    return Cell(f"{100 * entry.share:.1f} %", entry.share, heat=entry.share)

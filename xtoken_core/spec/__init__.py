@@ -12,10 +12,9 @@ from xtoken_core.spec.resources import ResourcesSpec, SecretEnv, Toleration, Vol
 from xtoken_core.spec.student import StudentSpec
 from xtoken_core.spec.teachers import Mode, ProjectionSpec, TeacherSpec
 from xtoken_core.spec.training import TrainingSpec
-from xtoken_core.spec.whole import MAX_TEACHERS, DistillationSpec
+from xtoken_core.spec.whole import DistillationSpec
 
 __all__ = [
-    "MAX_TEACHERS",
     "DataSpec",
     "DistillationSpec",
     "EvaluationSpec",

@@ -22,9 +22,6 @@ from xtoken_core.spec.teachers import TeacherSpec
 from xtoken_core.spec.text import MAX_CHARACTERS, apply_override, parse_text
 from xtoken_core.spec.training import TrainingSpec
 
-MAX_TEACHERS = 8
-"""Teachers of one run: components have one optional input slot per teacher, and KFP wants them spelled out."""
-
 
 class DistillationSpec(Section):
     """One distillation run, whole."""
@@ -36,7 +33,7 @@ class DistillationSpec(Section):
         examples=["llama-1b-from-qwen"],
     )
     student: StudentSpec = Field(description="the model that learns")
-    teachers: Annotated[tuple[TeacherSpec, ...], Field(strict=False, min_length=1, max_length=MAX_TEACHERS)] = Field(
+    teachers: Annotated[tuple[TeacherSpec, ...], Field(strict=False, min_length=1)] = Field(
         description="the models that are learned from; order fixes teacher_0, teacher_1, ..."
     )
     loss: LossSpec = Field(LossSpec(), description="the distillation loss")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.models import Loaded
+from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.pool import TeacherPool
@@ -56,7 +55,7 @@ def distill(
     out_dir: str | Path,
     baseline: bool = False,
     checkpoint_uri: str | None = None,
-) -> dict[str, Any]:
+) -> TrainingSummary:
     """Trains the student and returns the summary that it also writes.
 
     With several GPUs, one process per GPU is started, unless torchrun has done so already.
@@ -77,12 +76,13 @@ def distill(
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
         return _distill(*arguments)
-    return on_every_gpu(gpus, _distill, arguments)
+    summary: TrainingSummary = on_every_gpu(gpus, _distill, arguments)
+    return summary
 
 
 def _distill(
     spec: DistillationSpec, inputs: TrainingInputs, out_dir: Path, baseline: bool, checkpoint_uri: str | None
-) -> dict[str, Any]:
+) -> TrainingSummary:
     """Trains in this process, which is one of the ranks if there are several."""
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
@@ -116,11 +116,11 @@ def _distill(
         with _plainly():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_student(out_dir / "last")
-    summary = _summary(trainer, {"resumed_from": resumed, "seconds": time.monotonic() - started})
+    summary = _summary(trainer, resumed, time.monotonic() - started)
     if first_rank:
         if not (out_dir / "best").exists():  # no validation: the last is the best there is
             shutil.copytree(out_dir / "last", out_dir / "best", copy_function=os.link)
-        (out_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        summary.write(out_dir / "summary.json")
     return summary
 
 
@@ -148,24 +148,25 @@ def _precision(args: TrainingArguments) -> str:
     return "bf16" if args.bf16 else "fp32"
 
 
-def _summary(trainer: DistillationTrainer, times: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(trainer: DistillationTrainer, resumed_from: int | None, seconds: float) -> TrainingSummary:
     """What `summary.json` tells of a finished training."""
     progress, student = trainer.record.progress, trainer.student
-    return {
-        "steps": trainer.state.global_step,
-        "tokens": progress.tokens,
-        **times,
-        "best_step": progress.best_step,
-        "best_validation_bits_per_byte": progress.best_bits_per_byte,
-        "last_validation_bits_per_byte": progress.last_bits_per_byte,
-        "modes": {teacher.id: teacher.mode or "same_vocabulary" for teacher in trainer.teaching.teachers},
-        "parameters": sum(p.numel() for p in student.model.parameters()),
-        "trainable_parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-        "ranks": trainer.args.world_size,
-        "precision": _precision(trainer.args),
-        "environment": describe_environment(),
-        "seconds_by_phase": progress.seconds,
-    }
+    return TrainingSummary(
+        steps=trainer.state.global_step,
+        tokens=progress.tokens,
+        seconds=seconds,
+        resumed_from=resumed_from,
+        best_step=progress.best_step,
+        best_validation_bits_per_byte=progress.best_bits_per_byte,
+        last_validation_bits_per_byte=progress.last_bits_per_byte,
+        modes={teacher.id: teacher.mode or "same_vocabulary" for teacher in trainer.teaching.teachers},
+        parameters=sum(p.numel() for p in student.model.parameters()),
+        trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        ranks=trainer.args.world_size,
+        precision=_precision(trainer.args),
+        environment=describe_environment(),
+        seconds_by_phase=progress.seconds,
+    )
 
 
 @contextlib.contextmanager

@@ -7,29 +7,26 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from xtoken_core.results.training import Environment
 
 LIBRARIES = ("xtoken-pipelines", "torch", "transformers", "tokenizers", "datasets", "kfp", "triton", "lm-eval")
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware of this process, JSON-able.
-
-    Keys: `python`, `platform`, `versions` {library: version}, `commit` (short hash, `+` after it where the working tree
-    differs; None outside a checkout), `cpu`, `cpu_cores`, `memory_gib`, `devices` (names of the accelerators torch sees).
-    """
+def describe_environment() -> Environment:
+    """Versions, commit and hardware of this process."""
     import torch
 
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "versions": _versions(),
-        "commit": commit(),
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(terse=True),
+        versions=_versions(),
+        commit=commit(),
+        cpu=_cpu_name(),
+        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    )
 
 
 def commit() -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtoken_core.data.batch import Batch
 from xtoken_core.losses import StepTotals, batch_counts, dynamic_scale, loss_metrics
+from xtoken_core.results.training import TeacherLine
 from xtoken_core.spec import LossSpec
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.training.student import MicroBatch, Student
@@ -112,18 +113,19 @@ class Step:
         scale = float(dynamic_scale(sums, self.totals, loss))
         self.clock.lap("student")
         seconds = self.clock.seconds
+        ids = list(self.micro_batches[0].teachers)
         metrics = {
             "loss": numbers["loss"],
             "ce": numbers["ce_loss"],
             "kd": numbers["kl_loss"],
-            **_per_teacher(numbers, list(self.micro_batches[0].teachers)),
+            "selected": ids[int(numbers["selected_teacher"])] if "selected_teacher" in numbers else None,
+            "teachers": {name: _teacher_line(numbers, i, self.teacher_seconds[name]) for i, name in enumerate(ids)},
             "scale": numbers["kl_loss_scale"],
             "accuracy": numbers["accuracy"],
             "tokens_per_second": tokens / self.clock.total,
             "seconds_step": self.clock.total,
             "seconds_data": seconds["data"],
             "seconds_teachers": seconds["teachers"],
-            **{f"seconds_{name}": value for name, value in self.teacher_seconds.items()},
         }
         return StepResult(metrics, scale, tokens, seconds)
 
@@ -133,7 +135,7 @@ class StepResult:
     """What a finished step was like."""
 
     metrics: dict[str, Any]
-    """Its line in the log."""
+    """Fields of its line in the log."""
     scale: float
     """Dynamic scaling's factor for the next step."""
     tokens: int
@@ -170,13 +172,11 @@ def over_ranks(sums: Tensor, device: torch.device) -> Tensor:
     return sums
 
 
-def _per_teacher(metrics: Mapping[str, float], ids: Sequence[str]) -> dict[str, Any]:
-    """The metrics of teachers under their ids instead of their numbers."""
-    named: dict[str, Any] = {}
-    for i, name in enumerate(ids):
-        for ours, theirs in (("kd", "kl_loss"), ("weight", "weight"), ("chunks", "num_valid_chunks")):
-            if f"{theirs}_t{i}" in metrics:
-                named[f"{ours}_{name}"] = metrics[f"{theirs}_t{i}"]
-    if "selected_teacher" in metrics:
-        named["selected"] = ids[int(metrics["selected_teacher"])]
-    return named
+def _teacher_line(metrics: Mapping[str, float], index: int, seconds: float) -> TeacherLine:
+    """The metrics of one teacher."""
+    return TeacherLine(
+        kd=metrics.get(f"kl_loss_t{index}"),
+        weight=metrics.get(f"weight_t{index}"),
+        chunks=metrics.get(f"num_valid_chunks_t{index}"),
+        seconds=seconds,
+    )

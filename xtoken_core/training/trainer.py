@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from xtoken_core.data.batch import Batch
 from xtoken_core.data.reading import Shuffled
 from xtoken_core.models import save_model
+from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint
 from xtoken_core.training.log import RunLog
@@ -156,7 +157,7 @@ class DistillationTrainer(Trainer):
         value = record.progress.last_bits_per_byte = found.bits_per_byte
         metrics = {"validation_bits_per_byte": value, "validation_accuracy": found.accuracy}
         if record.log is not None:
-            record.log.write({"step": step, **metrics})
+            record.log.write(LogLine(step=step, **metrics))
             record.log.say(f"step {step}  validation {value:.4f} bits per byte")
         super().log({f"eval_{name}": v for name, v in metrics.items()})
         record.progress.seconds["validation"] += time.monotonic() - started
@@ -171,11 +172,12 @@ class DistillationTrainer(Trainer):
         """A step's line in log.jsonl, and the same numbers to the trackers."""
         if "grad_norm" in logs and self.result is not None:  # transformers' line of a step
             own = {"tokens": self.record.progress.tokens, "memory_gib": self._memory() / GIB}
-            logs = {**self.result.metrics, **own, "learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+            rates = {"learning_rate": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+            line = LogLine(step=self.state.global_step, **self.result.metrics, **own, **rates)
             if self.record.log is not None:
-                self.record.log.step({"step": self.state.global_step, **logs})
-        numbers = {name: value for name, value in logs.items() if not isinstance(value, str)}  # trackers take nothing else
-        super().log(numbers, start_time)
+                self.record.log.step(line)
+            logs = line.flat()
+        super().log(logs, start_time)
 
     def save_student(self, folder: Path) -> None:
         """Saves the student so that it appears in `folder` whole or not at all. All ranks call it."""

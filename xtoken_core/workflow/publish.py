@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,12 @@ from xtoken_core.data.statistics import all_shards, statistics_of
 from xtoken_core.errors import InputError
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
+from xtoken_core.results.vocabulary import OverlapReport
+from xtoken_core.results.workflow import ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.evaluations import read_evaluations
+from xtoken_core.workflow.subjects import Group
+from xtoken_core.workflow.vocabularies import projection_stats
 
 
 class Artifact(Protocol):
@@ -26,38 +31,61 @@ class Artifact(Protocol):
     metadata: dict[str, Any]
 
 
-def finish(
-    spec: DistillationSpec,
-    artifacts: Mapping[str, Artifact],
-    tasks: Sequence[Mapping[str, Any]],
-    inputs: Sequence[Mapping[str, str]],
-    resolved: Mapping[str, float],
-    page: str | Path,
-    shards: Sequence[str] = (),
-) -> Run:
+@dataclass(frozen=True)
+class Parts:
+    """What the steps of a run have left."""
+
+    overlap: Artifact
+    rows: Artifact
+    """Of the first shard."""
+    run: Artifact
+    """What training wrote."""
+    baseline: Artifact | None = None
+    projections: Artifact | None = None
+    evaluations: Mapping[Group, Artifact] = field(default_factory=dict)
+    shards: Sequence[str] = ()
+    """Where the other shards of the rows lie, whose statistics are read there."""
+    tasks: Sequence[Task] = ()
+    """Every task of the workflow, without its times."""
+    inputs: Sequence[ReadInput] = ()
+    resolved: StepTimes = StepTimes()
+    """Of the run's first step, which no cache ever holds: what started before it was taken from the cache."""
+
+    def times(self) -> dict[str, StepTimes]:
+        """When each task ran, as far as its artifact tells."""
+        artifacts = {
+            "overlap": self.overlap,
+            "projections": self.projections,
+            "distill": self.run,
+            "distill-baseline": self.baseline,
+            "prepare": self.rows,
+            **{f"evaluate-{group}": artifact for group, artifact in self.evaluations.items()},
+        }
+        return {name: _step_times(artifact.metadata) for name, artifact in artifacts.items() if artifact} | {
+            "resolve": self.resolved
+        }
+
+
+def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
-    `artifacts`: by the name of the task that wrote them: overlap, prepare, distill, distill-baseline, projection-<id>,
-    evaluate-<who>. `tasks`: `{"name", "after"}` of every task of the workflow. `inputs`:
-    `{"field", "uri", "version"}` of what was read. `resolved`: `started` and `seconds` of the run's first step, which no
-    cache ever holds: what started before it was taken from the cache. `shards`: where the other shards of the rows lie, whose
-    tasks and statistics are read there. Published: student/best and student/last
-    (Hugging Face folders), report.html, run.json (what the report was made from), spec.yaml, logs/, projections/<id>/.
+    Published: student/best and student/last (Hugging Face folders), report.html, run.json (what the report was made from),
+    spec.yaml, logs/, projections/.
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
     """
-    rows = _statistics(spec, [artifacts["prepare"].path, *shards])
-    times = {name: artifact.metadata for name, artifact in artifacts.items()} | {"resolve": resolved}
-    times |= {f"prepare-{shard}": counts for shard, counts in enumerate(rows["train"])}
+    counted = [statistics_of(f"{shard}/train") for shard in (parts.rows.path, *parts.shards)]
+    held_out = [statistics_of(f"{parts.rows.path}/validation")] if spec.data.validation else []
+    times = parts.times() | {f"prepare-{n}": StepTimes(started=c.started, seconds=c.seconds) for n, c in enumerate(counted)}
     run = Run.collect(
         spec,
-        overlap=artifacts["overlap"].path,
-        prepare={split: all_shards(counts) for split, counts in rows.items()},
-        projections={t.id: f"{a.path}/stats.json" for t in spec.teachers if (a := artifacts.get(f"projection-{t.id}"))},
-        results=[a.path for name, a in artifacts.items() if name.startswith("evaluate-")],
-        inputs=inputs,
-        tasks=[_timed(task, times.get(task["name"], {}), resolved) for task in tasks],
-        **_training("", artifacts["distill"]),
-        **_training("baseline_", artifacts.get("distill-baseline")),
+        parts.run.path,
+        parts.baseline.path if parts.baseline else None,
+        overlap=OverlapReport.read(parts.overlap.path),
+        prepare={split: all_shards(c) for split, c in (("train", counted), ("validation", held_out)) if c},
+        projections=projection_stats(spec, parts.projections.path) if parts.projections else {},
+        results=[result for artifact in parts.evaluations.values() for result in read_evaluations(artifact.path)],
+        inputs=list(parts.inputs),
+        tasks=[_timed(task, times.get(task.name, StepTimes()), parts.resolved) for task in parts.tasks],
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -66,7 +94,7 @@ def finish(
             yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
-        for name, path in _kept(artifacts).items():
+        for name, path in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(path.absolute())
         try:
@@ -77,31 +105,24 @@ def finish(
     return run
 
 
-def _statistics(spec: DistillationSpec, shards: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What prepare counted, by split: of the training rows in every shard, of the validation rows in the first one, which has them."""
-    held_out = {"validation": [statistics_of(f"{shards[0]}/validation")]} if spec.data.validation else {}
-    return {"train": [statistics_of(f"{shard}/train") for shard in shards]} | held_out
+def _step_times(metadata: Mapping[str, Any]) -> StepTimes:
+    return StepTimes(started=metadata.get("started"), seconds=metadata.get("seconds"))
 
 
-def _training(prefix: str, artifact: Artifact | None) -> dict[str, Any]:
-    return {f"{prefix}log": f"{artifact.path}/log.jsonl", f"{prefix}summary": f"{artifact.path}/summary.json"} if artifact else {}
+def _timed(task: Task, times: StepTimes, resolved: StepTimes) -> Task:
+    cached = times.started is not None and resolved.started is not None and times.started < resolved.started
+    done = {"start": times.started, "seconds": times.seconds, "status": "cached" if cached else "done"}
+    return task.model_copy(update=done)
 
 
-def _timed(task: Mapping[str, Any], times: Mapping[str, float], resolved: Mapping[str, float]) -> dict[str, Any]:
-    cached = times.get("started", math.inf) < resolved.get("started", -math.inf)
-    return {**task, "start": times.get("started"), "seconds": times.get("seconds"), "status": "cached" if cached else "done"}
-
-
-def _kept(artifacts: Mapping[str, Artifact]) -> dict[str, Path]:
+def _kept(parts: Parts) -> dict[str, Path]:
     """What is published, by its name there."""
     kept: dict[str, Path] = {}
-    for task, name in (("distill", ""), ("distill-baseline", "baseline-")):
-        if artifact := artifacts.get(task):
+    for artifact, name in ((parts.run, ""), (parts.baseline, "baseline-")):
+        if artifact:
             run = Path(artifact.path)
             kept |= {f"logs/{name}{file}": run / file for file in ("log.jsonl", "summary.json", "tensorboard")}
-    student = Path(artifacts["distill"].path)
-    kept |= {f"student/{checkpoint}": student / checkpoint for checkpoint in ("best", "last")}
-    for name, artifact in artifacts.items():
-        if name.startswith("projection-"):
-            kept[f"projections/{name.removeprefix('projection-')}"] = Path(artifact.path)
+    kept |= {f"student/{checkpoint}": Path(parts.run.path) / checkpoint for checkpoint in ("best", "last")}
+    if parts.projections:
+        kept["projections"] = Path(parts.projections.path)
     return {name: path for name, path in kept.items() if path.exists()}

@@ -1,8 +1,7 @@
-"""What the steps of a run share: the part of the spec each one reads, cache keys that follow content, one-line errors.
+"""The first step: checks the spec, and gives every other step its own view of it.
 
-The first step, `resolve`, gives every other step its own *view* of the spec: what that step reads, the rest reset, and a
-digest of the files it reads and of this library's code as a YAML comment. A workflow engine that keys its cache on a
-step's inputs then runs a step again exactly when something it depends on has changed.
+A view holds what the step reads of the spec, and a digest of the files that it reads and of this library's code. A workflow engine
+that keys its cache on a step's inputs then runs a step again exactly when something that it depends on has changed.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from xtoken_core import storage
 from xtoken_core.errors import InputError
-from xtoken_core.spec import MAX_TEACHERS, DistillationSpec, StudentSpec, TeacherSpec
+from xtoken_core.results.workflow import ReadInput
+from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
-from xtoken_core.workflow.model_checks import check_models
-from xtoken_core.workflow.subjects import evaluated
+from xtoken_core.workflow.subjects import groups
 from xtoken_core.workflow.versions import Versions
 from xtoken_core.workflow.views import view
 
@@ -33,31 +32,40 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
         **{f"teachers.{t.id}.projection": "a projection" if t.cross_tokenizer else "none" for t in spec.teachers},
         "data.shards": spec.data.shards,
         "evaluation.ce_baseline": spec.evaluation.ce_baseline,
-        "evaluation": evaluated(spec),
+        "evaluation": groups(spec),
     }
     return fixed | {f"resources.{name}": value for name, value in spec.resources.model_dump(mode="json").items()}
 
 
-def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str, Any]:
+class Resolved(NamedTuple):
+    """What the steps of a run are given: to each kind of step its `View` as JSON, and what resolving has found."""
+
+    overlap: str
+    projections: str
+    prepare: str
+    distill: str
+    baseline: str
+    evaluate_student: str
+    evaluate_teachers: str
+    report: str
+    checkpoints: str
+    """Folder or URI for the checkpoints of this run."""
+    inputs: list[ReadInput]
+    """Every model and corpus."""
+
+
+def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved:
     """Checks a spec with its overrides, and returns the view of every step.
 
     `overrides` holds `dotted.key=value` items separated by blanks, quoted as in a shell. `compiled`, where given, is the
-    `shape` of the spec that was compiled, as JSON. Keys: overlap, prepare, distill, baseline, evaluate_student, report,
-    projection_<i> and evaluate_teacher_<i> for each teacher slot i (empty where there is no such teacher), checkpoints
-    (a folder or URI for those of this run), inputs (list of every model and corpus: `field`, `uri`, `version`).
+    `shape` of the spec that was compiled, as JSON.
 
     Raises InputError for a bad spec or override, for an override that the compiled pipeline cannot follow, for rows that do
     not divide over a cluster's GPUs, for models and data that are not there, and for an output that cannot be written or would
     take the place of something that is no run.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
-    built_in = json.loads(compiled) if compiled else shape(spec)
-    for name, asked in shape(spec).items():
-        if built_in.get(name) != asked:
-            told = json.dumps(asked, ensure_ascii=False)
-            raise InputError(
-                f"{name}: {told} contradicts the compiled pipeline, which has {json.dumps(built_in.get(name))} built in"
-            )
+    check_shape(spec, json.loads(compiled) if compiled else shape(spec))
     if CHECKPOINTS not in os.environ:  # a local run has this machine's GPUs, whatever `resources` says
         check_ranks(spec)
     storage.check_writable(spec.output.uri)
@@ -72,21 +80,28 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> dict[str
     train, held_out = _named("data.train", spec.data.train), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
     texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
-    views: dict[str, Any] = {
-        "overlap": view(spec, "overlap", versions.of(models)),
-        "prepare": view(spec, "prepare", versions.of(models, [*train, *held_out])),
-        "distill": view(spec, "distill", versions.of(models)),
-        "baseline": view(spec, "baseline", versions.of([student])),
-        "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
-        "report": view(spec, "report"),
-        **{f"{step}_{i}": "" for step in ("projection", "evaluate_teacher") for i in range(MAX_TEACHERS)},
-    }
-    for i, teacher in enumerate(spec.teachers):
-        views[f"evaluate_teacher_{i}"] = view(spec, "evaluate_teacher", versions.of([teacher], texts), i)
-        if teacher.cross_tokenizer:
-            views[f"projection_{i}"] = view(spec, "projection", versions.of([student, teacher]), i)
+    resolved = Resolved(
+        overlap=view(spec, "overlap", versions.of(models)).to_json(),
+        projections=view(spec, "projections", versions.of(models)).to_json(),
+        prepare=view(spec, "prepare", versions.of(models, [*train, *held_out])).to_json(),
+        distill=view(spec, "distill", versions.of(models)).to_json(),
+        baseline=view(spec, "baseline", versions.of([student])).to_json(),
+        evaluate_student=view(spec, "evaluate_student", versions.of(models, texts)).to_json(),
+        evaluate_teachers=view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)).to_json(),
+        report=spec.to_json(),
+        checkpoints=_checkpoints(spec),
+        inputs=versions.known,
+    )
     check_models(spec)
-    return views | {"checkpoints": _checkpoints(spec), "inputs": versions.known}
+    return resolved
+
+
+def check_shape(spec: DistillationSpec, built_in: Mapping[str, Any]) -> None:
+    """Raises InputError where a spec asks for another `shape` than the compiled pipeline has."""
+    for name, asked in shape(spec).items():
+        if built_in.get(name) != asked:
+            told, has = json.dumps(asked, ensure_ascii=False), json.dumps(built_in.get(name), ensure_ascii=False)
+            raise InputError(f"{name}: {told} contradicts the compiled pipeline, which has {has} built in")
 
 
 def check_ranks(spec: DistillationSpec) -> None:

@@ -35,12 +35,12 @@ class TrainJobError(Exception):
 
 
 def worker_command(
-    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: Mapping[int, str], baseline: bool, checkpoints: str
+    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: str | None, baseline: bool, checkpoints: str
 ) -> list[str]:
     """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
-    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes))]
+    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes), sort_keys=True)]
     options += ["--run", run_uri, "--checkpoints", checkpoints]
-    options += [text for index, uri in projections.items() for text in (f"--projection-{index}", uri)]
+    options += ["--projections", projections] if projections else []
     options += ["--baseline"] if baseline else []
     script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
     return ["sh", "-c", script, "distill", *options]
@@ -96,7 +96,7 @@ def launch(
     rows: Sequence[str],
     run_uri: str,
     modes: Mapping[str, str],
-    projections: Mapping[int, str],
+    projections: str | None,
     baseline: bool,
     checkpoints: str,
 ) -> None:
@@ -105,7 +105,7 @@ def launch(
     Raises TrainJobError where the job fails, InputError where the cluster refuses it or something isn't in reach of every host.
     """
     given = ResourcesSpec.model_validate_json(resources)
-    for uri in (*rows, run_uri, *projections.values()):
+    for uri in (*rows, run_uri, *([projections] if projections else [])):
         if not is_remote(uri) and not given.keeps(uri):
             raise InputError(
                 f"resources.nodes: several hosts cannot all reach {uri}; use a pipeline root that is a URI or on a resources.pvc"

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from xtoken_core import storage
 from xtoken_core.errors import InputError
+from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import StudentSpec, TeacherSpec
 
 
-def own_folder(root: str, *inputs: str) -> str | None:
-    """The folder of `root` that belongs to one set of inputs alone, so that nothing is resumed under others; None without a root."""
-    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
-    return f"{root.rstrip('/')}/{digest}" if root else None
+def digest(*values: Any) -> str:
+    """Of JSON values; the order of a dict's keys, which KFP changes between processes, does not count."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def own_folder(root: str, *inputs: Any) -> str | None:
+    """The folder of `root` that belongs to one set of inputs (JSON values) only, so that nothing is resumed under others; None without a root."""
+    return f"{root.rstrip('/')}/{digest(*inputs)}" if root else None
 
 
 class Versions:
     """Digests of the models and files of a spec, each looked up once. Raises InputError for what is not there."""
 
     def __init__(self) -> None:
-        self.known: list[dict[str, str]] = []
+        self.known: list[ReadInput] = []
 
     def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[tuple[str, str]] = ()) -> str:
         """Digest of the code, of models with their tokenizers and W, and of texts (field, URI)."""
@@ -36,17 +43,18 @@ class Versions:
             if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
                 parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
         parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in texts]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return digest(*parts)
 
     def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
-        found = next((entry["version"] for entry in self.known if entry["uri"] == uri), None)
+        found = next((entry.version for entry in self.known if entry.uri == uri), None)
         if found is None:
             try:
                 found = version(uri)
             except InputError as e:
                 raise InputError(f"{field}: {e}") from None
-        if {"field": field, "uri": uri, "version": found} not in self.known:
-            self.known.append({"field": field, "uri": uri, "version": found})
+        entry = ReadInput(field=field, uri=uri, version=found)
+        if entry not in self.known:
+            self.known.append(entry)
         return found
 
 
@@ -71,8 +79,8 @@ def model_version(ref: str) -> str:
 @cache
 def code_digest() -> str:
     """Digest of the library's own source, so that results of other code are never taken from a cache."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+        content.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()[:16]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import Field
+
 from xtoken_core.spec import DistillationSpec
 
 _TOKENIZERS = {"student": ("model", "tokenizer"), "teachers": ("id", "model", "tokenizer", "projection")}
@@ -26,7 +28,7 @@ _MEASURES = ("bits_per_byte", "texts", "window", "tasks", "num_fewshot", "limit"
 
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "overlap": {**_TOKENIZERS, "teachers": (*_TOKENIZERS["teachers"], "mode"), "loss": ("mode",)},
-    "projection": _TOKENIZERS,
+    "projections": _TOKENIZERS,
     "prepare": {**_TOKENIZERS, "data": ("*",)},
     "distill": {
         "student": ("*",),
@@ -45,40 +47,37 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "evaluation": _MEASURES,
         "training": ("attention",),
     },
-    "evaluate_teacher": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
-    "report": {"*": ("*",)},
+    "evaluate_teachers": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
 }
 """Fields of the spec that each kind of step reads; `*`: all."""
 
 
-def view(spec: DistillationSpec, step: str, content: str = "", teacher: int | None = None) -> str:
-    """The spec as one kind of step reads it, as JSON that `DistillationSpec.from_text` takes, `content` as a comment.
+class View(DistillationSpec):
+    """The spec as a step is given it: what the step reads, the rest reset."""
 
-    `teacher`: only the teacher of that index is kept.
-    """
+    content: str = Field("", description="Digest of the code and of what the step reads beside the spec: part of its cache key.")
+
+
+def view(spec: DistillationSpec, step: str, content: str = "") -> View:
+    """The view of one kind of step."""
     full = spec.model_dump(mode="json", exclude_defaults=True)
-    if teacher is not None:
-        full["teachers"] = [full["teachers"][teacher]]
     kept: dict[str, Any] = {}
     for section, fields in READS[step].items():
-        if section == "*":
-            kept |= full
-        elif section == "teachers":
+        if section == "teachers":
             kept["teachers"] = [_pick(t, fields) for t in full["teachers"]]
             if step in (
                 "overlap",
                 "prepare",
                 "evaluate_student",
-                "evaluate_teacher",
+                "evaluate_teachers",
                 "baseline",
             ):  # whether there is one, not which
                 kept["teachers"] = [t | {"projection": {}} if t.get("projection") else t for t in kept["teachers"]]
         elif section in full:
             kept[section] = _pick(full[section], fields)
-    kept = {"name": "view", "output": {"uri": "unused"}} | kept
+    kept = {"name": "view", "output": {"uri": "unused"}, "content": content} | kept
     kept["data"] = {"train": ["unused"]} | kept.get("data", {})
-    text = DistillationSpec.from_text(json.dumps(kept), source=f"the {step} step's part of the spec").to_json()
-    return f"{text}  # {content}" if content else text
+    return View.from_text(json.dumps(kept), source=f"the {step} step's part of the spec")
 
 
 def _pick(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:

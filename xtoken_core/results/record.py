@@ -1,0 +1,44 @@
+"""What all models of results have in common.
+
+Times are seconds, sizes bytes, losses nats, unless a name says otherwise. Intervals, `low` to `high`, hold at 95 %; both ends are
+None where the noise is unknown. A number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xtoken_core.errors import InputError
+
+
+class Record(BaseModel):
+    """A JSON object of a fixed form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+    def write(self, path: str | Path) -> None:
+        """Writes the file that `read` reads."""
+        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Reads a file that `write` wrote. Raises InputError."""
+        try:
+            return cls.parse(Path(path).read_text(encoding="utf-8"), path)
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}") from None
+
+    @classmethod
+    def parse(cls, text: str, where: str | Path) -> Self:
+        """The object of a JSON text; `where` names it in the InputError for another form."""
+        try:
+            return cls.model_validate(json.loads(text, parse_constant=lambda _: None))
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except ValueError as e:
+            raise InputError(f"{where}: not JSON: {e}") from None

@@ -1,0 +1,43 @@
+"""Rows: rows.json, which the prepare step leaves beside them."""
+
+from __future__ import annotations
+
+from xtoken_core.results.record import Record
+
+
+class CorpusCounts(Record):
+    """What one corpus holds."""
+
+    documents: int
+    bytes: int
+
+
+class TeacherCounts(Record):
+    """A teacher's tokens and chunks."""
+
+    tokens: int
+    chunks: int
+    exact_chunks: int
+    """Whose bytes are equal on both sides."""
+
+
+class RowStatistics(Record):
+    """What prepare read and what became of it."""
+
+    documents: int
+    dropped_documents: dict[str, int]
+    """By reason."""
+    rows: int
+    bytes: int
+    student_tokens: int
+    corpora: dict[str, CorpusCounts]
+    teachers: dict[str, TeacherCounts]
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+class RowsRecord(Record):
+    """rows.json, beside the rows."""
+
+    pads: dict[str, int]
+    stats: RowStatistics

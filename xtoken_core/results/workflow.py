@@ -1,0 +1,36 @@
+"""The workflow itself: what was read, and its tasks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from xtoken_core.results.record import Record
+
+
+class ReadInput(Record):
+    """A model or corpus that was read."""
+
+    field: str
+    """Of the spec."""
+    uri: str
+    version: str
+    """Commit of a hub id, else fingerprint."""
+
+
+class StepTimes(Record):
+    """When a step ran."""
+
+    started: float | None = None
+    """Unix time."""
+    seconds: float | None = None
+
+
+class Task(Record):
+    """A task of the workflow; of one from the cache, when it ran and how long it took then."""
+
+    name: str
+    after: list[str] = []
+    start: float | None = None
+    """Unix time."""
+    seconds: float | None = None
+    status: Literal["done", "cached", "failed", "running"] = "done"

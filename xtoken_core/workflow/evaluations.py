@@ -1,0 +1,47 @@
+"""The evaluations of one step, and the folder of their results."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from xtoken_core.evaluation.evaluate import evaluate
+from xtoken_core.results.evaluation import Evaluation
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.subjects import Group, subjects
+
+
+def evaluate_group(
+    spec: DistillationSpec,
+    group: Group,
+    folder: str | Path,
+    run: str | Path | None = None,
+    rows: str | Path | None = None,
+    projections: Mapping[str, Path] | None = None,
+    modes: Mapping[str, str] | None = None,
+) -> None:
+    """Measures everybody of a group, one after another, and writes each result to `folder`, which is made.
+
+    `run`: the folder that a training wrote, for a group that is trained. `rows`, `projections`, `modes`: as of `evaluate`, for the
+    agreement with the teachers. Raises InputError.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained, everybody = group in (Group.AFTER, Group.BASELINE), subjects(spec, group)
+    for subject in everybody:
+        print(f"evaluating {subject.key}", flush=True)
+        # The agreement costs a pass of every teacher; the best checkpoint, or the only one, tells what distillation has changed.
+        compared = rows if subject == everybody[0] else None
+        checkpoint = f"{run}/{subject.state}" if trained else None
+        evaluate(spec, subject, checkpoint, compared, projections, modes).write(folder / f"{subject.key}.json")
+        gc.collect()  # the model's memory is the next one's
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def read_evaluations(folder: str | Path) -> list[Evaluation]:
+    """The results in a folder that `evaluate_group` wrote. Raises InputError."""
+    return [Evaluation.read(path) for path in sorted(Path(folder).glob("*.json"))]

@@ -106,7 +106,7 @@ class Run(Record):
 
     def save(self, path: str | Path) -> None:
         """Writes run.json, from which `load` restores the run."""
-        Path(path).write_text(self.model_dump_json(exclude_defaults=True), encoding="utf-8")
+        Path(path).write_text(self.model_dump_json(exclude_none=True), encoding="utf-8")
 
     @property
     def teachers(self) -> list[str]:

@@ -9,7 +9,7 @@ from xtoken_core.results.subject import Subject
 class Bits(Record):
     """Bits per byte with an interval over documents."""
 
-    total: float | None
+    total: float | None = None
     low: float | None = None
     high: float | None = None
 
@@ -40,7 +40,7 @@ class TaskScore(Record):
     """A benchmark's result, of a task or of a group of tasks."""
 
     metric: str = ""
-    value: float | None
+    value: float | None = None
     stderr: float | None = None
     """The harness's own."""
     low: float | None = None
@@ -62,8 +62,8 @@ class TaskScore(Record):
 class Agreement(Record):
     """How far a student and a teacher predict the same (see `evaluation.agreement`)."""
 
-    top1: float | None
-    kl: float | None
+    top1: float | None = None
+    kl: float | None = None
     chunks: int
     mode: str
 

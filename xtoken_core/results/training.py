@@ -67,10 +67,10 @@ class Environment(Record):
     python: str
     platform: str
     versions: dict[str, str]
-    commit: str | None
+    commit: str | None = None
     """Short hash, `+` after it where the working tree differs; None outside a checkout."""
     cpu: str
-    cpu_cores: int | None
+    cpu_cores: int | None = None
     memory_gib: float
     devices: list[str]
     """Names of the accelerators."""

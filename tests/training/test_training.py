@@ -63,7 +63,7 @@ def test_a_run_leaves_a_student_that_loads_and_a_log_that_tells_all(base, values
     expected |= {"tokens", "tokens_per_second", "seconds_step", "seconds_teachers", "memory_gib"}
     teachers = lines[0]["teachers"]
     assert expected <= set(lines[0]) and teachers.keys() == {"other", "same"}
-    assert all(teacher.keys() == {"kd", "weight", "chunks", "seconds"} for teacher in teachers.values())
+    assert all({"kd", "weight", "seconds"} <= teacher.keys() for teacher in teachers.values())
     assert lines[0]["loss"] == pytest.approx(
         2 * lines[0]["ce"], rel=1e-5
     )  # dynamic scale of the step's own sums: KD as large as CE

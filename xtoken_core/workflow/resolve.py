@@ -17,6 +17,7 @@ from xtoken_core.errors import InputError
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
+from xtoken_core.workflow.model_checks import check_models
 from xtoken_core.workflow.subjects import groups
 from xtoken_core.workflow.versions import Versions
 from xtoken_core.workflow.views import view

@@ -1,4 +1,4 @@
-"""The pictures that are no curves: the DAG with its durations, and the projection matrix W seen from afar."""
+"""The picture of the DAG: its tasks in columns, with their durations."""
 
 from __future__ import annotations
 
@@ -56,14 +56,20 @@ def dag_picture(tasks: Sequence[Task]) -> Dag | None:
     graph = nx.transitive_reduction(graph)
     column = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
     chains = [_chain(edge, column) for edge in graph.edges]
-    layers: list[list[Any]] = [[name for name in known if column[name] == depth] for depth in range(max(column.values()) + 1)]
+    layers: dict[int, list[Any]] = {}
+    for name in known:
+        layers.setdefault(column[name], []).append(name)
     for chain in chains:
         for node in chain[1:-1]:
             layers[node[1]].append(node)
     links = nx.Graph(pair for chain in chains for pair in zip(chain, chain[1:]))
     links.add_nodes_from(known)
-    height = _place(layers, links)
-    center = {node: y for layer in layers for node, y in zip(layer, _rows(layer, links, height))}
+    _order(layers, links)
+    tallest = max(map(len, layers.values()))
+    # in units of columns and rows, from the middle: the scale is the one that networkx would divide by
+    placed = nx.multipartite_layout(links, subset_key=layers, scale=(max(len(layers), tallest) - 1) / 2)
+    height = tallest * (BOX_HEIGHT + GAP_Y)
+    center = {node: height / 2 + float(y) * (BOX_HEIGHT + GAP_Y) for node, (_, y) in placed.items()}
     boxes = [
         Box(name, column[name] * (BOX_WIDTH + GAP_X), center[name] - BOX_HEIGHT / 2, _task_lines(task), task.status)
         for name, task in known.items()
@@ -93,27 +99,14 @@ def _chain(edge: tuple[str, str], column: dict[str, int]) -> list[Any]:
     return [start, *((edge, depth) for depth in range(column[start] + 1, column[end])), end]
 
 
-def _place(layers: list[list[Any]], links: nx.Graph) -> float:
-    """Orders every layer in place by the mean position of its neighbours, sweeping to and fro; returns the picture's height."""
-    position = {node: i - len(layer) / 2 for layer in layers for i, node in enumerate(layer)}
+def _order(layers: dict[int, list[Any]], links: nx.Graph) -> None:
+    """Orders every layer in place by the mean position of its neighbours, sweeping to and fro."""
+    position = {node: i - len(layer) / 2 for layer in layers.values() for i, node in enumerate(layer)}
     for _ in range(6):
-        for layer in (*layers, *reversed(layers)):
+        for layer in (*layers.values(), *reversed(layers.values())):
             mean = {node: float(np.mean([position[n] for n in links[node]] or [position[node]])) for node in layer}
             layer.sort(key=lambda node: mean[node])
             position.update({node: i - len(layer) / 2 for i, node in enumerate(layer)})
-    return max(sum(_room(node) for node in layer) for layer in layers)
-
-
-def _room(node: Any) -> float:
-    """Pixels a node needs in its column: a dummy node is thin."""
-    return BOX_HEIGHT + GAP_Y if isinstance(node, str) else GAP_Y
-
-
-def _rows(layer: list[Any], links: nx.Graph, height: float) -> list[float]:
-    """The vertical centers of a layer's nodes, the layer as a whole in the middle of the picture."""
-    rooms = [_room(node) for node in layer]
-    top = (height - sum(rooms)) / 2
-    return [top + sum(rooms[:i]) + room / 2 for i, room in enumerate(rooms)]
 
 
 def _edge(stops: list[tuple[int, float]]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.models import final_hidden, head_logits
-from xtoken_core.tokenization import encode, row_bos
+from xtoken_core.tokenization import row_bos
 
 LOGIT_ROWS = 256
 """Rows of logits formed at a time: with 262144 ids 256 MiB in float32."""
@@ -112,19 +112,6 @@ def _progress(batches: Iterator[list[Window]], total: int) -> Iterator[list[Wind
         for batch in batches:
             yield batch
             bar.update(sum(w.end - w.scored for w in batch))
-
-
-def bits_per_byte(
-    model: PreTrainedModel, tok: PreTrainedTokenizerFast, texts: Sequence[str], window: int, stride: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(bits, bytes) of each text, float64 and int64 [N]; their sums' ratio is the bits per byte.
-
-    window: context in tokens. stride: tokens scored by each window after a text's first; default half a window.
-    """
-    bos = row_bos(tok)
-    ids = [np.array(tokens, np.int64) for tokens in encode(tok, list(texts))]
-    nats = token_nats(model, ids, opener_of(tok), bos, window, stride or max(1, window // 2))
-    return np.array([n.sum() for n in nats]) / math.log(2), np.array([len(text.encode()) for text in texts])
 
 
 def opener_of(tok: PreTrainedTokenizerFast) -> int | None:

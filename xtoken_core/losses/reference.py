@@ -250,7 +250,7 @@ def common_pairs(projection: Projection, mode: str, student_vocab: int) -> list[
 def kl(target: Tensor, other: Tensor, reverse: bool) -> Tensor:
     """Of log-probabilities: Σ_j exp(target_j) (target_j - other_j); reverse: with the two exchanged."""
     total = target.new_zeros(())
-    for r, l in zip(target, other, strict=True):  # noqa: E741 - DESIGN's letters
+    for r, l in zip(target, other, strict=True):  # noqa: E741 - the formula's letters
         total = total + (l.exp() * (l - r) if reverse else r.exp() * (r - l))
     return total
 

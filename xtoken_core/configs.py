@@ -135,6 +135,13 @@ def head_rows(ref: str) -> int:
     return read_config(ref).get_text_config().vocab_size
 
 
+def stored_dtype(ref: str) -> torch.dtype:
+    """The dtype that a model's configuration names for its weights; float32 where it names none. Raises InputError."""
+    config = read_config(ref)
+    named = config.dtype or config.get_text_config().dtype
+    return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named or torch.float32
+
+
 def positions(config: PreTrainedConfig) -> int | None:
     """How many tokens of one row the model can place, rotary scaling included; None where its configuration sets no bound."""
     config = config.get_text_config()

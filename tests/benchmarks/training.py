@@ -242,7 +242,7 @@ def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path
         teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode="p_kl" if w else None, projection=w))
     with device:
         model = prepare_student(
-            AutoModelForCausalLM.from_config(case.student, dtype=torch.float32, attn_implementation="sdpa"), spec
+            AutoModelForCausalLM.from_config(case.student, dtype=torch.float32, attn_implementation="sdpa"), spec.training
         )
     student = Student(Loaded(model, None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
     columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]

@@ -9,7 +9,7 @@ from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
 from xtoken_core.spec.output import OutputSpec
 from xtoken_core.spec.resources import ResourcesSpec, SecretEnv, Toleration, VolumeClaim
-from xtoken_core.spec.student import StudentSpec
+from xtoken_core.spec.student import LoraSpec, StudentSpec
 from xtoken_core.spec.teachers import Mode, ProjectionSpec, TeacherSpec
 from xtoken_core.spec.training import TrainingSpec
 from xtoken_core.spec.whole import DistillationSpec
@@ -18,6 +18,7 @@ __all__ = [
     "DataSpec",
     "DistillationSpec",
     "EvaluationSpec",
+    "LoraSpec",
     "LossSpec",
     "Mode",
     "OutputSpec",

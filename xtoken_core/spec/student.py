@@ -7,9 +7,26 @@ from typing import Annotated
 
 from pydantic import Field
 
-from xtoken_core.spec.section import Section, Uri
+from xtoken_core.spec.section import PositiveFloat, Section, Strings, Uri
 
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
+
+
+class LoraSpec(Section):
+    """Low-rank adapters in place of all weights (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(gt=0, le=4096)] = Field(16, description="rank of each adapter")
+    alpha: PositiveFloat = Field(32.0, description="an adapter counts alpha / rank times")
+    targets: Strings | None = Field(
+        None,
+        description="names of the layers that get one; default: every linear layer but the lm_head",
+        examples=[["q_proj", "v_proj"]],
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yields what of the section does not go together."""
+        if self.targets is not None and "lm_head" in self.targets:
+            yield "targets: lm_head stays as it is: the losses read its weights"
 
 
 class StudentSpec(Section):
@@ -27,6 +44,8 @@ class StudentSpec(Section):
         description="depth pruning before distillation: layer indices, or a count spread evenly; null keeps all",
         examples=[8, [0, 1, 2, 14, 15]],
     )
+
+    lora: LoraSpec | None = Field(None, description="{}: train adapters; absent or null: all weights")
 
     def contradictions(self) -> Iterator[str]:
         """Yields what of the section does not go together."""

@@ -59,6 +59,8 @@ class DistillationSpec(Section):
             yield f"data.validation: {min(both)} is in data.train too"
         if "bits_per_byte" in self.evaluation.model_fields_set and self.evaluation.bits_per_byte and not self.measures_bits:
             yield "evaluation.bits_per_byte: needs evaluation.texts or data.validation"
+        if self.student.lora is not None and self.training.sharding == "fsdp":
+            yield "student.lora: trains with sharding: ddp only"
         if self.training.attention == "flash_attention_2":
             if self.training.precision == "fp32":
                 yield "training.precision: fp32 has no flash_attention_2"

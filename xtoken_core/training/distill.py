@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from xtoken_core.configs import head_rows
+from xtoken_core.configs import head_rows, stored_dtype
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
@@ -110,7 +110,7 @@ def _distill(
         callbacks = stack.enter_context(trackers(spec, out_dir, baseline)) if first_rank else []
         log = stack.enter_context(RunLog(out_dir / "log.jsonl", args.max_steps, resumed)) if first_rank else None
         pool = stack.enter_context(TeacherPool([teacher.setup for teacher in teachers])) if teachers else None
-        record = RunRecord(out_dir, progress, log, checkpoint_uri)
+        record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model))
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)
         progress.seconds["setup"] = time.monotonic() - started
         with _plainly():

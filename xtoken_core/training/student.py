@@ -15,7 +15,9 @@ from xtoken_core.layers import decoder_layers, prune_layers
 from xtoken_core.losses import StepTotals, TeacherBatch, distillation_loss, loss_sums
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.models import Loaded, final_hidden, head_logits, load_model
-from xtoken_core.spec import DistillationSpec, LossSpec
+from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
+from xtoken_core.training.adapters import add_adapters, check_lora
+from xtoken_core.training.settings import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,26 @@ def _slot(teacher_id: str) -> str:
 
 
 def student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTrainedModel:
-    """The student in float32, pruned, or as a checkpoint left it."""
-    ref = spec.student.model if checkpoint is None else str(checkpoint)
-    model = load_model(ref, torch.float32, spec.training.attention, spec.data.packing)
-    if checkpoint is None and spec.student.keep_layers is not None:
-        prune_layers(model, spec.student.keep_layers)
-    return prepare_student(model, spec)
+    """The student, pruned, or as a checkpoint left it: in float32, or with `lora` in the compute dtype, adapters in float32."""
+    student, training = spec.student, spec.training
+    if student.lora is not None:
+        check_lora()
+    whole = checkpoint if student.lora is None else None  # of an adapted student, a checkpoint holds the adapters
+    dtype = torch.float32 if student.lora is None else compute_dtype(training.precision)
+    model = load_model(student.model if whole is None else str(whole), dtype, training.attention, spec.data.packing)
+    if whole is None and student.keep_layers is not None:
+        prune_layers(model, student.keep_layers)
+    if student.lora is not None:
+        add_adapters(model, student.lora, checkpoint)
+    return prepare_student(model, training)
 
 
-def prepare_student(model: PreTrainedModel, spec: DistillationSpec) -> PreTrainedModel:
-    """Sets what the spec's training section asks of the model itself: activation checkpointing, compilation."""
-    model.config.use_cache = False
-    if spec.training.activation_checkpointing:
+def prepare_student(model: PreTrainedModel, training: TrainingSpec) -> PreTrainedModel:
+    """Sets what the training section asks of the model itself: activation checkpointing, compilation."""
+    if training.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    if spec.training.compile:
+    if training.compile:
         for layer in decoder_layers(model):  # one compilation for all layers, whatever wraps them
             layer.compile()
     return model

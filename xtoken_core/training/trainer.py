@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint
 from xtoken_core.training.log import RunLog
+from xtoken_core.training.saving import save_finished
 from xtoken_core.training.step import Clock, Step, StepResult, Teaching, begin_step
 from xtoken_core.training.student import Student
 from xtoken_core.training.validation import shares, validate
@@ -55,6 +56,8 @@ class RunRecord:
     """The first rank's."""
     checkpoint_uri: str | None = None
     """Folder or URI where checkpoints are kept as well."""
+    dtype: torch.dtype = torch.float32
+    """Of the saved student's weights: its source's. Checkpoints keep what is trained, in float32."""
 
 
 class DistillationTrainer(Trainer):
@@ -183,10 +186,13 @@ class DistillationTrainer(Trainer):
         """Saves the student so that it appears in `folder` whole or not at all. All ranks call it."""
         started = time.monotonic()
         partial = folder.with_name(f"{folder.name}.partial")
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # gathered from the shards
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
-        self.save_model(str(partial), _internal_call=True)
-        if self.args.should_save:
+            student = self._unwrapped()
+            weights = None if state is None else student.model_weights(state)
+            save_finished(student.model, student.tokenizer, partial, self.record.dtype, weights)
+            self._save_learned(partial, student.state_dict() if state is None else state)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         self.record.progress.seconds["save"] += time.monotonic() - started
@@ -196,16 +202,24 @@ class DistillationTrainer(Trainer):
             return
         assert output_dir is not None
         folder = Path(output_dir)
-        student: Student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        whole = student.state_dict() if state_dict is None else state_dict
-        weights = None if state_dict is None else student.model_weights(whole)  # gathered from the shards
+        student = self._unwrapped()
+        weights = None if state_dict is None else student.model_weights(state_dict)  # gathered from the shards
         save_model(student.model, student.tokenizer, folder, weights)
-        learned = student.learned_weights(whole)
+        learned = self._save_learned(folder, student.state_dict() if state_dict is None else state_dict)
+        if learned:
+            save_file(learned, folder / LEARNABLE_FILE)
+
+    def _unwrapped(self) -> Student:
+        return cast(Student, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def _save_learned(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saves each trained W to `folder` as a Projection; their weights by teacher id."""
+        student = self._unwrapped()
+        learned = student.learned_weights(state)
         for teacher in self.teaching.teachers:
             if teacher.id in learned:
                 teacher.save_learned(folder, student.table, learned[teacher.id])
-        if learned:
-            save_file(learned, folder / LEARNABLE_FILE)
+        return learned
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.monotonic()

@@ -35,7 +35,7 @@ def values(base):
 
 @pytest.fixture(scope="module")
 def adapted(base, values):
-    spec = changed(values, student={**values["student"], "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]}})
+    spec = changed(values, student={**values["student"], "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}})
     out = base / "adapted"
     return spec, out, run(spec, base, out)
 

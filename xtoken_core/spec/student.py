@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from xtoken_core.spec.section import PositiveFloat, Section, Strings, Uri
+from xtoken_core.spec.section import Section, Strings, Uri
 
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 
@@ -16,7 +16,7 @@ class LoraSpec(Section):
     """Low-rank adapters in place of all weights (LoRA, arXiv 2106.09685)."""
 
     rank: Annotated[int, Field(gt=0, le=4096)] = Field(16, description="rank of each adapter")
-    alpha: PositiveFloat = Field(32.0, description="an adapter counts alpha / rank times")
+    alpha: Annotated[int, Field(gt=0, le=65536)] = Field(32, description="an adapter counts alpha / rank times")
     targets: Strings | None = Field(
         None,
         description="names of the layers that get one; default: every linear layer but the lm_head",

@@ -65,7 +65,7 @@ def load_checkpoint(folder):
 
 def test_adapters_are_merged_and_kept(base, adapted):
     _, out, summary = adapted
-    assert summary["trainable_parameters"] < summary["parameters"] / 5
+    assert summary.trainable_parameters < summary.parameters / 5
     merged = AutoModelForCausalLM.from_pretrained(out / "last", dtype=torch.float32)
     source = AutoModelForCausalLM.from_pretrained(base / "student", dtype=torch.float32)
     ids = torch.arange(2, 40)[None]
@@ -84,7 +84,7 @@ def test_adapters_resume_to_the_same_bits(base, adapted):
     shutil.rmtree(again / "checkpoints" / "checkpoint-5", ignore_errors=True)
     assert not list((again / "checkpoints").glob("*/model.safetensors")), "a checkpoint holds the adapters only"
     summary = run(spec, base, again)
-    assert summary["resumed_from"] == 4 and losses(again)[-1] == losses(out)[-1]
+    assert summary.resumed_from == 4 and losses(again)[-1] == losses(out)[-1]
 
 
 def test_targets_that_the_model_lacks_are_one_line(base, values):

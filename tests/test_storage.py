@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -84,18 +85,87 @@ def test_a_place_that_is_no_folder_is_said(tmp_path):
     with pytest.raises(InputError, match="Not a directory|File exists"):
         storage.publish(folder(tmp_path / "in", a="1"), str(tmp_path / "file" / "out"))
     with pytest.raises(InputError, match="Not a directory|File exists"):
-        storage.check_writable(str(tmp_path / "file" / "out"))
+        storage.check_place(str(tmp_path / "file" / "out"), "run")
 
 
-@pytest.mark.parametrize("place", ["{}/out", "memory://bucket/{}/out"])
-def test_only_a_run_is_replaced(tmp_path, place):
-    target = place.format(tmp_path).replace("///", "//")
-    storage.check_replaceable(target)
-    storage.publish(folder(tmp_path / "model", weights="1"), f"{target}/other")
-    with pytest.raises(InputError, match=f"^{target}: holds other things"):
-        storage.check_replaceable(target)
-    storage.publish(folder(tmp_path / "run", **{"run.json": "{}"}), target)
-    storage.check_replaceable(target)
+def published(root: Path, name: str, place: str, **files: str) -> None:
+    """A run of this name, published as `finish` does."""
+    manifest = storage.Manifest.of_folder(folder(root, **files), name)
+    storage.publish(folder(root, **{storage.MANIFEST: manifest.model_dump_json()}), place)
+
+
+def refused(place: str, name: str = "mine") -> str:
+    with pytest.raises(InputError) as caught:
+        storage.check_place(place, name)
+    storage.check_place(place, name, replace=True)
+    return str(caught.value)
+
+
+def test_only_a_run_of_the_same_name_is_replaced_unasked(tmp_path, place):
+    storage.check_place(place, "mine")
+    published(tmp_path / "mine", "mine", place, a="1", student__best="")
+    storage.check_place(place, "mine")
+    assert "holds the run 'mine', which publishing 'other' would delete" in refused(place, "other")
+    fs, path = storage.filesystem(place)
+    fs.pipe_file(f"{path}/student/.notes", b"years of work")
+    assert "holds 'student/.notes', which no run put there" in refused(place)
+
+
+@pytest.mark.parametrize(
+    "files", [{"thesis.tex": ""}, {"run.json": "{}"}, {"published.json": '{"name": "mine", "files": []}'}, {".hidden": ""}]
+)
+def test_what_no_run_published_is_not_replaced_unasked(tmp_path, place, files):
+    storage.publish(folder(tmp_path / "in", **files), place)
+    assert "holds other things" in refused(place)
+
+
+@pytest.mark.parametrize("died_at", range(1, 9))
+def test_what_a_publication_that_died_left_is_its_own(tmp_path, died_at, monkeypatch):
+    """On a store without renames, at each of its requests; a run of another name may not take the place, the same one may."""
+    place = f"memory://{tmp_path.name}-{died_at}/out"
+    published(tmp_path / "one", "mine", place, a="1", **{"config.json": "", "old": ""})
+    requests = []
+
+    def dying(method):
+        def request(self, *args, **kwargs):
+            requests.append(method)
+            if len(requests) >= died_at:
+                raise KeyboardInterrupt
+            return method(self, *args, **kwargs)
+
+        return request
+
+    memory = type(fsspec.filesystem("memory"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("pipe_file", "rm_file", "copy"):
+            patch.setattr(memory, name, dying(getattr(memory, name)))
+        published(tmp_path / "two", "mine", place, a="2", **{"config.json": "", "new": ""})
+    storage.check_place(place, "mine")
+    assert "other" in refused(place, "other")
+    published(tmp_path / "two", "mine", place)
+    assert sorted(contents(place)) == ["a", "config.json", "new", storage.MANIFEST]
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_links_files_and_mount_points_are_no_places(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "file").write_text("")
+    for name, reason in (("link", "symbolic link"), ("file", "is a file")):
+        with pytest.raises(InputError, match=f"/{name}: .*{reason}"):
+            storage.check_place(str(tmp_path / name), "run", replace=True)
+    for place in ("/proc", "/dev/shm"):
+        with pytest.raises(InputError, match="is a mount point"):
+            storage.check_place(place, "run", replace=True)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_disk_without_room_for_the_students_is_said_before(tmp_path, monkeypatch):
+    model = folder(tmp_path / "model", weights="0" * 1000)
+    storage.check_space(str(tmp_path / "a" / "out"), str(model), copies=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1999))
+    with pytest.raises(InputError, match="out: 0.0 GB are free, and 2 copies of the student need 0.0 GB"):
+        storage.check_space(str(tmp_path / "a" / "out"), str(model), copies=2)
 
 
 def test_a_reader_never_sees_half(tmp_path, cache):

@@ -24,6 +24,15 @@ class RunError(RuntimeError):
     """A run that cannot go on, though its input was good: one line that says why, and exit code 1."""
 
 
+@contextmanager
+def blamed(field: str) -> Iterator[None]:
+    """Puts the field at fault in front of the line of an InputError."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{field}: {e}") from None
+
+
 EXIT_CODES: dict[type[Exception], int] = {InputError: 2, RunError: 1}
 
 

@@ -246,7 +246,7 @@ def test_what_is_not_there_and_what_is_not_allowed(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(InputError, match="^s3://bucket/x: not allowed"):
-        storage.check_writable("s3://bucket/x")
+        storage.check_place("s3://bucket/x", "run")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "s3://bucket/out/report.html" in done.stdout
     assert {path.split("/")[2] for path in s3.find("bucket/out")} == {
-        "report.html", "run.json", "spec.yaml", "student", "logs", "projections"
+        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections"
     }  # fmt: skip
     from xtoken_core.models import load_model
 

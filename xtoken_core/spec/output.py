@@ -14,3 +14,6 @@ class OutputSpec(Section):
         description="folder or fsspec URI; a finished run appears there whole or not at all",
         examples=["s3://bucket/runs/llama-1b"],
     )
+    replace: bool = Field(
+        False, description="publish in place of whatever folder lies at uri; default: only of an earlier run of the same name"
+    )

@@ -4,18 +4,30 @@ Endpoint and credentials come from the environment as AWS tools take them (`AWS_
 Relative paths are relative to the working directory. Everything a user can get wrong raises `InputError`.
 """
 
-from xtoken_core.storage.ownership import RUN_FILE, check_replaceable, check_writable
+from xtoken_core.storage.ownership import MANIFEST, RUN_FILE, Manifest, check_place, check_space
 from xtoken_core.storage.places import filesystem
 from xtoken_core.storage.publishing import publish
-from xtoken_core.storage.reading import INCOMPLETE, cache_folder, expand, fingerprint, folders, local_copy, open_text, remove
+from xtoken_core.storage.reading import (
+    INCOMPLETE,
+    cache_folder,
+    expand,
+    fingerprint,
+    folders,
+    local_copy,
+    open_text,
+    remove,
+    size,
+)
 from xtoken_core.storage.uris import is_remote, normalize
 
 __all__ = [
     "INCOMPLETE",
+    "MANIFEST",
     "RUN_FILE",
+    "Manifest",
     "cache_folder",
-    "check_replaceable",
-    "check_writable",
+    "check_place",
+    "check_space",
     "expand",
     "filesystem",
     "fingerprint",
@@ -26,4 +38,5 @@ __all__ = [
     "open_text",
     "publish",
     "remove",
+    "size",
 ]

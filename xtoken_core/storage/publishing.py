@@ -10,6 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from xtoken_core.storage.ownership import MANIFEST, Manifest
 from xtoken_core.storage.places import filesystem, reported
 from xtoken_core.storage.progress import progress
 from xtoken_core.storage.reading import FILES_AT_ONCE, INCOMPLETE, remove_path
@@ -93,11 +96,20 @@ def _commit_by_copy(fs: AbstractFileSystem, staging: str, target: str, files: It
     fs.invalidate_cache()
     marker = f"{target}/{INCOMPLETE}"
     earlier = [name[len(target) + 1 :] for name in fs.find(target) if name != marker] if fs.exists(target) else []
-    fs.pipe_file(marker, b"")
+    fs.pipe_file(marker, _interrupted(fs, staging, [*earlier, *files]))
     for name in sorted(earlier, key=_rank, reverse=True):
         fs.rm_file(f"{target}/{name}")
     _by_rank(files, lambda names: fs.copy([f"{staging}/{n}" for n in names], [f"{target}/{n}" for n in names]))
     fs.rm_file(marker)
+
+
+def _interrupted(fs: AbstractFileSystem, staging: str, files: list[str]) -> bytes:
+    """What the marker says: whose files may lie there if this publication does not end. Nothing, where they are not a run's."""
+    try:
+        manifest = Manifest.model_validate_json(fs.cat_file(f"{staging}/{MANIFEST}"))
+    except (FileNotFoundError, ValidationError):
+        return b""
+    return manifest.model_copy(update={"files": sorted({*files, *manifest.files})}).model_dump_json().encode()
 
 
 def _by_rank(names: Iterable[str], action: Callable[[list[str]], None]) -> None:

@@ -64,6 +64,13 @@ def fingerprint(uri: str) -> str:
         return _digest(path, _listing(fs, path, uri))
 
 
+def size(uri: str) -> int:
+    """Bytes of a file, or of a folder's visible files. Raises InputError where there is nothing."""
+    fs, path = filesystem(uri)
+    with reported(uri):
+        return sum(info["size"] for info in _listing(fs, path, uri).values())
+
+
 def local_copy(uri: str) -> Path:
     """A local path with the file or folder of `uri`: the thing itself if it is local, else a cached download.
 

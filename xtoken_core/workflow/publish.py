@@ -13,7 +13,7 @@ import yaml
 
 from xtoken_core import storage
 from xtoken_core.data.statistics import all_shards, statistics_of
-from xtoken_core.errors import InputError
+from xtoken_core.errors import blamed
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
 from xtoken_core.results.vocabulary import OverlapReport
@@ -97,11 +97,11 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         for name, path in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(path.absolute())
-        try:
-            storage.check_replaceable(spec.output.uri)
+        manifest = storage.Manifest.of_folder(folder, spec.name)
+        (folder / storage.MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+        with blamed("output.uri"):
+            storage.check_place(spec.output.uri, spec.name, spec.output.replace)
             storage.publish(folder, spec.output.uri)
-        except InputError as e:
-            raise InputError(f"output.uri: {e}") from None
     return run
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from xtoken_core import storage
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, blamed
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
@@ -69,8 +69,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     check_shape(spec, json.loads(compiled) if compiled else shape(spec))
     if CHECKPOINTS not in os.environ:  # a local run has this machine's GPUs, whatever `resources` says
         check_ranks(spec)
-    storage.check_writable(spec.output.uri)
-    storage.check_replaceable(spec.output.uri)
+    check_output(spec)
     check_trackers(spec.training.report_to)
     if spec.evaluation.tasks:
         from xtoken_core.evaluation.harness import plan_tasks
@@ -95,6 +94,16 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     )
     check_models(spec)
     return resolved
+
+
+def check_output(spec: DistillationSpec) -> None:
+    """Raises InputError unless the run can be published: by what lies at its output, by rights, and by room on a local disk."""
+    output, student = spec.output, spec.student
+    with blamed("output.uri"):
+        storage.check_place(output.uri, spec.name, output.replace)
+    if student.keep_layers is None and (storage.is_remote(student.model) or os.path.exists(storage.normalize(student.model))):
+        with blamed("output.uri"):
+            storage.check_space(output.uri, student.model, copies=2)  # best and last
 
 
 def check_shape(spec: DistillationSpec, built_in: Mapping[str, Any]) -> None:

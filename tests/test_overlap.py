@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from pipelines.__main__ import cli
 from tests.support import assets
+from tests.support.tiny import tiny_tokenizer
 from tests.test_alignment import make_table
 from xtoken_core.errors import InputError
 from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, resolve_mode, token_classes, vocabulary_overlap
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.results.vocabulary import ClassCoverage, OverlapReport, TokenizerComparison
+from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.tokenization import TokenTable
 from xtoken_core.workflow.vocabularies import compare_tokenizers, overlap_report
 
 
@@ -132,8 +137,50 @@ def test_report_of_a_spec() -> None:
 def test_a_teacher_of_another_vocabulary_needs_a_projection() -> None:
     with pytest.raises(InputError) as caught:
         overlap_report(spec({"id": "other", "tokenizer": str(assets.tokenizer_folder("mistral"))}))
-    for part in ("teachers.0 (other)", assets.SOURCES["gpt2"].fingerprint, assets.SOURCES["mistral"].fingerprint):
+    for part in (
+        "teachers.0 (other)",
+        "ids differ (student against teacher): 0 ('!' against no text), 1 (",
+        "add `projection: {}`",
+    ):
         assert part in str(caught.value)
+
+
+def changed(size: int, *special: str, added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer with more special and other added tokens."""
+    tok = tiny_tokenizer(size)
+    tok.add_special_tokens({"additional_special_tokens": list(special)} if special else {})
+    tok.add_tokens(list(added))
+    return tok
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "parting"),
+    [
+        (changed(400), changed(400, "<pad>"), None),
+        (changed(400, "<pad>"), changed(400), None),
+        (changed(400, "<a>", "<b>"), changed(400, "<c>"), None),
+        (changed(400), changed(400, added=("tool",)), r"400 \(no text against 'tool'\);"),
+        (changed(400, added=("tool",)), changed(400, "<pad>"), r"400 \('tool' against no text\);"),
+        (changed(400), changed(380), r"380 \('.*' against no text\), 381 .* and 17 more;"),
+        (changed(380), changed(400), r"380 \(no text against '.*'\), 381 .* and 17 more;"),
+    ],
+)
+def test_ids_that_stand_for_no_text_do_not_part_a_family(student, teacher, parting) -> None:
+    if parting is None:
+        check_same_vocabulary(student, teacher, "teachers.0 (t)")
+        return
+    with pytest.raises(InputError, match=rf"^teachers\.0 \(t\): no projection, .*: {parting} add `projection: {{}}`$"):
+        check_same_vocabulary(student, teacher, "teachers.0 (t)")
+
+
+def test_padding_that_an_origin_writes_as_tokens_does_not_part_a_family() -> None:
+    """Converters from GGUF write a vocabulary's unused ids as ordinary tokens that no merge reaches."""
+    padded = tiny_tokenizer(400)
+    content = json.loads(padded.backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {f"[PAD{i}]": i for i in range(400, 416)}
+    padded = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<eos>")
+    assert len(TokenTable.from_tokenizer(padded)) == 416
+    check_same_vocabulary(tiny_tokenizer(400), padded, "t")
 
 
 def test_heat_map() -> None:

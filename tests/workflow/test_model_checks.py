@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.architectures import tiny_config
+from tests.support.tiny import tiny_tokenizer
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.model_checks import check_models
@@ -12,10 +13,13 @@ from xtoken_core.workflow.model_checks import check_models
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder per architecture with nothing but its config.json."""
+    """A folder per architecture with its config.json and a tokenizer."""
     root = tmp_path_factory.mktemp("models")
     for kind in ("llama", "gpt2", "gpt_oss", "bloom", "deepseek_v3", "gemma3n_text"):
-        tiny_config(kind).save_pretrained(root / kind)
+        tiny_config(kind, vocab_size=300).save_pretrained(root / kind)
+        tiny_tokenizer(300).save_pretrained(root / kind)
+    tiny_config("llama", vocab_size=300).save_pretrained(root / "more ids than rows")
+    tiny_tokenizer(301).save_pretrained(root / "more ids than rows")
     return root
 
 
@@ -50,6 +54,8 @@ def test_models_that_fit_pass(folders, student, teacher, sections):
         ("bloom", "gpt2", {"data": {"max_length": 65}}, r"data\.max_length: 65 tokens a row, but teachers\.t\.model \(.*gpt2\) has 64"),
         ("llama", "gpt2", {"evaluation": {"window": 65}}, r"evaluation\.window: 65 tokens a row, but student\.model"),
         ("llama", "gpt_oss", {"training": {"attention": "sdpa"}}, r"training\.attention: .*gpt_oss \(GptOssForCausalLM\) has no sdpa"),
+        ("more ids than rows", "llama", {}, r"student\.model: .*: its lm_head has 300 rows, fewer than the 301 ids that it is to read"),
+        ("llama", "more ids than rows", {}, r"teachers\.0 \(t\): no projection, .* 300 \(no text against '.*'\); add"),
         ("llama", "absent", {}, r"teachers\.t\.model: .*absent: cannot load the model: no such file or folder"),
         ("llama", "llama", {"student": {"keep_layers": 5}}, r"student\.keep_layers: 5 layers asked for, the model has 4"),
         ("gemma3n_text", "llama", {"student": {"keep_layers": 3}}, r"student\.keep_layers: Gemma3nForCausalLM cannot be pruned so"),

@@ -1,26 +1,32 @@
-"""What the models' configurations say against the spec, found before anything is prepared or trained."""
+"""What configurations and tokenizers of the models say against the spec, found before anything is prepared or trained."""
 
 from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
 
 from xtoken_core.configs import check_attention, empty_model, positions, read_config
 from xtoken_core.errors import InputError
 from xtoken_core.layers import prune_layers
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.same_vocabulary import check_same_vocabulary
+from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
+from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 
 def check_models(spec: DistillationSpec) -> None:
-    """Reads every model's configuration, builds its shapes and prunes the student's.
+    """Reads every model's configuration, builds its shapes, prunes the student's and loads the tokenizers.
 
-    Raises InputError, which names the field, for a model that will not load, for rows longer than a model has positions, for
-    an attention that a model lacks, and for layers that the student cannot do without.
+    Raises InputError, which names the field, for a model that will not load, rows longer than a model has positions, an
+    attention that a model lacks, layers that the student cannot do without, and a tokenizer that does not fit.
     """
     refs = {"student.model": spec.student.model} | {f"teachers.{t.id}.model": t.model for t in spec.teachers}
+    known: dict[str, int] = {}
     for field, ref in refs.items():
         try:
             config = read_config(ref)
             model = empty_model(ref, config)
         except InputError as e:
             raise InputError(f"{field}: {e}") from None
+        known[field] = config.get_text_config().vocab_size
         check_attention(ref, config, spec.training.attention)
         bound = positions(config)
         for limit, length in (("data.max_length", spec.data.max_length), ("evaluation.window", spec.evaluation.window)):
@@ -28,3 +34,32 @@ def check_models(spec: DistillationSpec) -> None:
                 raise InputError(f"{limit}: {length} tokens a row, but {field} ({ref}) has {bound} positions")
         if field == "student.model" and spec.student.keep_layers is not None:
             prune_layers(model, spec.student.keep_layers)
+    _check_tokenizers(spec, known)
+
+
+def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:
+    """Raises InputError for an lm_head with fewer rows than its tokenizer has ids, and for a teacher of another vocabulary.
+
+    rows: of the lm_head of the model that each field names. A tokenizer at a URI is left to the overlap step, since the whole
+    model is downloaded with it.
+    """
+    student = _tokenizer(spec.student)
+    if student is not None:
+        _check_rows("student.model", spec.student.model, rows, student)
+    for index, teacher in enumerate(spec.teachers):
+        tok = _tokenizer(teacher)
+        if not teacher.cross_tokenizer and student is not None and tok is not None:
+            check_same_vocabulary(student, tok, f"teachers.{index} ({teacher.id})")
+        read = tok if teacher.cross_tokenizer else student  # a teacher of the student's vocabulary is fed the student's ids
+        if read is not None:
+            _check_rows(f"teachers.{teacher.id}.model", teacher.model, rows, read)
+
+
+def _tokenizer(side: StudentSpec | TeacherSpec) -> PreTrainedTokenizerFast | None:
+    return None if "://" in (side.tokenizer or side.model) else load_tokenizer(side.model, side.tokenizer)
+
+
+def _check_rows(field: str, ref: str, rows: dict[str, int], read: PreTrainedTokenizerFast) -> None:
+    ids = TokenTable.from_tokenizer(read).min_rows
+    if rows[field] < ids:
+        raise InputError(f"{field}: {ref}: its lm_head has {rows[field]} rows, fewer than the {ids} ids that it is to read")

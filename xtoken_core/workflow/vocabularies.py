@@ -20,6 +20,7 @@ from xtoken_core.results.vocabulary import (
     TokenizerComparison,
     Vocabulary,
 )
+from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.tokenization import TokenTable, load_tokenizer
@@ -30,20 +31,18 @@ def overlap_report(spec: DistillationSpec) -> OverlapReport:
 
     Raises InputError for a teacher without `projection` whose vocabulary is not the student's.
     """
-    student = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
-    tables = {t.id: TokenTable.from_tokenizer(load_tokenizer(t.model, t.tokenizer)) for t in spec.teachers}
+    student_tok = load_tokenizer(spec.student.model, spec.student.tokenizer)
+    toks = {t.id: load_tokenizer(t.model, t.tokenizer) for t in spec.teachers}
+    student, tables = TokenTable.from_tokenizer(student_tok), {i: TokenTable.from_tokenizer(tok) for i, tok in toks.items()}
     teachers = {}
     for index, teacher in enumerate(spec.teachers):
         table = tables[teacher.id]
-        if not teacher.cross_tokenizer and table.fingerprint != student.fingerprint:
-            raise InputError(
-                f"teachers.{index} ({teacher.id}): no projection, so it must have the student's vocabulary, but its fingerprint "
-                f"is {table.fingerprint} and the student's is {student.fingerprint}"
-            )
+        if not teacher.cross_tokenizer:
+            check_same_vocabulary(student_tok, toks[teacher.id], f"teachers.{index} ({teacher.id})")
         coverage = audit(student, table)
         chosen = teacher.mode or spec.loss.mode
         if not teacher.cross_tokenizer:
-            mode, reason = "same_vocabulary", "every id stands for the same bytes as the student's"
+            mode, reason = "same_vocabulary", "every id that stands for text stands for the same as the student's"
         elif chosen == "auto":
             mode, reason = resolve_mode(coverage)
         else:

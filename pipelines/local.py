@@ -22,7 +22,8 @@ import yaml
 from kfp import components, local
 
 from pipelines.compiling import compile_spec, documents
-from pipelines.warm import servers, warm_steps
+from pipelines.steps import warm_steps
+from pipelines.warm import servers
 from xtoken_core import storage
 from xtoken_core.errors import ERROR_FILE, InputError, left_error
 from xtoken_core.report.answer import answer_table

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-from multiprocessing import forkserver
 
 import pytest
+
+from pipelines.warm import IMPORTED
+from xtoken_core.forking import start_server
 
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: the kernels run in Triton's interpreter, if it is told before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,8 +18,4 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     controller = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if controller or not any(item.get_closest_marker("slow") for item in session.items):
         return
-    with contextlib.suppress(ImportError):  # a GPU machine may lack kfp
-        from pipelines.warm import IMPORTED
-
-        multiprocessing.set_forkserver_preload(IMPORTED)
-    forkserver.ensure_running()
+    start_server(IMPORTED)

@@ -4,8 +4,6 @@ import asyncio
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import s3fs
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.tiny import tiny_model, tiny_run
 from tests.support.weed import Weed
@@ -27,6 +26,9 @@ from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import progress
 
 MIB = 2**20
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +265,6 @@ def in_bucket(s3, folder: Path, spec: dict) -> dict:
     return json.loads(json.dumps(spec).replace(str(folder), "s3://bucket/in"))
 
 
-@pytest.mark.slow
 def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     spec = in_bucket(s3, *run)
     spec["output"]["uri"] = "s3://bucket/out"
@@ -287,20 +288,21 @@ def test_a_distill_that_is_pre_empted_and_tried_again_goes_on_from_its_uri(run, 
     for split in ("train", "validation"):
         prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows" / split, split)
 
-    def start(out: Path) -> subprocess.Popen:
+    def command(out: Path) -> list[str | Path]:
         options = ["--spec", tmp_path / "spec.yaml", "--rows", tmp_path / "rows", "--run", out]
-        command = [sys.executable, "-m", "components.distill", *options, "--checkpoints", "s3://bucket/kept"]
-        return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return ["components.distill", *options, "--checkpoints", "s3://bucket/kept"]
 
     def kept() -> list[str]:
         return [checkpoint for own in storage.folders("s3://bucket/kept") for checkpoint in storage.folders(own)]
 
-    first = start(tmp_path / "one" / "run")
-    while not kept() and first.poll() is None:
+    first, _ = fork(call, *command(tmp_path / "one" / "run"))
+    while not kept() and first.is_alive():
         time.sleep(0.1)
     first.kill()
-    assert first.wait() == -9
-    assert start(tmp_path / "two" / "run").wait(timeout=200) == 0
+    first.join()
+    assert first.exitcode == -9
+    done = call(*command(tmp_path / "two" / "run"))
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "run" / "summary.json").read_text())["resumed_from"] >= 5
     assert not kept()  # they are of no use any more, and SeaweedFS's empty folders are no checkpoints
 

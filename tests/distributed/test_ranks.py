@@ -1,23 +1,19 @@
-"""Two processes over gloo, started by torchrun, train as one does: DDP and FSDP, each rank with teachers of its own."""
+"""Two processes over gloo train as one does: DDP and FSDP, each rank with teachers of its own. Torchrun starts the last ones."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.training_run import changed, losses, prepare, run
+from tests.support.training_run import changed, losses, prepare, run, start_ranks
 from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +41,15 @@ def alone(base, values):
     return base / "alone", run(values, base, base / "alone")
 
 
-def torchrun(values, base, out):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "tests.support.training_run", json.dumps(values), str(base), str(out)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def on_two_ranks(values, base, out):
+    for rank in start_ranks(values, base, out):
+        rank.finish()
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one(base, values, alone, sharding):
     out, (reference, summary) = base / sharding, alone
-    torchrun(changed(values, training={"sharding": sharding}), base, out)
+    on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     for ours, theirs in zip(losses(out), losses(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     two = json.loads((out / "summary.json").read_text())
@@ -78,11 +70,11 @@ def test_two_ranks_resume(base, values, alone, sharding):
     """From the checkpoint of step 2 that the test above has left, as if killed after it."""
     out = base / sharding
     if not (out / "checkpoints" / "checkpoint-2").exists():
-        torchrun(changed(values, training={"sharding": sharding}), base, out)
+        on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     unbroken = losses(out)
     for left in (out / "checkpoints").glob("checkpoint-3/distillation.json"):
         left.unlink()
-    torchrun(changed(values, training={"sharding": sharding}), base, out)
+    on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
     assert losses(out) == unbroken
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
 import torch
 
 from tests.distributed.test_sharded_teacher import hands_over_the_whole_models_logits
-from tests.gpu.test_teachers import left_behind
+from tests.support.processes import left_in_shared_memory
 from tests.support.tiny import tiny_model
-from tests.support.training_run import FIVE_STEPS, changed, kill_after_a_checkpoint, losses, prepare, start
+from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, start
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -30,28 +31,22 @@ def values(base):
     return spec
 
 
-def finish(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-
-
 @pytest.fixture(scope="module")
 def unbroken(base, values):
-    finish(start(values, base, base / "unbroken", CUDA_VISIBLE_DEVICES="0"))
+    start(values, base, base / "unbroken", CUDA_VISIBLE_DEVICES="0").finish()
     return losses(base / "unbroken")
 
 
 def test_a_killed_run_leaves_nothing_and_goes_on_as_if_nothing_had_happened(base, values, unbroken):
     torch.zeros(1, device="cuda")
-    out, before, (free, _) = base / "killed", left_behind(), torch.cuda.mem_get_info()
-    process = start(values, base, out, CUDA_VISIBLE_DEVICES="0")
-    kill_after_a_checkpoint(process, out)
+    out, before, (free, _) = base / "killed", set(os.listdir("/dev/shm")), torch.cuda.mem_get_info()
+    start(values, base, out, CUDA_VISIBLE_DEVICES="0").kill_after_a_checkpoint(out)
     deadline = time.monotonic() + 15
-    while (left_behind() - before or torch.cuda.mem_get_info()[0] < free - 2**26) and time.monotonic() < deadline:
+    while torch.cuda.mem_get_info()[0] < free - 2**26 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left_behind() <= before, f"student: {process.pid:x}"
+    assert not left_in_shared_memory(before)
     assert torch.cuda.mem_get_info()[0] >= free - 2**26
-    finish(start(values, base, out, CUDA_VISIBLE_DEVICES="0"))
+    start(values, base, out, CUDA_VISIBLE_DEVICES="0").finish()
     assert json.loads((out / "summary.json").read_text())["resumed_from"] in (2, 4)
     for ours, theirs in zip(losses(out), unbroken, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
@@ -69,7 +64,7 @@ def test_a_teacher_sharded_over_the_gpus_hands_over_the_whole_models_logits(tmp_
 def test_two_gpus_train_as_one(base, values, sharding):
     exact = changed(values, training={"precision": "fp32", "micro_batch_size": 1, "sharding": sharding})
     for name, gpus in (("one", "0"), ("two", "0,1")):
-        finish(start(exact, base, base / f"{sharding}-{name}", CUDA_VISIBLE_DEVICES=gpus))
+        start(exact, base, base / f"{sharding}-{name}", CUDA_VISIBLE_DEVICES=gpus).finish()
     for ours, theirs in zip(losses(base / f"{sharding}-two"), losses(base / f"{sharding}-one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     assert json.loads((base / f"{sharding}-two" / "summary.json").read_text())["ranks"] == 2

@@ -8,7 +8,7 @@ import yaml
 from kfp import components, local
 
 from pipelines.local import for_this_machine
-from pipelines.warm import warm_steps
+from pipelines.steps import warm_steps
 
 
 def execute(folder: Path) -> None:

@@ -1,15 +1,18 @@
-"""A run of the trainer on tiny models, prepared by the library itself. As a program: `python -m tests.support.training_run SPEC FOLDER OUT`."""
+"""A run of the trainer on tiny models, prepared by the library itself, in this process or in one of its own."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import socket
 import time
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from unittest import mock
 
+from pipelines.warm import fork
 from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.projection import build_projection
@@ -18,8 +21,6 @@ from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
-
-ROOT = Path(__file__).parents[2]
 
 OTHER_IDS = 300
 
@@ -60,20 +61,43 @@ def run(values: dict[str, Any], folder: Path, out: Path, **options: Any) -> Trai
     return distill(spec, inputs, out, **options)
 
 
-def start(values: dict[str, Any], folder: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
-    """The same in a process of its own, whose standard error is kept."""
-    command = [sys.executable, "-m", "tests.support.training_run", json.dumps(values), str(folder), str(out)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+@dataclass(frozen=True)
+class Started:
+    """A training in a process of its own, which is forked from the tests' server."""
+
+    process: ForkServerProcess
+    output: TextIO
+
+    def kill_after_a_checkpoint(self, out: Path) -> None:
+        """SIGKILL, as soon as the checkpoint of step 2 is there."""
+        deadline = time.monotonic() + 200
+        while not (out / "checkpoints" / "checkpoint-2" / "distillation.json").exists():
+            assert self.process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.005)
+        self.process.kill()
+        self.process.join()
+
+    def finish(self) -> str:
+        """Waits for the end; what was printed. Raises AssertionError unless it succeeded."""
+        printed = self.output.read()
+        self.process.join()
+        assert self.process.exitcode == 0, printed[-3000:]
+        return printed
 
 
-def kill_after_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
-    """SIGKILL, as soon as the checkpoint of step 2 is there."""
-    deadline = time.monotonic() + 200
-    while not (out / "checkpoints" / "checkpoint-2" / "distillation.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+def start(values: dict[str, Any], folder: Path, out: Path, **environment: str) -> Started:
+    """The same in a process of its own. Options of `distill` are those of `run`."""
+    with mock.patch.dict(os.environ, environment):
+        return Started(*fork(run, values, folder, out))
+
+
+def start_ranks(values: dict[str, Any], folder: Path, out: Path, size: int = 2) -> list[Started]:
+    """The same on several ranks of one machine, which meet as torchrun would have them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [start(values, folder, out, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(size)]
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
@@ -85,8 +109,3 @@ def steps(out: Path) -> list[dict[str, Any]]:
 def losses(out: Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every step."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in steps(out)]
-
-
-if __name__ == "__main__":
-    text, base, target = sys.argv[1:]
-    run(json.loads(text), Path(base), Path(target))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.training_run import changed, prepare, steps
+from tests.support.training_run import changed, prepare, start, steps
 from xtoken_core.errors import InputError
 from xtoken_core.results.training import LogLine
 from xtoken_core.spec import DistillationSpec
@@ -22,16 +22,18 @@ from xtoken_core.workflow.resolve import resolve
 pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 SERIES = ("loss", "ce", "kd", "kd_other", "kd_same", "weight_other", "learning_rate", "grad_norm", "tokens_per_second")
 
 
-def train(values: dict, folder: Path, out: Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A training in a process of its own, in the folder `cwd`, with no tracker's settings but `environment`."""
+def train(values: dict, folder: Path, out: Path, cwd: Path, **environment: str) -> tuple[int, str]:
+    """A training in a process of its own, in the folder `cwd`, with no tracker's settings but `environment`: exit code, and what it printed."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
-    settings = {"PYTHONPATH": str(ROOT), "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "tests.support.training_run", json.dumps(values), str(folder), str(out)]
-    return subprocess.run(command, cwd=cwd, env=plain | settings, capture_output=True, text=True, timeout=300)
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, plain | {"HOME": str(folder / "home")} | environment, clear=True):
+        training = start(values, folder, out)
+    printed = training.output.read()
+    training.process.join()
+    return training.process.exitcode, printed
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def tracked(values):
     folder, spec = values
     cwd, out = folder / "cwd", folder / "out"
     cwd.mkdir()
-    done = train(spec, folder, out, cwd, WANDB_MODE="offline")
-    assert done.returncode == 0, done.stderr
+    code, printed = train(spec, folder, out, cwd, WANDB_MODE="offline")
+    assert code == 0, printed
     assert list(cwd.iterdir()) == []
     return out
 
@@ -131,6 +133,6 @@ def test_a_tracker_that_refuses_is_one_line(values, tmp_path):
         ("wandb", {"WANDB_MODE": "online"}),
         ("mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}),
     ):
-        refused = train(changed(spec, training={"report_to": [name]}), folder, tmp_path / name, tmp_path, **environment)
-        last = refused.stderr.strip().splitlines()[-1]
-        assert last.startswith(f"xtoken_core.errors.InputError: training.report_to: {name}: "), refused.stderr
+        _, printed = train(changed(spec, training={"report_to": [name]}), folder, tmp_path / name, tmp_path, **environment)
+        last = printed.strip().splitlines()[-1]
+        assert last.startswith(f"xtoken_core.errors.InputError: training.report_to: {name}: "), printed

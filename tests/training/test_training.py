@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.processes import forked
-from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, kill_after_a_checkpoint, losses, prepare, run, start, steps
+from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, start, steps
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
 from xtoken_core.errors import InputError
@@ -27,6 +28,8 @@ from xtoken_core.training import distill as training
 from xtoken_core.training.settings import compute_dtype, training_arguments
 from xtoken_core.training.student import MicroBatch, Student
 from xtoken_core.training.teachers import ReadyTeacher
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_learned_w_is_saved_as_a_projection_and_has_moved(base, unbroken):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(base, values, unbroken):
     """Bitwise: weights, optimizer, scheduler, data position, learned W, dynamic scale, the best student, the log."""
     out = base / "killed"
-    kill_after_a_checkpoint(start(values, base, out), out)
+    start(values, base, out).kill_after_a_checkpoint(out)
     assert not (out / "summary.json").exists()
     summary = run(values, base, out)
     assert summary.resumed_from in (2, 4)
@@ -193,13 +196,14 @@ def test_a_dead_teacher_ends_the_run(base, values):
     student = start(spec, base, base / "dead")
     deadline, log = time.monotonic() + 200, base / "dead" / "log.jsonl"
     while not (log.exists() and "grad_norm" in log.read_text()):
-        assert student.poll() is None and time.monotonic() < deadline
+        assert student.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
-    forked(student.pid)[-1].kill()
+    forked(os.getpid())[-1].kill()  # its second teacher: both are forked from the server of the tests
     killed = time.monotonic()
-    _, errors = student.communicate(timeout=60)
+    errors = student.output.read()
+    student.process.join()
     assert time.monotonic() - killed < 15
-    assert student.returncode == 1
+    assert student.process.exitcode == 1
     assert f"{TeacherError.__name__}: teachers.1 (same): its process died (SIGKILL" in errors
 
 

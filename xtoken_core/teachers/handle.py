@@ -17,14 +17,11 @@ import torch
 import torch.multiprocessing as mp
 
 from xtoken_core.errors import InputError
+from xtoken_core.forking import start_server
 from xtoken_core.losses.types import HiddenLogits, TopKLogits
 from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetup
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
 from xtoken_core.teachers.worker import teacher_main
-
-_FORKSERVER = mp.get_context("forkserver")
-"""Starts teachers as copies of one process that has imported what they need, and has never touched a GPU: CUDA does not survive a fork."""
-_FORKSERVER.set_forkserver_preload(["xtoken_core.teachers.worker"])
 
 
 class Teacher:
@@ -37,9 +34,11 @@ class Teacher:
         """How often outputs of this teacher have been given back: once per run."""
         self._leased = False
         self._inbox = Inbox()
-        self._pipe, theirs = _FORKSERVER.Pipe()
+        start_server(["xtoken_core.teachers.worker"])
+        context = mp.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
         arguments = (theirs, setup, os.getpid())
-        self._process = _FORKSERVER.Process(target=teacher_main, args=arguments, name=setup.name, daemon=True)
+        self._process = context.Process(target=teacher_main, args=arguments, name=setup.name, daemon=True)
         self._process.start()
         theirs.close()  # so that reading ends when the teacher does
 

@@ -16,7 +16,7 @@ from xtoken_core.report.charts import MAX_POINTS, Series, Style, duration, line_
 from xtoken_core.report.compare import write_comparison
 from xtoken_core.report.curves import charts, phase_bars, run_seconds, task_bars
 from xtoken_core.report.dag import dag_picture
-from xtoken_core.report.facts import teacher_facts
+from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.page import render_report, write_report
 from xtoken_core.report.projection_summary import density_picture
 from xtoken_core.report.run import FORMAT, MAX_LINES, Run
@@ -448,3 +448,36 @@ def test_comparison_names_runs_by_their_place(run, tmp_path):
     other = replaced(run, spec=run.spec | {"output": {"uri": "s3://bucket/second"}})
     page = write_comparison([run, other], tmp_path / "compare.html").read_text()
     assert f"{run.name} (demo)" in page and f"{run.name} (second)" in page and "None: the runs have equal specs" in page
+
+
+def test_a_run_that_lost_to_its_twin_says_so_at_the_top_of_a_comparison(run, tmp_path):
+    twin, best = run.result(TWIN_BEST), run.result(BEST)
+    lost = run.model_copy(
+        update={
+            "name": "loser",
+            "results": [
+                result.model_copy(update={"bits_per_byte": twin.bits_per_byte})
+                if result.subject == BEST
+                else result.model_copy(update={"bits_per_byte": best.bits_per_byte})
+                if result.subject == TWIN_BEST
+                else result
+                for result in run.results
+            ],
+        }
+    )
+    page = write_comparison([run, lost], tmp_path / "page.html").read_text()
+    summary = page[page.index('id="summary"') : page.index('id="settings"')]
+    assert "loser lost to its own twin" in summary and f"{run.name} lost to its own twin" not in summary
+
+
+def test_a_fall_of_the_agreement_is_a_caution(run):
+    assert "agrees with gemma less" not in titles(run)
+    low = {"gemma": run.result(BEFORE).agreement["gemma"].model_copy(update={"top1": 0.1})}
+    results = [r.model_copy(update={"agreement": low}) if r.subject == BEST else r for r in run.results]
+    assert "The student agrees with gemma less than before" in titles(run.model_copy(update={"results": results}))
+
+
+def test_the_report_says_where_the_student_is_and_what_it_cost(run):
+    page = render_report(run)
+    assert 'from_pretrained("runs/demo/student/best")' in page and "vllm serve runs/demo/student/best" in page
+    assert dict(run_facts(run))["training cost"].endswith(" hours of this machine")

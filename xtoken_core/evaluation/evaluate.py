@@ -62,8 +62,7 @@ def evaluate(
         measured = time.perf_counter()
         result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents, window, stride)
         result["tokens_per_second"] = tokens / (time.perf_counter() - measured)
-        if student:
-            result["samples"] = samples(loaded.model, loaded.tokenizer, documents)
+        result["samples"] = samples(loaded.model, loaded.tokenizer, documents)
     validation = rows and Path(rows) / "validation"
     if student and validation and validation.exists():
         result["agreement"] = agreement(spec, loaded, validation, projections or {}, modes or {})

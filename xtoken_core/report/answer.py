@@ -41,9 +41,14 @@ def metrics(run: Run) -> dict[str, float]:
 
 def markdown(run: Run) -> str:
     """The verdict and its table for KFP's `Markdown` artifact."""
+    return "\n".join([f"## {run.name}", "", *answer_lines(run), ""])
+
+
+def answer_lines(run: Run) -> list[str]:
+    """The verdict and its table as lines of Markdown."""
     answer = verdict(run)
     rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *_rows(run))]
-    return "\n".join([f"## {run.name}", "", f"**{answer.headline}**", "", *(f"- {s}" for s in answer.sentences), "", *rows, ""])
+    return [f"**{answer.headline}**", "", *(f"- {s}" for s in answer.sentences), "", *rows]
 
 
 def _rows(run: Run) -> list[list[str]]:

@@ -8,10 +8,13 @@ from statistics import median
 
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import bits_per_byte
-from xtoken_core.results.subject import BEFORE, BEST, teacher_subject
+from xtoken_core.results.subject import BEFORE, BEST, TWIN_BEST, teacher_subject
 
 SHARE_OF_EXACT_CHUNKS = 0.5
 """Fewer chunks whose text is equal on both sides than this is worth a word."""
+
+FALL = 0.01
+"""Share of places by which the agreement with a teacher may fall without a word."""
 
 SPIKE = 20.0
 """Gradient norms above this multiple of their median are spikes."""
@@ -33,6 +36,7 @@ def cautions(run: Run) -> list[Caution]:
         _on_gradients,
         _on_numbers,
         _on_teachers,
+        _on_agreement,
         _on_selection,
         _on_chunks,
         _on_projections,
@@ -64,10 +68,11 @@ def _on_validation(run: Run) -> Iterator[Caution]:
 def _on_held_out(run: Run) -> Iterator[Caution]:
     """Text that is no longer unseen, since the best of several checkpoints was chosen by it."""
     choices = len(run.steps("validation_bits_per_byte")[1])
+    twin = " and the twin" if run.result(TWIN_BEST) else ""
     if choices > 2 and not run.spec["evaluation"]["texts"] and bits_per_byte(run.result(BEST)) is not None:
         yield Caution(
             "The text that chose the best checkpoint also measures it",
-            f"The best of {choices} validations flatters the student and the twin a little. Texts of their own "
+            f"The best of {choices} validations flatters the student{twin} a little. Texts of their own "
             "(evaluation.texts) measure it on what nothing was chosen by.",
         )
 
@@ -107,6 +112,19 @@ def _on_teachers(run: Run) -> Iterator[Caution]:
                     "be better spent on another.",
                 )
                 break
+
+
+def _on_agreement(run: Run) -> Iterator[Caution]:
+    """A student that agrees with a teacher less than before it learnt from it."""
+    before, after = run.result(BEFORE), run.after
+    for teacher in run.teachers:
+        first, now = (result.agreement.get(teacher) if result else None for result in (before, after))
+        if first and now and first.top1 is not None and now.top1 is not None and now.top1 < first.top1 - FALL:
+            yield Caution(
+                f"The student agrees with {teacher} less than before",
+                f"They had the same first choice in {100 * first.top1:.1f} % of the places, now in {100 * now.top1:.1f} %. Other teachers or "
+                "the text pull elsewhere; a greater weight, or a smaller learning rate, would show which.",
+            )
 
 
 def _on_selection(run: Run) -> Iterator[Caution]:

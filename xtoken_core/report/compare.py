@@ -20,6 +20,7 @@ from xtoken_core.report.verdict import (
     label,
     same_documents,
     task_difference,
+    twin_differences,
     verdict,
 )
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject
@@ -85,6 +86,11 @@ def _summary(runs: Sequence[Run]) -> list[str]:
         [f"Best student: {min(scored)[1]}, {min(scored)[0]:.3f} bits per byte of held-out text{careful}."] if scored else []
     )
     words = {"good": "better than", "bad": "worse than", "even": "not told apart from"}
+    for run in runs:
+        lost = next((d for d in twin_differences(run) if d.tone != "good"), None)
+        if lost:
+            than = "lost to" if lost.tone == "bad" else "is not told apart from"
+            sentences.append(f"{run.name} {than} its own twin trained on cross-entropy alone: {interval(lost)}.")
     for run in runs[1:]:
         if difference := bits_difference(run.after, runs[0].after):
             same = "" if same_documents(run.after, runs[0].after) else " (not on the same documents: careful)"

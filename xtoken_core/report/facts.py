@@ -19,6 +19,7 @@ def run_facts(run: Run) -> Iterator[Fact]:
         yield "student's vocabulary", f"{run.overlap.student.size:,} ids, fingerprint {run.overlap.student.fingerprint}"
     if run.summary:
         yield from _training(run.summary)
+    yield from _cost(run)
     if run.summary and run.summary.environment:
         yield from _machine(run.summary.environment)
     yield "published at", run.spec["output"]["uri"]
@@ -31,10 +32,21 @@ def _training(summary: TrainingSummary) -> Iterator[Fact]:
         yield "parameters", f"{summary.parameters:,}"
     yield "trained", f"{summary.steps:,} steps, {number(summary.tokens)} student tokens"
     yield "training took", duration(summary.seconds)
+    if summary.trainable_parameters and summary.parameters and summary.trainable_parameters < summary.parameters:
+        yield "trained parameters", f"{summary.trainable_parameters:,}"
     if summary.precision:
         yield "precision", summary.precision
     if summary.resumed_from:
         yield "resumed", f"at step {summary.resumed_from:,}"
+
+
+def _cost(run: Run) -> Iterator[Fact]:
+    """GPU hours of training, and those of the twin; without GPUs, hours of the machine."""
+    for name, summary in (("training cost", run.summary), ("the twin cost", run.baseline_summary)):
+        if summary:
+            gpus = bool(summary.environment and summary.environment.devices)
+            hours = summary.seconds / 3600 * (summary.ranks if gpus else 1)
+            yield name, f"{hours:.2f} {'GPU hours' if gpus else 'hours of this machine'}"
 
 
 def _machine(environment: Environment) -> Iterator[Fact]:

@@ -56,6 +56,7 @@ def render_report(run: Run) -> str:
         coverage=tables.coverage_table(run.overlap),
         teachers=[_teacher(run, teacher) for teacher in run.spec["teachers"]],
         samples=_samples(run),
+        student=_published(run),
         settings=yaml.safe_dump(run.settings, default_flow_style=None, sort_keys=False, allow_unicode=True, width=54),
         facts=list(run_facts(run)),
         sources=[table for table in (tables.inputs_table(run), tables.corpora_table(run)) if table],
@@ -110,6 +111,12 @@ def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
         "rows": w.rows if w else 0,
         "columns": w.columns if w else 0,
     }
+
+
+def _published(run: Run) -> str:
+    """Where the student lies: of several checkpoints, the best; nothing before a training has ended."""
+    checkpoint = "best" if run.spec["data"]["validation"] else "last"
+    return f"{run.spec['output']['uri'].rstrip('/')}/student/{checkpoint}" if run.summary else ""
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

@@ -156,7 +156,7 @@ def verdict(run: Run) -> Verdict:
         return Verdict("unknown", "Held-out bits per byte of the student before and after were not both measured.", sentences)
     a, b = bits_per_byte(after) or 0.0, bits_per_byte(before) or 0.0
     change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({100 * (a - b) / b:+.0f} %)"
-    against_twin = _twin_differences(run)
+    against_twin = twin_differences(run)
     helped = {
         "bad": "The student improved, but cross-entropy alone does better",
         "even": "The student improved, but cross-entropy alone does as well",
@@ -189,7 +189,7 @@ def interval(difference: Difference) -> str:
     return f"{difference.value:+.3f} {limits}"
 
 
-def _twin_differences(run: Run) -> list[Difference]:
+def twin_differences(run: Run) -> list[Difference]:
     """Student against twin, best against best and last against last, as far as they were measured."""
     pairs = ((BEST, TWIN_BEST), (LAST, TWIN_LAST))
     return [d for student, twin in pairs if (d := bits_difference(run.result(student), run.result(twin)))]

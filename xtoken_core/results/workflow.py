@@ -15,6 +15,8 @@ class ReadInput(Record):
     uri: str
     version: str
     """Commit of a hub id, else fingerprint."""
+    licence: str | None = None
+    """Of a model, as its card says."""
 
 
 class StepTimes(Record):

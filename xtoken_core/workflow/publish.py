@@ -14,6 +14,7 @@ import yaml
 from xtoken_core import storage
 from xtoken_core.data.statistics import all_shards, statistics_of
 from xtoken_core.errors import blamed
+from xtoken_core.report.card import model_card
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
 from xtoken_core.results.vocabulary import OverlapReport
@@ -97,12 +98,26 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         for name, path in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(path.absolute())
+        for checkpoint in ("best", "last"):
+            _with_card(folder / "student" / checkpoint, model_card(run, checkpoint))
         manifest = storage.Manifest.of_folder(folder, spec.name)
         (folder / storage.MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
         with blamed("output.uri"):
             storage.check_place(spec.output.uri, spec.name, spec.output.replace)
             storage.publish(folder, spec.output.uri)
     return run
+
+
+def _with_card(student: Path, card: str) -> None:
+    """Puts a model card beside the files of a student, in place of the link to their folder."""
+    if not student.is_symlink():
+        return
+    source = student.resolve()
+    student.unlink()
+    student.mkdir()
+    for path in source.iterdir():
+        (student / path.name).symlink_to(path)
+    (student / "README.md").write_text(card, encoding="utf-8")
 
 
 def _step_times(metadata: Mapping[str, Any]) -> StepTimes:

@@ -14,6 +14,7 @@ from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import StudentSpec, TeacherSpec
+from xtoken_core.workflow.licences import licence_of
 
 
 def digest(*values: Any) -> str:
@@ -52,7 +53,8 @@ class Versions:
                 found = version(uri)
             except InputError as e:
                 raise InputError(f"{field}: {e}") from None
-        entry = ReadInput(field=field, uri=uri, version=found)
+        licence = licence_of(uri) if version is model_version else None
+        entry = ReadInput(field=field, uri=uri, version=found, licence=licence)
         if entry not in self.known:
             self.known.append(entry)
         return found

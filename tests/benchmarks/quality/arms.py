@@ -1,0 +1,106 @@
+"""What the lab trains: settings (a student, its teachers, their rows) and arms (a loss and how its size runs over the training)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from xtoken_core.spec import LossSpec
+
+
+@dataclass(frozen=True)
+class LabTeacher:
+    """A teacher of a setting. Its number among the setting's teachers is that of its columns in the rows."""
+
+    model: str
+    """Model folder or .gguf file."""
+    projection: str | None = None
+    """File of W and cells; None: the student's own vocabulary."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A student, its teachers and their rows."""
+
+    name: str
+    student: str
+    teachers: tuple[LabTeacher, ...]
+    data: str
+    """Folder of `rows.prepare`: train.npz, and one file for each of `held_out`."""
+    held_out: tuple[str, ...] = ("code", "english")
+    keep_layers: int | None = None
+    rows: int = 12_800
+    """Training rows that are cached of the teachers; arms without a teacher may train on more."""
+    batch: int = 32
+    rate: float = 3e-4
+    vocabulary: int | None = None
+    """Ids of the student's tokenizer; None: as many as its lm_head has rows."""
+    as_teacher: bool = False
+    """The student reads teacher 0's tokens: a setting of one vocabulary out of rows made for two."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    loss: dict[str, Any] | None = None
+    """Of `LossSpec`; None: cross-entropy alone."""
+    ratio: tuple[float, float] = (1.0, 1.0)
+    """KD as a share of CE at the start and at the end of the run, linear between; only with dynamic scaling."""
+    variant: str | None = None
+    """`first_row`: partition_kl without its realised part; `reached`: only teacher columns that W reaches; `joined`: cells joined."""
+    teachers: tuple[int, ...] | None = None
+    """Which teachers of the setting; None: all."""
+
+    def spec(self) -> LossSpec:
+        """Its loss; without one any will do."""
+        return LossSpec(**({"mode": "p_kl"} | (self.loss or {})))
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm of a setting with a seed."""
+
+    setting: str
+    arm: Arm
+    seed: int = 0
+    steps: int = 400
+    rows: int | None = None
+    """Training rows; None: the setting's."""
+    rate: float | None = None
+    """Learning rate; None: the setting's."""
+
+    @property
+    def key(self) -> str:
+        """Names its result."""
+        rate = "" if self.rate is None else f"-{self.rate}"
+        rows = "" if self.rows is None else f"-rows{self.rows}"
+        return f"{self.setting}-{self.arm.name}-{self.seed}-{self.steps}{rows}{rate}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call of `train` works through, in order."""
+
+    settings: tuple[Setting, ...]
+    jobs: tuple[Job, ...] = field(default=())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Reads a plan's JSON."""
+        return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))
+
+    def setting(self, name: str) -> Setting:
+        """By name."""
+        return next(setting for setting in self.settings if setting.name == name)
+
+    def ready(self, job: Job) -> bool:
+        """Whether every model that the job needs is there."""
+        setting = self.setting(job.setting)
+        models = [setting.student, *(teacher.model for teacher in setting.teachers if job.arm.loss is not None)]
+        return all(Path(model).exists() for model in models)

@@ -1,0 +1,174 @@
+"""One worker of the lab, on one device: takes arms from a plan until none is left, and writes a JSON line for each."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.benchmarks.quality.arms import Arm, Job, Plan, Setting
+from tests.benchmarks.quality.rows import Rows, orders
+from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher, claim
+from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
+from xtoken_core.models import final_hidden, head_logits, load_model, prune_layers
+
+WARMUP = 20
+SETTLED = 20
+"""Steps after which speed is measured: kernels are compiled by then."""
+
+
+@dataclass
+class Bench:
+    """What a worker keeps of a setting between arms."""
+
+    setting: Setting
+    device: torch.device
+    shared: Path
+    model: PreTrainedModel
+    start: dict[str, Tensor]
+    """The student's first weights."""
+    forward: Callable[..., Any]
+    """The base model, compiled."""
+    rows: Rows
+    held_out: dict[str, Rows]
+    teachers: dict[int, CachedTeacher]
+
+    @classmethod
+    def open(cls, setting: Setting, device: torch.device, shared: Path) -> Bench:
+        """Loads student and rows; teachers come when an arm asks for one."""
+        model = load_model(setting.student)
+        if setting.keep_layers is not None:
+            prune_layers(model, setting.keep_layers)
+        model = model.to(device).train()
+        start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        load = Rows.as_teacher if setting.as_teacher else Rows.load
+        rows, *held_out = (load(Path(setting.data) / f"{name}.npz", device) for name in ("train", *setting.held_out))
+        forward = torch.compile(model.base_model, dynamic=False) if device.type == "cuda" else model.base_model
+        return cls(setting, device, shared, model, start, forward, rows, dict(zip(setting.held_out, held_out)), {})
+
+    def teacher(self, number: int) -> CachedTeacher:
+        """A teacher, loaded on first use."""
+        if number not in self.teachers:
+            self.teachers[number] = cached_teacher(self.setting, number, self.rows.first(self.setting.rows), self.shared, self.device)
+        return self.teachers[number]
+
+    def hidden(self, ids: Tensor, forward: Callable[..., Any] | None = None) -> Tensor:
+        """The student's final hidden states, in bf16 on a GPU, as the trainer has them."""
+        cuda = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
+            found = final_hidden(self.model, ids) if forward is None else forward(input_ids=ids, use_cache=False).last_hidden_state
+        return found.to(torch.bfloat16) if cuda else found
+
+    @torch.no_grad()
+    def bits_per_byte(self) -> dict[str, float]:
+        """Of each held-out text."""
+        return {name: self._bits(rows) for name, rows in self.held_out.items()}
+
+    def _bits(self, rows: Rows) -> float:
+        spec, nats, size = Arm("ce").spec(), 0.0, 0
+        for index in torch.arange(len(rows), device=self.device).split(32):
+            batch = rows.student(index)
+            masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
+            totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
+            logits = head_logits(self.model, self.hidden(batch["input_ids"]), self.vocabulary)
+            nats += float(loss_sums(logits, *masks, [], spec, totals)[0])
+            size += int((batch["token_bytes"] * batch["token_mask"])[:, 1:].sum())
+        return nats / math.log(2) / size
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of the student's logits."""
+        return self.setting.vocabulary or int(self.model.config.get_text_config().vocab_size)
+
+
+def train(bench: Bench, job: Job) -> dict[str, Any]:
+    """Trains an arm from the student's first weights; what it came to."""
+    setting, arm, device = bench.setting, job.arm, bench.device
+    bench.model.load_state_dict(bench.start)
+    spec = arm.spec()
+    rate = setting.rate if job.rate is None else job.rate
+    optimizer = torch.optim.AdamW(bench.model.parameters(), lr=rate, weight_decay=0.0, fused=device.type == "cuda")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
+    chosen = _teachers(bench, arm)
+    scale: Tensor | None = None
+    curve: list[dict[str, float]] = []
+    seen: dict[str, dict[str, float]] = {}
+    tokens, settled = 0, time.monotonic()
+    count = setting.rows if job.rows is None else job.rows
+    for step, index in enumerate(orders(count, job.steps, setting.batch, job.seed, device)):
+        if step == min(SETTLED, job.steps - 1):
+            _wait(device)
+            tokens, settled = 0, time.monotonic()
+        batch = bench.rows.student(index)
+        masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
+        teachers = [t.batch(bench.rows, n, index, spec.mode, arm.variant) for n, t in chosen.items()]
+        totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale)
+        logits = head_logits(bench.model, bench.hidden(batch["input_ids"], bench.forward), bench.vocabulary)
+        if spec.dynamic_scaling:
+            if scale is None:
+                totals = totals.with_scale(1.0)
+                totals = totals.with_scale(dynamic_scale(loss_sums(logits, *masks, teachers, spec, totals), totals, spec))
+            totals = totals.with_scale(totals.scale * _ratio(arm, step, job.steps))
+        out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        scale = dynamic_scale(out.sums, totals, spec)
+        tokens += index.numel() * masks[0].shape[1]
+        if step % 20 == 0:
+            curve.append({"step": step, **{k: float(v) for k, v in loss_metrics(out.sums, totals, spec).items() if "loss" in k}})
+        if (step + 1) % max(1, job.steps // 4) == 0 and step + 1 < job.steps:
+            _wait(device)
+            paused = time.monotonic()
+            seen[str(step + 1)] = bench.bits_per_byte()
+            settled += time.monotonic() - paused
+    _wait(device)
+    seconds = time.monotonic() - settled
+    return {
+        "key": job.key, "job": asdict(job), "held_out": bench.bits_per_byte(), "seen": seen, "curve": curve,
+        "tokens_per_second": tokens / seconds, "steps_per_second": tokens / seconds / (setting.batch * masks[0].shape[1]),
+        "teacher_tokens_per_second": [t.tokens_per_second for t in chosen.values()], "device": _name(device),
+    }  # fmt: skip
+
+
+def _teachers(bench: Bench, arm: Arm) -> dict[int, CachedTeacher]:
+    if arm.loss is None:
+        return {}
+    numbers = range(len(bench.setting.teachers)) if arm.teachers is None else arm.teachers
+    found = {n: bench.teacher(n) for n in numbers}
+    if arm.variant == "reached":
+        found = {n: teacher.reached() for n, teacher in found.items()}
+    return found
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the learning rate: warm-up, then half a cosine."""
+    warm = min(WARMUP, steps // 2)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _ratio(arm: Arm, step: int, steps: int) -> float:
+    start, end = arm.ratio
+    return start + (end - start) * step / max(1, steps - 1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -5,17 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from xtoken_core.spec import TeacherSpec
+from xtoken_core.spec.teachers import Mode
 from xtoken_core.tokenization import TokenTable
-
-if TYPE_CHECKING:
-    pass
-
-NUMBER_COVERAGE = 0.95
-"""Share of two- and of three-digit numbers that a teacher must hold for h_kl."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +86,21 @@ def audit(student_table: TokenTable, teacher_table: TokenTable) -> Audit:
     return {name: Coverage(tokens[name], covered[name]) for name in CLASSES}
 
 
-def resolve_mode(coverage: Audit) -> tuple[Literal["p_kl", "h_kl"], str]:
-    """What `mode: auto` means for a pair, and why.
+WORSE_THAN_CE = ("h_kl", "gold")
+"""Modes that made a worse student than no distillation at all where they were measured (tests/benchmarks/results): the published methods
+are still offered, with a word about it."""
 
-    p_kl if the student has two- or three-digit number tokens of which the teacher lacks more than 5 %: h_kl would
-    compare their probabilities as uncommon ones, by rank alone (X-Token, arXiv 2605.21699).
-    """
-    counts = " and ".join(
-        f"{coverage[name].covered} of {coverage[name].tokens} {name.replace('_', '-', 1).replace('_', ' ')}"
-        for name in ("two_digit_numbers", "three_digit_numbers")
-    )
-    if min(coverage[name].share for name in ("two_digit_numbers", "three_digit_numbers")) < NUMBER_COVERAGE:
-        return "p_kl", f"the teacher holds {counts} of the student"
-    if coverage["two_digit_numbers"].tokens + coverage["three_digit_numbers"].tokens == 0:
-        return "h_kl", "the student has no tokens for two- or three-digit numbers"
-    return "h_kl", f"the teacher holds {counts} of the student"
+
+def resolve_mode(teacher: TeacherSpec) -> tuple[Mode, str]:
+    """What `mode: auto` means for a teacher with a projection, and why: what made the best student where it was measured."""
+    if teacher.projection is not None and teacher.projection.learnable:
+        return "p_kl", "the one mode that trains W"
+    return "partition_kl", "the best student of all modes where it was measured"
+
+
+def reason_for(mode: str) -> str:
+    """What is said of a mode that the spec sets."""
+    return f"set in the spec, and worse than no distillation where it was measured: {mode}" if mode in WORSE_THAN_CE else "set in the spec"
 
 
 def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:

@@ -21,10 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from xtoken_core.errors import InputError
+from xtoken_core.partition import Partition, build_partition
 from xtoken_core.projection_files import (
     FORMAT,
     FORMAT_VERSION,
     ROW_SUMS,
+    checked_cells,
     checked_entries,
     checked_exact,
     read_nemo_rl,
@@ -53,6 +55,8 @@ class Projection:
     """Ids of the teacher; None: not known."""
     exact: Tensor | None = None
     """bool [V_s]: the teacher has the very token, byte for byte or by role; None: not known."""
+    cells: Partition | None = None
+    """What partition_kl compares in place of W; None: not known."""
     tables: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What `table` keeps; matrices of the same entries with other weights may share it."""
     _weighted_tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
@@ -68,7 +72,8 @@ class Projection:
     def to(self, device: torch.device | str) -> Projection:
         """The same matrix on another device."""
         exact = None if self.exact is None else self.exact.to(device)
-        return Projection(self.indices.to(device), self.weights.to(device), self.teacher_vocab_size, exact)
+        cells = None if self.cells is None else self.cells.to(device)
+        return Projection(self.indices.to(device), self.weights.to(device), self.teacher_vocab_size, exact, cells)
 
     def save(
         self, path: str | Path, student_fingerprint: str, teacher_fingerprint: str, options: dict[str, Any] | None = None
@@ -77,6 +82,8 @@ class Projection:
         tensors = {"indices": self.indices.to(torch.int32), "weights": self.weights.to(torch.float32)}
         if self.exact is not None:
             tensors["exact"] = self.exact
+        if self.cells is not None:
+            tensors |= {"student_cells": self.cells.student.to(torch.int32), "teacher_cells": self.cells.teacher.to(torch.int32)}
         header = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -114,7 +121,7 @@ class Projection:
             told = exact.nonzero()[:, 0].numpy()
             if (student.objects[told] != teacher.objects[indices[told, 0].numpy()]).any():
                 raise InputError(f"{path}: rows that are exact, with another token of the teacher")
-        return cls(indices, weights, size, exact)
+        return cls(indices, weights, size, exact, checked_cells(tensors, len(indices), size, path))
 
     @classmethod
     def from_nemo_rl(
@@ -143,7 +150,7 @@ def _kept(tables: dict[Any, Any], make: Callable[..., T], projection: Projection
 def build_projection(
     student_tok: PreTrainedTokenizerFast, teacher_tok: PreTrainedTokenizerFast, spec: ProjectionSpec
 ) -> Projection:
-    """Builds W for a pair of tokenizers, with `exact`.
+    """Builds W for a pair of tokenizers, with `exact` and `cells`.
 
     A special token reads as the teacher's token of the first role in `ROLES` that it fills on both sides; without one
     its row is empty. So is the row of a byte-fallback or added token that repeats an ordinary one.
@@ -162,7 +169,7 @@ def build_projection(
             entries[student.roles[role]] = {teacher.roles[role]: 1.0}
             exact[student.roles[role]] = True
     indices, weights = _padded(entries, spec.top_k)
-    return Projection(indices, weights, len(teacher), exact)
+    return Projection(indices, weights, len(teacher), exact, build_partition(student, teacher))
 
 
 def _weigh(pieces: Sequence[int]) -> dict[int, float]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtoken_core.errors import InputError
+from xtoken_core.partition import Partition
 
 FORMAT = "xtoken-projection"
 FORMAT_VERSION = "1"
@@ -88,6 +89,21 @@ def checked_exact(exact: Tensor | None, indices: Tensor, path: str | Path) -> Te
     if (exact & (indices < 0).all(1)).any():
         raise InputError(f"{path}: rows that are exact and have no entry")
     return exact
+
+
+def checked_cells(tensors: dict[str, Tensor], rows: int, columns: int | None, path: str | Path) -> Partition | None:
+    """The cells of a file; None: it has none. Raises InputError for cells of other vocabularies, and for ids that cannot be."""
+    student, teacher = tensors.get("student_cells"), tensors.get("teacher_cells")
+    if student is None or teacher is None:
+        return None
+    if student.shape != (rows,) or teacher.ndim != 1 or len(teacher) != (columns or len(teacher)):
+        raise InputError(f"{path}: cells {tuple(student.shape)} and {tuple(teacher.shape)} do not go with {rows} rows")
+    if student.dtype != torch.int32 or teacher.dtype != torch.int32 or min(student.min(), teacher.min()) < -1:
+        raise InputError(f"{path}: cells that are not numbered from 0, or -1")
+    count = 1 + int(max(student.max(), teacher.max()))
+    if count > rows or count > len(teacher):
+        raise InputError(f"{path}: {count} cells, more than a vocabulary has ids")
+    return Partition(student.long(), teacher.long(), count)
 
 
 def rows_sum_to_one(weights: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from xtoken_core.losses import TeacherBatch
+from xtoken_core.partition import Partition
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
@@ -46,7 +47,7 @@ def oracle_case(path: Path, dtype: torch.dtype):
     return batch, teachers, LossSpec(topk_scope="batch", **config), expected
 
 
-MODES = ("p_kl", "gold", "h_kl")
+MODES = ("partition_kl", "p_kl", "gold", "h_kl")
 
 
 def random_segmentation(generator: torch.Generator, batch: int, length: int, chunks: int) -> torch.Tensor:
@@ -63,12 +64,16 @@ def random_projection(generator: torch.Generator, student_vocab: int, teacher_vo
     outside = torch.arange(k)[None] >= entries
     weights = torch.rand(student_vocab, k, generator=generator).pow(3).masked_fill(outside, 0)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
-    return Projection(indices.masked_fill(outside, -1), weights.masked_fill((entries == 1) & ~outside, 1), teacher_vocab)
+    count = max(2, student_vocab // 2)
+    cells = Partition(*(torch.randint(-1, count, (vocab,), generator=generator) for vocab in (student_vocab, teacher_vocab)), count)
+    weights = weights.masked_fill((entries == 1) & ~outside, 1)
+    return Projection(indices.masked_fill(outside, -1), weights, teacher_vocab, cells=cells)
 
 
 def identity_projection(vocab: int) -> Projection:
     """Every token is the teacher's token of the same id."""
-    return Projection(torch.arange(vocab)[:, None], torch.ones(vocab, 1), vocab)
+    same = torch.arange(vocab)
+    return Projection(same[:, None], torch.ones(vocab, 1), vocab, cells=Partition(same, same, vocab))
 
 
 def random_batch(seed: int, batch: int, length: int, vocab: int, dtype: torch.dtype = torch.float64):

@@ -136,5 +136,5 @@ def _coefficients(totals: StepTotals, spec: LossSpec, slots: slice) -> Coefficie
     tokens = totals.tokens.clamp(min=1)
     if spec.dynamic_scaling:
         assert totals.scale is not None
-        return Coefficients(1 / tokens, totals.scale * kd)
-    return Coefficients(spec.ce_weight / tokens, spec.kd_weight * kd)
+        return Coefficients(1 / tokens, totals.course * totals.scale * kd)
+    return Coefficients(spec.ce_weight / tokens, totals.course * spec.kd_weight * kd)

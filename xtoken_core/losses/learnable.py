@@ -23,7 +23,7 @@ class LearnableProjection(nn.Module):
     def __init__(self, projection: Projection):
         super().__init__()
         nonzero = (projection.indices >= 0) & (projection.weights > 0)
-        self.teacher_vocab_size = projection.teacher_vocab_size
+        self.teacher_vocab_size, self.cells = projection.teacher_vocab_size, projection.cells
         self.register_buffer("indices", projection.indices.masked_fill(~nonzero, -1), persistent=False)
         self.register_buffer("exact", projection.exact, persistent=False)
         self.log_weights = nn.Parameter(projection.weights.detach().masked_fill(~nonzero, 1).log())
@@ -35,7 +35,7 @@ class LearnableProjection(nn.Module):
         tables = self._tables.setdefault(self.indices.device, {})
         outside = self.indices < 0
         weights = self.log_weights.masked_fill(outside, torch.finfo(self.log_weights.dtype).min).softmax(1)
-        return Projection(self.indices, weights.masked_fill(outside, 0), self.teacher_vocab_size, self.exact, tables)
+        return Projection(self.indices, weights.masked_fill(outside, 0), self.teacher_vocab_size, self.exact, self.cells, tables)
 
     def projection(self) -> Projection:
         """W as it stands, detached: to save."""

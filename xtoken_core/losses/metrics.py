@@ -25,21 +25,21 @@ def _means(sums: Tensor, totals: StepTotals) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dynamic_scale(sums: Tensor, totals: StepTotals, spec: LossSpec) -> Tensor:
-    """|CE| / |KD| of a step, 0-dim float64: the factor of KD in the next one (1 where KD is 0, or without `dynamic_scaling`).
+    """ratio * |CE| / |KD| of a step, 0-dim float64: the factor of KD in the next one (1 where KD is 0, or without `dynamic_scaling`).
 
     `sums` are `LossOutput.sums` (or `loss_sums`) over all micro-batches and ranks. KD over unnormalised columns can be
     negative; its gradient then still points the right way, as in NeMo-RL.
     """
     ce, _, kd = _means(sums, totals)
     scale = ce.abs() / kd.abs()
-    return torch.where(kd != 0, scale, 1.0) if spec.dynamic_scaling else torch.ones_like(ce)
+    return torch.where(kd != 0, float(spec.dynamic_scaling) * scale, 1.0) if spec.dynamic_scaling else torch.ones_like(ce)
 
 
 def loss_metrics(sums: Tensor, totals: StepTotals, spec: LossSpec) -> dict[str, Tensor | float]:
     """`LossOutput.metrics`, from `LossOutput.sums` over all micro-batches and ranks of a step, say."""
     ce, per_teacher, kd = _means(sums, totals)
-    scale = totals.scale if spec.dynamic_scaling and totals.scale is not None else torch.ones_like(ce)
-    loss = scale * kd + ce if spec.dynamic_scaling else spec.kd_weight * kd + spec.ce_weight * ce
+    scale = totals.course * (totals.scale if spec.dynamic_scaling and totals.scale is not None else torch.ones_like(ce))
+    loss = scale * kd + ce if spec.dynamic_scaling else spec.kd_weight * scale * kd + spec.ce_weight * ce
     metrics: dict[str, Tensor | float] = {"loss": loss, "kl_loss": kd, "ce_loss": ce, "kl_loss_scale": scale}
     metrics |= {"accuracy": sums[1] / totals.tokens.clamp(min=1), "num_valid_samples": totals.samples}
     if spec.aggregation == "averaged_logits":
@@ -56,6 +56,6 @@ def loss_metrics(sums: Tensor, totals: StepTotals, spec: LossSpec) -> dict[str, 
             metrics[f"num_valid_chunks_t{i}"] = totals.kd_counts[i]
         if mode == "p_kl":
             metrics[f"num_valid_pairs_t{i}"] = totals.kd_counts[i]
-        elif mode is not None:
+        elif mode in ("gold", "h_kl"):
             metrics[f"kl_common_t{i}"], metrics[f"l1_uncommon_t{i}"] = per_teacher[i, 1], per_teacher[i, 2]
     return metrics

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.losses.logits import Logits, TopKLogits, as_form
+from xtoken_core.losses.partition_tiles import partition_kl
 from xtoken_core.losses.selection import EPSILON, FLOOR, chunk_rows, next_token_ids, next_token_mask, top_columns
 from xtoken_core.losses.tables import common_pairs, projection_entries
 from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
@@ -54,12 +55,14 @@ def term_sums(
         parts = zero, zero
         if teacher.projection is None:
             value = _same_vocabulary(logits, log_probs[spec.temperature], teacher, counted, spec)
+        elif teacher.mode == "partition_kl":
+            value = partition_kl(student, teacher, spec)
         elif teacher.mode == "p_kl":
             value = _p_kl(log_probs[spec.temperature], teacher, student.sample_mask, spec)
         else:
             parts = _common_and_uncommon(log_probs[spec.temperature], teacher, student.sample_mask, spec)
             value = parts[0] + parts[1]
-        kd.append(value * spec.temperature**2)
+        kd.append(value if teacher.mode == "partition_kl" else value * spec.temperature**2)
         common.append(parts[0].detach())
         uncommon.append(parts[1].detach())
 

@@ -34,6 +34,14 @@ class ReferenceOutput(NamedTuple):
     metrics: dict[str, float]
 
 
+class Masks(NamedTuple):
+    """The student's side of a batch without its logits."""
+
+    input_ids: Tensor
+    token_mask: Tensor
+    sample_mask: Tensor
+
+
 def distillation_loss(
     student_logits: Tensor | HiddenLogits,
     input_ids: Tensor,
@@ -44,7 +52,7 @@ def distillation_loss(
 ) -> ReferenceOutput:
     """The loss of one whole batch; arguments, loss and metrics as `xtoken_core.losses.distillation_loss` has them.
 
-    loss = kd_weight · KD + ce_weight · CE; with dynamic_scaling sg(|CE| / |KD|) · KD + CE, the quotient taken as 1 where KD = 0.
+    loss = kd_weight · KD + ce_weight · CE; with dynamic_scaling sg(ratio · |CE| / |KD|) · KD + CE, the factor taken as 1 where KD = 0.
 
     KD over the teachers i:
         sum: Σ w_i f_i KD_i, f_i = log V_i / log min_j V_j with normalize_by_vocab, else 1, and w_i the fixed weights or, with a
@@ -65,7 +73,7 @@ def distillation_loss(
     }
 
     def term(i: int) -> Tensor:
-        value, details = teacher_loss(z, teachers[i], targets, token_mask, sample_mask, spec)
+        value, details = teacher_loss(z, teachers[i], targets, Masks(input_ids, token_mask, sample_mask), spec)
         metrics[f"kl_loss_t{i}"] = value
         metrics.update({f"{name}_t{i}": detail for name, detail in details.items()})
         return value
@@ -75,7 +83,8 @@ def distillation_loss(
         if teacher.projection is None:
             return score(teacher.logits, input_ids, token_mask, sample_mask, teacher.token_bytes, spec)
         assert teacher.input_ids is not None and teacher.token_mask is not None
-        return score(teacher.logits, teacher.input_ids, teacher.token_mask, sample_mask, teacher.token_bytes, spec)
+        own = _float64(teacher.logits)[..., : _vocabulary(teacher)]
+        return score(own, teacher.input_ids, teacher.token_mask, sample_mask, teacher.token_bytes, spec)
 
     count = range(len(teachers))
     kd = z.new_zeros(())
@@ -103,7 +112,7 @@ def distillation_loss(
 
     scale = 1.0
     if spec.dynamic_scaling:
-        scale = abs(ce.item() / kd.item()) if kd.item() != 0 else 1.0
+        scale = float(spec.dynamic_scaling) * abs(ce.item() / kd.item()) if kd.item() != 0 else 1.0
         loss = scale * kd + ce
     else:
         loss = spec.kd_weight * kd + spec.ce_weight * ce
@@ -146,16 +155,19 @@ def score(
 
 
 def teacher_loss(
-    z: Tensor, teacher: TeacherBatch, targets: list[tuple[int, int]], token_mask: Tensor, sample_mask: Tensor, spec: LossSpec
+    z: Tensor, teacher: TeacherBatch, targets: list[tuple[int, int]], masks: Masks, spec: LossSpec
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """KD_i of one teacher, and details of it for the metrics."""
     z_t = _float64(teacher.logits)[..., : _vocabulary(teacher)]
     if teacher.projection is None:
-        return same_vocabulary(z, z_t, targets, top_columns(z_t, token_mask, spec), spec), {}
+        return same_vocabulary(z, z_t, targets, top_columns(z_t, masks.token_mask, spec), spec), {}
     mode = teacher.mode or spec.mode
     if mode == "auto":
         raise ValueError("mode: auto is resolved before the loss")
-    chunks = valid_chunks(teacher, sample_mask, spec)
+    if mode == "partition_kl":
+        chunks = valid_chunks(teacher, masks.sample_mask, spec.model_copy(update={"chunk_distribution": "first"}))
+        return partition_kl(z, z_t, teacher, masks.input_ids, chunks, spec), {"num_valid_chunks": float(len(chunks))}
+    chunks = valid_chunks(teacher, masks.sample_mask, spec)
     if mode == "p_kl":
         assert teacher.token_mask is not None
         columns = top_columns(z_t, teacher.token_mask, spec)
@@ -286,6 +298,65 @@ def p_kl(
             log_q = (q / q.sum().clamp(min=FLOOR)).clamp(min=FLOOR).log()
         total = total + kl(r, log_q, spec.reverse_kl)
     return spec.temperature**2 * total / max(len(chunks), 1)
+
+
+def partition_kl(
+    z: Tensor,
+    z_t: Tensor,
+    teacher: TeacherBatch,
+    student_ids: Tensor,
+    chunks: list[tuple[int, list[int], list[int]]],
+    spec: LossSpec,
+) -> Tensor:
+    """KL between two coarse-grainings of one event: which text follows. 1 / N · Σ_c (first_c + realised_c) over the N valid chunks.
+
+    The cell of a token is the longest byte string that is an ordinary token of both vocabularies and that its bytes begin with; for
+    tokenizers that take the longest piece, the next cell is a function of the text (`xtoken_core.partition`).
+    first: P_S, P_T = the cells' sums of softmax(z) in the rows that predict the chunk's first token, each power 1/τ and renormalised (a
+        sum of less than 2^-126 counts as that); τ² KL(P_T || P_S), or with reverse_kl the other way round.
+    realised, τ = 1, for a chunk whose bytes are equal on both sides, that is not one token on both sides and whose first tokens are of one
+        cell: by the chain rule that cell is cut in two, this chunk and the rest. a = Π p_T(token), b = Π p_S(token) over the chunk;
+        the cell's probability P_T times the KL of (a / M_T, 1 - a / M_T) from (b / M_S, 1 - b / M_S), M the cell's sum, or with
+        reverse_kl P_S times the other way round. Shares above 1 - 1e-6 count as that.
+    Tokens without a cell are left out on both sides. Never negative, and zero where the models agree.
+    """
+    assert teacher.projection is not None and teacher.projection.cells is not None
+    assert teacher.input_ids is not None and teacher.student_chunk_id is not None and teacher.teacher_chunk_id is not None
+    cells, tau = teacher.projection.cells, spec.temperature
+    total = z.sum() * 0
+    for b, (student_row,), (teacher_row,) in chunks:
+        sums = []
+        for row, table in ((z[b, student_row], cells.student), (z_t[b, teacher_row], cells.teacher)):
+            p = row.softmax(-1)
+            of_cell = [[int(i) for i in (table[: len(p)] == c).nonzero()] for c in range(cells.num_cells)]
+            sums.append(torch.stack([p[ids].sum() for ids in of_cell]).clamp(min=FLOOR).log())
+        s, t = sums
+        total = total + tau**2 * kl((t / tau).log_softmax(-1), (s / tau).log_softmax(-1), spec.reverse_kl)
+
+        chunk = int(teacher.student_chunk_id[b, student_row + 1])
+        spelled = [
+            _chunk_log_prob(*side, chunk)
+            for side in (
+                (z[b], student_ids[b], teacher.student_chunk_id[b]),
+                (z_t[b], teacher.input_ids[b], teacher.teacher_chunk_id[b]),
+            )
+        ]
+        cell = int(cells.student[student_ids[b, student_row + 1]])
+        same = cell >= 0 and cell == int(cells.teacher[teacher.input_ids[b, teacher_row + 1]])
+        exact = teacher.chunk_exact is not None and bool(teacher.chunk_exact[b, chunk])
+        if not (same and exact and max(tokens for _, tokens in spelled) > 1):
+            continue
+        shares = [(log_prob - side[cell]).clamp(max=math.log1p(-1e-6)) for (log_prob, _), side in zip(spelled, sums, strict=True)]
+        halves = [torch.stack([share, torch.log1p(-share.exp())]) for share in shares]
+        mass = (s if spec.reverse_kl else t).log_softmax(-1)[cell].exp()
+        total = total + mass * kl(halves[1], halves[0], spec.reverse_kl)
+    return total / max(len(chunks), 1)
+
+
+def _chunk_log_prob(z: Tensor, ids: Tensor, chunk_id: Tensor, chunk: int) -> tuple[Tensor, int]:
+    """The sum of the log-probabilities of a chunk's tokens, and how many they are."""
+    tokens = [p for p in range(1, len(ids)) if chunk_id[p] == chunk]
+    return sum((z[p - 1].log_softmax(-1)[ids[p]] for p in tokens), start=z.new_zeros(())), len(tokens)
 
 
 def common_and_uncommon(

@@ -74,11 +74,13 @@ class StepTotals:
     factors: Tensor
     """[n]: log V_i / log min V with `normalize_by_vocab`, else 1; multiplies KD_i beside its weight."""
     modes: tuple[str | None, ...]
-    """p_kl, h_kl or gold per teacher; None: the student's vocabulary."""
+    """The mode of each teacher; None: the student's vocabulary."""
     selected: int | None = None
     """select_teacher: the teacher of the lowest CE, the first of equals."""
     scale: Tensor | None = None
     """0-dim: dynamic_scaling's factor of KD; None as long as there is none."""
+    course: float = 1.0
+    """What is left of KD's factor at this point of the run (`kd_course`)."""
 
     @classmethod
     def from_sums(

@@ -55,7 +55,7 @@ class TeacherBatch:
     projection: Projection | None = None
     weight: float = 1.0
     mode: str | None = None
-    """p_kl | h_kl | gold; None: the loss spec's mode."""
+    """partition_kl | p_kl | h_kl | gold; None: the loss spec's mode."""
     token_bytes: Tensor | None = None
     """[B, T_t] int: bytes of each token; only read with score_unit: byte."""
 

@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from xtoken_core.spec.section import NonNegativeFloat, PositiveInt, Section
+from xtoken_core.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class LossSpec(Section):
     """The distillation loss; formulas in `xtoken_core/losses/reference.py`."""
 
-    mode: Literal["p_kl", "h_kl", "gold", "auto"] = Field(
-        "auto", description="how teachers with a projection are compared; auto: the coverage audit decides per teacher"
+    mode: Literal["partition_kl", "p_kl", "h_kl", "gold", "auto"] = Field(
+        "auto", description="how teachers with a projection are compared; auto: partition_kl, or p_kl where W is learned"
     )
     chunk_distribution: Literal["mean", "first"] = Field(
-        "mean", description="mean over a chunk's rows, or its first row renormalised"
+        "mean", description="p_kl, h_kl, gold: mean over a chunk's rows, or its first row renormalised"
     )
     topk_scope: Literal["sequence", "batch"] = Field("sequence", description="over what the teacher columns are chosen")
     vocab_topk: PositiveInt = Field(8192, description="teacher columns that p_kl and the same-vocabulary KL compare")
@@ -29,7 +29,12 @@ class LossSpec(Section):
     exact_match_only: bool = Field(False, description="p_kl: only chunks whose text is equal on both sides")
     kd_weight: NonNegativeFloat = Field(1.0, description="factor of KD without dynamic scaling")
     ce_weight: NonNegativeFloat = Field(0.1, description="factor of CE without dynamic scaling")
-    dynamic_scaling: bool = Field(True, description="rescale KD to the size of CE; kd_weight and ce_weight are then unused")
+    dynamic_scaling: bool | PositiveFloat = Field(
+        True, description="rescale KD to this share of CE (true: 1); kd_weight and ce_weight are then unused", examples=[0.3]
+    )
+    kd_course: Literal["linear", "constant"] = Field(
+        "linear", description="KD's factor over the run: falling evenly from all of it to none, or all of it throughout"
+    )
     aggregation: Literal["sum", "averaged_logits", "select_teacher"] = Field(
         "sum", description="how several teachers become one loss: weighted sum, mean of their logits, or the teacher of lowest CE"
     )
@@ -52,4 +57,4 @@ class LossSpec(Section):
             yield "score_unit: byte only applies to select_teacher and to weight_metric: ce"
         for field in ("kd_weight", "ce_weight"):
             if self.dynamic_scaling and self.changed(field):
-                yield f"{field}: not used with dynamic_scaling: true"
+                yield f"{field}: not used with dynamic_scaling"

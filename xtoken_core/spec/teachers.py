@@ -9,7 +9,7 @@ from pydantic import Field
 
 from xtoken_core.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Uri
 
-Mode = Literal["p_kl", "h_kl", "gold"]
+Mode = Literal["partition_kl", "p_kl", "h_kl", "gold"]
 
 
 class ProjectionSpec(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,10 +144,13 @@ class StepResult:
     """By phase: data, teachers, student."""
 
 
-def begin_step(batches: Sequence[Batch], teaching: Teaching, student: Student, scale: float | None, clock: Clock) -> Step:
+def begin_step(
+    batches: Sequence[Batch], teaching: Teaching, student: Student, scale: float | None, course: float, clock: Clock
+) -> Step:
     """Runs the teachers and decides counts, weights and scale of the step from sums over all ranks, which all call this.
 
     scale: dynamic scaling's factor from the step before; None: there was none, and this step's own sums give it.
+    course: what is left of KD's factor (`kd_course`).
     clock: has run since the step began.
     """
     clock.lap("data")
@@ -155,6 +158,7 @@ def begin_step(batches: Sequence[Batch], teaching: Teaching, student: Student, s
     taught = teaching.run(batches, student.loss)
     heard = list(taught.micro_batches[0].teachers.values())
     totals = StepTotals.from_sums(over_ranks(taught.counts, device), heard, student.loss, scale=scale if heard else 1.0)
+    totals = replace(totals, course=course)
     clock.lap("teachers")
     if student.loss.dynamic_scaling and totals.scale is None:  # the first step: its own sums, before its gradients
         with torch.no_grad():

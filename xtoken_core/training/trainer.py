@@ -102,8 +102,12 @@ class DistillationTrainer(Trainer):
         """All micro-batches of a step with their teachers' outputs and the step's totals."""
         clock = Clock()
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        self.step = begin_step(batches, self.teaching, self.student, self.record.progress.scale, clock)
+        self.step = begin_step(batches, self.teaching, self.student, self.record.progress.scale, self._course(), clock)
         return [{"micro_batch": m, "totals": self.step.totals} for m in self.step.micro_batches], 1
+
+    def _course(self) -> float:
+        """What is left of KD's factor in the step that begins."""
+        return 1.0 if self.student.loss.kd_course == "constant" else 1.0 - self.state.global_step / self.args.max_steps
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -19,7 +19,7 @@ from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, resolv
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.results.vocabulary import ClassCoverage, OverlapReport, TokenizerComparison
 from xtoken_core.same_vocabulary import check_same_vocabulary
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.tokenization import TokenTable
 from xtoken_core.workflow.vocabularies import compare_tokenizers, overlap_report
 
@@ -77,26 +77,10 @@ def test_audit_counts_by_class() -> None:
     assert sum(coverage[name].tokens for name in partition) == 5
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "mode", "reason"),
-    [
-        ("llama3", "qwen3", "p_kl", "0 of 100 two-digit numbers and 0 of 1000 three-digit numbers"),
-        ("llama3", "o200k", "h_kl", "100 of 100 two-digit numbers and 1000 of 1000 three-digit numbers"),
-        ("llama3", "claude", "h_kl", "989 of 1000"),
-        ("smollm2", "llama3", "h_kl", "no tokens for two- or three-digit numbers"),
-        ("deepseek", "gemma3", "p_kl", "0 of 100"),
-    ],
-)
-def test_mode_of_real_pairs(student: str, teacher: str, mode: str, reason: str) -> None:
-    found, why = resolve_mode(audit(assets.table(student), assets.table(teacher)))
-    assert found == mode and reason in why
-
-
-def test_mode_at_the_limit_and_with_an_empty_class() -> None:
-    numbers = [f"{i:02}".encode() for i in range(100)]
-    full = make_table(numbers)
-    assert resolve_mode(audit(full, make_table(numbers[:95])))[0] == "h_kl"
-    assert resolve_mode(audit(full, make_table(numbers[:94])))[0] == "p_kl"
+def test_mode_of_a_teacher_whose_w_is_learned() -> None:
+    learned, fixed = ({"id": "t", "model": "m", "projection": {"learnable": flag}} for flag in (True, False))
+    assert resolve_mode(TeacherSpec.model_validate(learned))[0] == "p_kl"
+    assert resolve_mode(TeacherSpec.model_validate(fixed))[0] == "partition_kl"
 
 
 def spec(*teachers: dict) -> DistillationSpec:
@@ -124,9 +108,9 @@ def test_report_of_a_spec() -> None:
     )
     assert OverlapReport.model_validate_json(report.model_dump_json()) == report
     modes = {name: teacher.mode for name, teacher in report.teachers.items()}
-    assert modes == {"other": "p_kl", "same": "same_vocabulary", "set": "gold"}
+    assert modes == {"other": "partition_kl", "same": "same_vocabulary", "set": "gold"}
     other = report.teachers["other"]
-    assert "0 of 100 two-digit numbers" in other.reason
+    assert report.teachers["set"].reason == "set in the spec, and worse than no distillation where it was measured: gold"
     assert other.coverage["two_digit_numbers"] == ClassCoverage(tokens=100, covered=0, share=0.0)
     assert other.size == 32000 and report.student.fingerprint == assets.SOURCES["gpt2"].fingerprint
     c = vocabulary_overlap(assets.table("gpt2"), assets.table("mistral")).coefficient

@@ -100,7 +100,11 @@ def resolve_mode(teacher: TeacherSpec) -> tuple[Mode, str]:
 
 def reason_for(mode: str) -> str:
     """What is said of a mode that the spec sets."""
-    return f"set in the spec, and worse than no distillation where it was measured: {mode}" if mode in WORSE_THAN_CE else "set in the spec"
+    return (
+        f"set in the spec, and worse than no distillation where it was measured: {mode}"
+        if mode in WORSE_THAN_CE
+        else "set in the spec"
+    )
 
 
 def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:

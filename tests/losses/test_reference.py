@@ -70,6 +70,8 @@ def assert_agree(batch, teachers, spec, tolerance, gradient_tolerance):
     assert set(actual.metrics) == set(expected.metrics)
     assert {k: float(v) for k, v in actual.metrics.items()} == pytest.approx(expected.metrics, rel=tolerance, abs=tolerance)
     assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance, abs=tolerance)
+    if batch[0].dtype != torch.float64 and any((teacher.mode or spec.mode) == "partition_kl" for teacher in teachers):
+        gradient_tolerance *= 10  # the rest of a cell beside a chunk that is nearly all of it: a difference of equal numbers
     truth = gradient(expected.loss, batch[0])
     error = torch.linalg.vector_norm(gradient(actual.loss, batch[0]) - truth)
     assert error <= gradient_tolerance * (torch.linalg.vector_norm(truth) + 0.05)

@@ -65,7 +65,9 @@ def random_projection(generator: torch.Generator, student_vocab: int, teacher_vo
     weights = torch.rand(student_vocab, k, generator=generator).pow(3).masked_fill(outside, 0)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
     count = max(2, student_vocab // 2)
-    cells = Partition(*(torch.randint(-1, count, (vocab,), generator=generator) for vocab in (student_vocab, teacher_vocab)), count)
+    cells = Partition(
+        *(torch.randint(-1, count, (vocab,), generator=generator) for vocab in (student_vocab, teacher_vocab)), count
+    )
     weights = weights.masked_fill((entries == 1) & ~outside, 1)
     return Projection(indices.masked_fill(outside, -1), weights, teacher_vocab, cells=cells)
 

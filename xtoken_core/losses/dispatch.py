@@ -55,7 +55,10 @@ def _with_partition_kl(
     with torch.autocast(student.logits.device.type, enabled=False):
         found = {i: partition_kl(student, teachers[i], spec) for i in ours} | dict(zip(others, sums.kd))
     kd = torch.stack([found[i].to(sums.ce.dtype) for i in range(len(teachers))])
-    common, uncommon = (torch.zeros_like(kd, dtype=x.dtype).index_copy(0, torch.tensor(others, device=x.device), x) for x in (sums.common, sums.uncommon))
+    common, uncommon = (
+        torch.zeros_like(kd, dtype=x.dtype).index_copy(0, torch.tensor(others, device=x.device), x)
+        for x in (sums.common, sums.uncommon)
+    )
     if coefficients is None:
         return TermSums(sums.ce, kd, sums.correct, common, uncommon)
     assert sums.total is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.losses.logits import HiddenLogits, LogitsForm, as_form
-from xtoken_core.losses.partition import ComparedChunks, Side, cells_of, compare, compared_chunks
+from xtoken_core.losses.partition import ComparedChunks, Side, compare, compared_chunks
 from xtoken_core.losses.selection import FLOOR, next_token_ids
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
 from xtoken_core.projection import Projection

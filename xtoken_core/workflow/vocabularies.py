@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xtoken_core.errors import InputError
-from xtoken_core.overlap import audit, overlap_matrix, resolve_mode, vocabulary_overlap
+from xtoken_core.overlap import audit, overlap_matrix, reason_for, resolve_mode, vocabulary_overlap
+from xtoken_core.partition import build_partition
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.report.projection_summary import projection_summary
@@ -44,9 +46,9 @@ def overlap_report(spec: DistillationSpec) -> OverlapReport:
         if not teacher.cross_tokenizer:
             mode, reason = "same_vocabulary", "every id that stands for text stands for the same as the student's"
         elif chosen == "auto":
-            mode, reason = resolve_mode(coverage)
+            mode, reason = resolve_mode(teacher)
         else:
-            mode, reason = chosen, "set in the spec"
+            mode, reason = chosen, reason_for(chosen)
         overlap = vocabulary_overlap(student, table)
         teachers[teacher.id] = TeacherVocabulary(
             tokenizer=teacher.tokenizer or teacher.model,
@@ -122,5 +124,7 @@ def projection_stats(spec: DistillationSpec, folder: str | Path) -> dict[str, Pr
 def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
     path = local_copy(uri)
     if uri.endswith(".safetensors"):
-        return Projection.load(path, student, teacher)
-    return Projection.from_nemo_rl(path, len(student), len(teacher))
+        found = Projection.load(path, student, teacher)
+    else:
+        found = Projection.from_nemo_rl(path, len(student), len(teacher))
+    return found if found.cells is not None else replace(found, cells=build_partition(student, teacher))

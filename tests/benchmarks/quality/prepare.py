@@ -47,7 +47,9 @@ def write_projections(student: str, teachers: Sequence[str], out: Path) -> None:
             w.save(out / f"w-{i}.safetensors", *fingerprints)
             assert w.cells is not None
             cells = join_cells(w.cells, seen_together(w, {name: arrays[name] for name in arrays.files}, i))
-            Projection(w.indices, w.weights, w.teacher_vocab_size, w.exact, cells).save(out / f"joined-{i}.safetensors", *fingerprints)
+            Projection(w.indices, w.weights, w.teacher_vocab_size, w.exact, cells).save(
+                out / f"joined-{i}.safetensors", *fingerprints
+            )
 
 
 def seen_together(w: Projection, arrays: dict[str, np.ndarray], teacher: int) -> list[tuple[int, int]]:

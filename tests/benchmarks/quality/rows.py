@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from xtoken_core.collate import Collator
 from xtoken_core.dataset import load_rows, prepare_rows
+
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.spec import DistillationSpec
 
@@ -62,7 +62,13 @@ class Rows:
     def as_teacher(cls, path: Path, device: torch.device, teacher: int = 0) -> Rows:
         """The same, read by a student that has the vocabulary of one of the teachers."""
         arrays, prefix = cls.load(path, device).arrays, f"{teacher}."
-        return cls({name.removeprefix(prefix): array for name, array in arrays.items() if name.removeprefix(prefix) in _SIDE and prefix in name})
+        return cls(
+            {
+                name.removeprefix(prefix): array
+                for name, array in arrays.items()
+                if name.removeprefix(prefix) in _SIDE and prefix in name
+            }
+        )
 
     def first(self, count: int) -> Rows:
         """The first so many."""

@@ -41,7 +41,10 @@ class CachedTeacher:
         if variant == "first_row":
             fields["chunk_exact"] = torch.zeros_like(fields["chunk_exact"])
         return TeacherBatch(
-            replace(self.head, hidden=self.hidden[index]), projection=self.projection, mode=mode if self.projection else None, **fields
+            replace(self.head, hidden=self.hidden[index]),
+            projection=self.projection,
+            mode=mode if self.projection else None,
+            **fields,
         )
 
     def reached(self) -> CachedTeacher:
@@ -85,7 +88,9 @@ def cached_teacher(setting: Setting, number: int, rows: Rows, shared: Path, devi
             (folder / f"{n}.partial").rename(folder / f"{n}.safetensors")
     projection = None if teacher.projection is None else Projection.load(teacher.projection)
     known = None if projection is None else projection.teacher_vocab_size
-    head = head_logits(model, torch.empty(0, device=device), known or setting.vocabulary or model.config.get_text_config().vocab_size)
+    head = head_logits(
+        model, torch.empty(0, device=device), known or setting.vocabulary or model.config.get_text_config().vocab_size
+    )
     head = replace(head, weight=head.weight.detach().clone())
     width, dtype = model.config.get_text_config().hidden_size, model.dtype
     del model
@@ -102,5 +107,3 @@ def _forward(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
     """The final hidden states of rows, 32 at a time, on the CPU."""
     for batch in ids.split(32):
         yield final_hidden(model, batch).cpu()
-
-

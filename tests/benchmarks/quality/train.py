@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.benchmarks.quality.arms import Arm, Job, Plan, Setting
+from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
-from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher, claim
-from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
+from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher
+from xtoken_core.losses import StepTotals, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
 from xtoken_core.models import final_hidden, head_logits, load_model, prune_layers
 
 WARMUP = 20
@@ -58,14 +56,18 @@ class Bench:
     def teacher(self, number: int) -> CachedTeacher:
         """A teacher, loaded on first use."""
         if number not in self.teachers:
-            self.teachers[number] = cached_teacher(self.setting, number, self.rows.first(self.setting.rows), self.shared, self.device)
+            self.teachers[number] = cached_teacher(
+                self.setting, number, self.rows.first(self.setting.rows), self.shared, self.device
+            )
         return self.teachers[number]
 
     def hidden(self, ids: Tensor, forward: Callable[..., Any] | None = None) -> Tensor:
         """The student's final hidden states, in bf16 on a GPU, as the trainer has them."""
         cuda = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
-            found = final_hidden(self.model, ids) if forward is None else forward(input_ids=ids, use_cache=False).last_hidden_state
+            found = (
+                final_hidden(self.model, ids) if forward is None else forward(input_ids=ids, use_cache=False).last_hidden_state
+            )
         return found.to(torch.bfloat16) if cuda else found
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks.quality.__main__ import run
 from tests.benchmarks.quality.prepare import prepare_folder
-from tests.tiny import texts, tiny_model
+from tests.support.tiny import texts, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from xtoken_core.data.reading import PackedRows, load_rows, pack, row_lengths, r
 from xtoken_core.data.rows import Side, common_cuts, document_rows, spans, tokenize_texts
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.losses import TeacherBatch
+from xtoken_core.losses.selection import chunk_rows
+from xtoken_core.spec import DistillationSpec, LossSpec
 from xtoken_core.tokenization import normalize_for
 
 TEXTS = [
@@ -289,7 +291,7 @@ def test_batches_are_padded_and_masked():
     assert student.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert student.token_mask.tolist() == [[0, 1, 1], [0, 1, 0]]
     assert student.token_bytes.tolist() == [[5, 6, 7], [5, 6, 0]] and student.token_bytes.dtype == torch.int32
-    assert teacher.chunks.student_chunk_id.tolist() == [[-1, 0, 1], [-1, 1, -1]]
+    assert teacher.chunks.student_chunk_id.tolist() == [[0, 0, 1], [0, 1, -1]]
     assert teacher.chunks.teacher_chunk_id.tolist() == [[-1, 0, 1, 1], [-1, 0, 1, -1]]
     assert teacher.chunks.chunk_valid.tolist() == [[True, True], [False, True]]
     assert batch.sample_mask.tolist() == [1, 1]
@@ -306,8 +308,13 @@ def test_a_batch_moves_as_a_whole_and_what_was_one_side_stays_one():
 
 
 def test_a_chunk_without_its_first_token_is_not_valid_where_the_first_counts():
-    batch = Collator(["teacher_0"], {"student": 0, "teacher_0": 0}, chunk_distribution="first")(ROWS)
-    assert batch.teachers[0].chunks.chunk_valid.tolist() == [[False, True], [False, True]]
+    side = Collator(["teacher_0"], {"student": 0, "teacher_0": 0})(ROWS).teachers[0]
+    teacher = TeacherBatch(torch.empty(2, 4, 1), **vars(side.chunks))
+    valid = {
+        distribution: chunk_rows(teacher, torch.ones(2), LossSpec(chunk_distribution=distribution)).valid.view(2, 2).tolist()
+        for distribution in ("mean", "first")
+    }
+    assert valid == {"mean": [[True, True], [False, True]], "first": [[False, True], [False, True]]}
 
 
 def test_a_packed_batch_is_that_of_its_rows_one_by_one():

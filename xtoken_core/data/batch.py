@@ -122,23 +122,23 @@ def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any
 class Collator:
     """Pads rows on the right into one `Batch`, as tensors on the CPU.
 
-    No row of logits predicts the first token of a document, so it is no target and belongs to no chunk; a chunk that
-    thereby has no token left on a side, or with `chunk_distribution: first` loses its first, is not valid.
+    No row of logits predicts the first token of a document, so it is no target; a chunk that has no other token on a side is
+    not valid.
 
     Items of a packed dataset are lists of rows. The batch is then that of all these rows one by one, as losses want it,
     and each side has in `packed` what its model reads.
     """
 
-    def __init__(self, columns: Sequence[str | None], pads: dict[str, int], chunk_distribution: str = "mean"):
+    def __init__(self, columns: Sequence[str | None], pads: dict[str, int]):
         """columns: per teacher the prefix of its columns, None with the student's vocabulary. pads: filling id per prefix."""
-        self.columns, self.pads, self.chunk_distribution = tuple(columns), pads, chunk_distribution
+        self.columns, self.pads = tuple(columns), pads
 
     @classmethod
     def for_rows(cls, spec: DistillationSpec, folder: str | Path) -> Collator:
         """The collator of the rows that `prepare_rows` wrote to `folder`."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
-        return cls(columns, pads, spec.loss.chunk_distribution)
+        return cls(columns, pads)
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:
         """See the class."""
@@ -180,19 +180,17 @@ class Collator:
         teachers = _padded([row[f"{column}_teacher_chunk_id"] for row in rows], -1)
         exact = _padded([row[f"{column}_chunk_exact"] for row in rows], False, bool)
         counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
-        valid = _padded([self._valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
-        students[:, 0] = teachers[:, 0] = -1
+        valid = _padded([_valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
         return Chunks(*map(_tensor, (students, teachers, valid, exact)))
 
-    def _valid(self, student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:
-        """[count] bool: the chunks of one document that keep a predictor row on both sides."""
-        valid = np.ones(count, bool)
-        for ids in (student, teacher):
-            predicted = ids[1:]
-            valid &= np.bincount(predicted[predicted >= 0], minlength=count) > 0
-            if self.chunk_distribution == "first" and ids[0] >= 0:
-                valid[ids[0]] = False
-        return valid
+
+def _valid(student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:
+    """[count] bool: the chunks of one document that keep a predictor row on both sides."""
+    valid = np.ones(count, bool)
+    for ids in (student, teacher):
+        predicted = ids[1:]
+        valid &= np.bincount(predicted[predicted >= 0], minlength=count) > 0
+    return valid
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int, dtype: type = np.int64) -> np.ndarray:

@@ -61,7 +61,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, *tensors: Tensor | None) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         value, gradients = _sum_and_gradients(student, teacher, compared_chunks(student, teacher, spec), spec, wanted)
-        ctx.save_for_backward(*(g if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors)) if wanted else ())
+        ctx.save_for_backward(*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors)))
         return value
 
     @staticmethod

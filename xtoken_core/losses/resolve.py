@@ -35,7 +35,9 @@ def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Te
     if mode == "auto":
         raise InputError(f"{name}: mode: auto is resolved before the loss, by the overlap step")
     if mode == "partition_kl" and teacher.projection.cells is None:
-        raise InputError(f"{name}: mode: partition_kl needs the cells of both vocabularies, and this projection was stored without")
+        raise InputError(
+            f"{name}: mode: partition_kl needs the cells of both vocabularies, and this projection was stored without"
+        )
     if spec.exact_match_only and mode != "p_kl":
         raise InputError(f"{name}: mode: {mode} contradicts exact_match_only, which is p_kl's")
     if spec.aggregation == "averaged_logits":

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from xtoken_core.collate import Collator
-from xtoken_core.dataset import load_rows, prepare_rows
 
+from xtoken_core.data.batch import Batch, Collator, Side
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.data.reading import load_rows
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.spec import DistillationSpec
 
@@ -30,13 +30,18 @@ def prepare(spec: DistillationSpec, name: str, folder: Path) -> None:
     np.savez_compressed(folder / f"{name}.npz", **arrays)
 
 
-def _flat(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+def _flat(batch: Batch) -> dict[str, np.ndarray]:
     """A collated batch as compact arrays: `input_ids`, ..., `0.input_ids`, ... for teacher 0."""
-    arrays = {name: batch[name].numpy().astype(kind) for name, kind in _SIDE.items()}
-    for i, side in enumerate(batch["teachers"]):
-        for name, kind in {} if side is None else {**_SIDE, **_CHUNKS}.items():
-            arrays[f"{i}.{name}"] = side[name].numpy().astype(kind)
+    arrays = _side(batch.student, "")
+    for i, side in enumerate(batch.teachers):
+        if side.chunks is not None:
+            arrays |= _side(side, f"{i}.")
+            arrays |= {f"{i}.{name}": getattr(side.chunks, name).numpy().astype(kind) for name, kind in _CHUNKS.items()}
     return arrays
+
+
+def _side(side: Side, prefix: str) -> dict[str, np.ndarray]:
+    return {prefix + name: getattr(side, name).numpy().astype(kind) for name, kind in _SIDE.items()}
 
 
 def _wide(array: np.ndarray, width: int) -> np.ndarray:

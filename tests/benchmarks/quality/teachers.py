@@ -73,7 +73,7 @@ def claim(path: Path) -> bool:
 def cached_teacher(setting: Setting, number: int, rows: Rows, shared: Path, device: torch.device) -> CachedTeacher:
     """Teacher `number` of a setting, its hidden states over `rows`; those that other workers compute meanwhile are waited for."""
     teacher = setting.teachers[number]
-    folder = shared / f"hidden-{Path(teacher.model).stem}-{Path(setting.data).name}"
+    folder = shared / f"hidden-{Path(teacher.model).stem}-{Path(setting.data).name}-{len(rows)}"
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(teacher.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     parts = [torch.arange(n, min(n + PART, len(rows)), device=device) for n in range(0, len(rows), PART)]

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
 from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher
+from xtoken_core.layers import prune_layers
 from xtoken_core.losses import StepTotals, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
-from xtoken_core.models import final_hidden, head_logits, load_model, prune_layers
+from xtoken_core.models import final_hidden, head_logits, load_model
 
 WARMUP = 20
 SETTLED = 20

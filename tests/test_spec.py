@@ -187,7 +187,7 @@ def test_all_complaints_come_at_once_and_say_what_was_meant():
     assert str(caught.value).splitlines() == [
         "spec: name: should match pattern '^[a-z0-9]([a-z0-9-]*[a-z0-9])?$' (got \"A\")",
         "spec: teachers.0.weight: should be greater than or equal to 0 (got -1)",
-        'spec: loss.mode: not one of p_kl, h_kl, gold, auto; did you mean p_kl? (got "kl")',
+        'spec: loss.mode: not one of partition_kl, p_kl, h_kl, gold, auto; did you mean p_kl? (got "kl")',
         'spec: data.validation: should be a list (got {"a": 1})',
         "spec: training.max_step: no such field; did you mean max_steps?",
         "spec: max_steps: no such field; did you mean training.max_steps?",

@@ -64,7 +64,7 @@ def join_cells(partition: Partition, pairs: Sequence[tuple[int, int]]) -> Partit
         return cell
 
     for a, b in pairs:
-        parent[root(a)] = root(b)
+        parent[root(b)] = root(a)
     roots = torch.tensor([root(cell) for cell in range(partition.num_cells)])
     kept, number = roots.unique(return_inverse=True)
     number = torch.cat([number, torch.tensor([-1])])  # -1 stays

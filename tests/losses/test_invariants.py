@@ -52,12 +52,13 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(seed, mode, k, rever
 
 
 @few
-@given(seed=seeds, k=st.sampled_from([1, 4, 99]), reverse=st.booleans(), case=st.sampled_from(["first", "same", "averaged"]))
+@given(seed=seeds, k=st.sampled_from([1, 4, 99]), reverse=st.booleans(), case=st.sampled_from(["partition_kl", "first", "same", "averaged"]))
 def test_divergences_are_not_negative(seed, k, reverse, case):
-    """Of normalised distributions: p_kl with `first`, the same vocabulary, averaged logits."""
+    """Of normalised distributions: partition_kl, p_kl with `first`, the same vocabulary, averaged logits."""
     aggregation = "averaged_logits" if case == "averaged" else "sum"
-    spec = kd_spec(chunk_distribution="first", vocab_topk=k, reverse_kl=reverse, aggregation=aggregation)
-    teachers = [random_teacher(seed, B, T, V, cross=case == "first")]
+    mode = "partition_kl" if case == "partition_kl" else "p_kl"
+    spec = kd_spec(mode=mode, chunk_distribution="first", vocab_topk=k, reverse_kl=reverse, aggregation=aggregation)
+    teachers = [random_teacher(seed, B, T, V, cross=case in ("first", "partition_kl"))]
     assert distillation_loss(*random_batch(seed, B, T, V), teachers, spec).loss >= -1e-12
 
 
@@ -219,13 +220,13 @@ def test_a_teacher_of_weight_zero_contributes_no_gradient(seed, mode):
 @few
 @given(
     seed=seeds,
-    mode=st.sampled_from([*MODES, "same"]),
+    mode=st.sampled_from([*MODES[1:], "same"]),
     tau=st.sampled_from([0.5, 3.0]),
     reverse=st.booleans(),
     k=st.sampled_from([3, 99]),
 )
 def test_temperature_scaling(seed, mode, tau, reverse, k):
-    """KD(z, τ) = τ² KD(z / τ, 1)."""
+    """KD(z, τ) = τ² KD(z / τ, 1); not so partition_kl, which softens the sums of cells."""
     teacher = random_teacher(seed, B, T, V, cross=mode != "same")
     student, *rest = random_batch(seed, B, T, V)
     fields = {"mode": "p_kl" if mode == "same" else mode, "reverse_kl": reverse, "vocab_topk": k}

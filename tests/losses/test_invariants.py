@@ -52,7 +52,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(seed, mode, k, rever
 
 
 @few
-@given(seed=seeds, k=st.sampled_from([1, 4, 99]), reverse=st.booleans(), case=st.sampled_from(["partition_kl", "first", "same", "averaged"]))
+@given(
+    seed=seeds,
+    k=st.sampled_from([1, 4, 99]),
+    reverse=st.booleans(),
+    case=st.sampled_from(["partition_kl", "first", "same", "averaged"]),
+)
 def test_divergences_are_not_negative(seed, k, reverse, case):
     """Of normalised distributions: partition_kl, p_kl with `first`, the same vocabulary, averaged logits."""
     aggregation = "averaged_logits" if case == "averaged" else "sum"

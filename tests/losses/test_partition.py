@@ -24,9 +24,7 @@ def one_chunk(student_logits, teacher_logits) -> tuple:
     w = Projection(torch.tensor([[0], [2], [-1]]), torch.tensor([[1.0], [1.0], [0.0]]), 3, cells=cells)
     one = torch.ones(1, 1, dtype=torch.bool)
     ids, chunk = torch.tensor([[2, 0, 1]]), torch.tensor([[-1, 0, 0]])
-    teacher = TeacherBatch(
-        teacher_logits, torch.tensor([[0, 1]]), torch.ones(1, 2), chunk, torch.tensor([[-1, 0]]), one, one, w
-    )
+    teacher = TeacherBatch(teacher_logits, torch.tensor([[0, 1]]), torch.ones(1, 2), chunk, torch.tensor([[-1, 0]]), one, one, w)
     return (student_logits, ids, torch.ones(1, 3), torch.ones(1)), [teacher]
 
 

@@ -19,6 +19,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         ("report", str),
         ("checkpoints", str),
         ("inputs", list),
+        ("plan", dict),
         ("times", dict),
     ],
 ):
@@ -42,14 +43,15 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         report: What report reads, which is the whole spec with its overrides.
         checkpoints: Folder or URI for the checkpoints of this run; empty where there is no place that lasts.
         inputs: Every model and corpus that is read, as field, uri and version.
+        plan: What the run will take: rows, tokens, memory, downloads, GPU hours and disk.
         times: When this step started (Unix time), and how many seconds it took.
     """
     from xtoken_core.workflow.resolve import resolve
     from xtoken_core.workflow.step import step
 
     with step("resolve") as times:
-        *views, inputs = resolve(spec, overrides, compiled)
-        return (*views, [entry.model_dump() for entry in inputs], times())
+        *views, inputs, plan = resolve(spec, overrides, compiled)
+        return (*views, [entry.model_dump() for entry in inputs], plan.model_dump(), times())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,21 @@ def validate(spec: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{spec}: valid: {parsed.student.model} from {', '.join(t.model for t in parsed.teachers)}")
 
 
+@cli.command()
+@SPEC
+@SET
+@click.option("--run", "finished", metavar="RUN", help="A finished run, whose speed is taken; RUN is what its output.uri said.")
+def plan(spec: Path, overrides: tuple[str, ...], finished: str | None) -> None:
+    """Tell what a run will take: rows, tokens, memory, downloads, GPU hours, disk. Reads configurations and file sizes only."""
+    from xtoken_core.report.plan import plan_text
+    from xtoken_core.report.run import Run
+    from xtoken_core.storage import RUN_FILE, local_copy
+    from xtoken_core.workflow.plan import plan as planned
+
+    measured = None if finished is None else Run.load(local_copy(f"{finished.rstrip('/')}/{RUN_FILE}"))
+    click.echo(plan_text(planned(DistillationSpec.from_yaml(spec, overrides), measured)))
+
+
 @cli.command("compile")
 @click.argument("spec", type=click.Path(path_type=Path), required=False)
 @SET

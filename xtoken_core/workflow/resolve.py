@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from xtoken_core import storage
 from xtoken_core.errors import InputError, blamed
+from xtoken_core.results.plan import Plan
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
 from xtoken_core.workflow.model_checks import check_models
+from xtoken_core.workflow.plan import plan
 from xtoken_core.workflow.subjects import groups
 from xtoken_core.workflow.versions import Versions
 from xtoken_core.workflow.views import view
@@ -53,6 +55,8 @@ class Resolved(NamedTuple):
     """Folder or URI for the checkpoints of this run."""
     inputs: list[ReadInput]
     """Every model and corpus."""
+    plan: Plan
+    """What the run will take."""
 
 
 def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved:
@@ -80,7 +84,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     train, held_out = _named("data.train", spec.data.train), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
     texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
-    resolved = Resolved(
+    return Resolved(
         overlap=view(spec, "overlap", versions.of(models)).to_json(),
         projections=view(spec, "projections", versions.of(models)).to_json(),
         prepare=view(spec, "prepare", versions.of(models, [*train, *held_out])).to_json(),
@@ -91,9 +95,14 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         report=spec.to_json(),
         checkpoints=_checkpoints(spec),
         inputs=versions.known,
+        plan=_checked_plan(spec),  # last: what is not there at all has been told by then
     )
+
+
+def _checked_plan(spec: DistillationSpec) -> Plan:
+    """The plan of a run whose models fit the spec. Raises InputError where they do not."""
     check_models(spec)
-    return resolved
+    return plan(spec)
 
 
 def check_output(spec: DistillationSpec) -> None:

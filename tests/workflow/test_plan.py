@@ -1,0 +1,100 @@
+"""The plan of a run: its arithmetic, and that it goes by a finished run's speed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from pipelines.__main__ import cli
+from tests.support.architectures import tiny_config
+from tests.support.tiny import tiny_tokenizer
+from xtoken_core.costs import H100_FLOPS, UTILISATION, ModelSize
+from xtoken_core.report.run import Run
+from xtoken_core.results.rows import RowStatistics
+from xtoken_core.results.training import TrainingSummary
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.plan import model_sizes, plan, training_flops
+from xtoken_core.workflow.resolve import resolve
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """A run of a student and a teacher with experts, on 6,400 bytes of text."""
+    root = tmp_path_factory.mktemp("plan")
+    for name, kind in (("student", "llama"), ("teacher", "qwen3_moe")):
+        tiny_config(kind, vocab_size=300).save_pretrained(root / name)
+        tiny_tokenizer(300).save_pretrained(root / name)
+    (root / "text.txt").write_text("x" * 6400)
+    values = {
+        "name": "planned",
+        "student": {"model": str(root / "student")},
+        "teachers": [{"id": "t", "model": str(root / "teacher")}],
+        "data": {"train": [str(root / "text.txt")], "max_length": 32},
+        "training": {"max_steps": 10, "global_batch_size": 20, "save_steps": 5},
+        "output": {"uri": str(root / "out")},
+    }
+    (root / "spec.json").write_text(json.dumps(values))
+    return root / "spec.json"
+
+
+def test_rows_tokens_epochs_and_hours(spec):
+    parsed = DistillationSpec.from_yaml(spec)
+    found = plan(parsed)
+    assert (found.rows_at_least, found.training_tokens_at_most, found.epochs_at_most) == (50, 6400, 4.0)
+    assert found.flops == training_flops(parsed, model_sizes(parsed), 6400)
+    assert found.gpu_hours == pytest.approx(found.flops / (H100_FLOPS * UTILISATION) / 3600, abs=1e-3)
+    assert found.disk_bytes["checkpoints"] == 2 * 12 * found.models[0].parameters
+    assert found.memory["distill"] > 16 * found.models[0].parameters
+
+
+def test_epochs_become_steps_and_an_unknown_corpus_leaves_gaps(spec):
+    parsed = DistillationSpec.from_yaml(spec, ["training={epochs: 2, global_batch_size: 20}"])
+    assert plan(parsed).steps == 5
+    gap = plan(DistillationSpec.from_yaml(spec, ["training={epochs: 2}", "data.train=[/absent.txt]"]))
+    assert (gap.steps, gap.rows_at_least, gap.gpu_hours) == (None, None, None)
+
+
+def test_of_experts_those_count_that_a_token_meets():
+    config = tiny_config("qwen3_moe")
+    model = AutoModelForCausalLM.from_config(config)
+    size = ModelSize.of(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    embedding = model.get_input_embeddings().weight.numel()
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.active == size.parameters - experts // 2 - embedding  # 2 of 4 experts; the head is a matrix of its own
+    tied = ModelSize.of(AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=True)))
+    assert tied.active == tied.parameters
+
+
+def test_a_finished_run_gives_speed_and_width_of_tokens(spec):
+    parsed = DistillationSpec.from_yaml(spec)
+    counts = {
+        "documents": 1,
+        "dropped_documents": {},
+        "rows": 9,
+        "bytes": 600,
+        "student_tokens": 300,
+        "corpora": {},
+        "teachers": {},
+    }
+    phases = {"data": 1.0, "teachers": 4.0, "student": 5.0, "save": 100.0}
+    summary = TrainingSummary(steps=10, tokens=6400, seconds=120, ranks=1, seconds_by_phase=phases)
+    finished = Run.collect(parsed, prepare={"train": RowStatistics(**counts)}).model_copy(update={"summary": summary})
+    found = plan(parsed, finished)
+    assert found.rows_at_least == 100  # two bytes a token
+    assert found.flops / (10 / 3600) == pytest.approx(training_flops(parsed, model_sizes(parsed), 6400) * 3600 / 10)
+    assert found.gpu_hours == pytest.approx(10 / 3600, abs=1e-3) and found.speed.endswith("in the run planned")
+
+
+def test_the_command_and_resolve_tell_the_same(spec):
+    result = CliRunner().invoke(cli, ["plan", str(spec), "--set", "student.keep_layers=2"])
+    assert result.exit_code == 0, result.output
+    parsed = DistillationSpec.from_yaml(spec, ["student.keep_layers=2"])
+    resolved = resolve(parsed.to_json()).plan
+    assert resolved == plan(parsed)
+    told = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    assert f"{resolved.models[0].parameters:,} weights" in told["download student.model"]
+    assert told["tokens of training"].strip() == "at most 6,400"

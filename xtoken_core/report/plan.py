@@ -1,0 +1,33 @@
+"""A plan as the terminal's text."""
+
+from __future__ import annotations
+
+from xtoken_core.costs import GIB
+from xtoken_core.results.plan import Plan
+
+
+def plan_text(plan: Plan) -> str:
+    """The figures of a plan, one a line; what is not known is a dash."""
+    at_least, tokens = _count(plan.rows_at_least), _count(plan.training_tokens_at_most)
+    epochs = "-" if plan.epochs_at_most is None else f"{plan.epochs_at_most:g}"
+    hours = "-" if plan.gpu_hours is None else f"{plan.gpu_hours:,.2f}"
+    lines = [
+        ("steps", _count(plan.steps)),
+        ("rows of the data", f"at least {at_least}"),
+        ("tokens of training", f"at most {tokens}"),
+        ("epochs", f"at most {epochs}"),
+        ("GPU hours", f"{hours}  ({plan.speed})"),
+        *((f"download {m.field}", f"{_gib(m.download_bytes)}  ({m.model}, {_count(m.parameters)} weights)") for m in plan.models),
+        *((f"memory {step}", _gib(size)) for step, size in plan.memory.items()),
+        *((f"disk {what}", _gib(size)) for what, size in plan.disk_bytes.items()),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB"

@@ -1,0 +1,40 @@
+"""What a run will take, before it runs."""
+
+from __future__ import annotations
+
+from xtoken_core.results.record import Record
+
+
+class PlannedModel(Record):
+    """One model of the run."""
+
+    field: str
+    """Of the spec."""
+    model: str
+    parameters: int
+    active: int
+    """Parameters that one token meets."""
+    download_bytes: int
+    """Its files; of a hub id its weights in the dtype that its configuration names."""
+
+
+class Plan(Record):
+    """Figures of a run by configurations only, or by the speed of a finished one."""
+
+    steps: int | None
+    """None: epochs over rows that nobody has counted yet."""
+    rows_at_least: int | None
+    """Of the training data; None where its size is unknown."""
+    training_tokens_at_most: int | None
+    """The student's: every row of every step full."""
+    epochs_at_most: float | None
+    models: list[PlannedModel]
+    memory: dict[str, int]
+    """Bytes by step: of a GPU for distill and the evaluations, of the host for the others."""
+    flops: float | None
+    """Of the training, teachers included."""
+    gpu_hours: float | None
+    speed: str
+    """Where the speed comes from."""
+    disk_bytes: dict[str, int]
+    """By what it is for."""

@@ -1,0 +1,152 @@
+"""What a run will take: rows, tokens, memory, downloads, GPU hours and disk, from configurations and file sizes only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from xtoken_core import storage
+from xtoken_core.configs import empty_model, read_config, stored_dtype
+from xtoken_core.costs import BYTES_PER_TOKEN, GIB, H100_FLOPS, UTILISATION, ModelSize, row_bytes
+from xtoken_core.errors import InputError
+from xtoken_core.layers import prune_layers
+from xtoken_core.report.run import Run
+from xtoken_core.results.plan import Plan, PlannedModel
+from xtoken_core.spec import DistillationSpec
+
+_HOST_BYTES = 2 * GIB
+"""Of a step that only loads tokenizers: imports, and tables of a few hundred thousand tokens."""
+_LOSS_BYTES = GIB // 4
+"""What the kernels of the losses need beside their inputs."""
+
+
+def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
+    """Figures of a run before it runs; with the speed, and the bytes per token, of a `finished` run where one is given.
+
+    Raises InputError for models and data that are not there.
+    """
+    sizes = model_sizes(spec)
+    rows = _rows(spec, finished)
+    steps = spec.training.max_steps if spec.training.epochs is None else None if rows is None else spec.training.steps(rows)
+    seen = None if steps is None else steps * spec.training.global_batch_size
+    tokens = None if seen is None else seen * spec.data.max_length
+    flops = None if tokens is None else training_flops(spec, sizes, tokens)
+    speed, told = _speed(finished)
+    return Plan(
+        steps=steps,
+        rows_at_least=rows,
+        training_tokens_at_most=tokens,
+        epochs_at_most=None if seen is None or not rows else round(seen / rows, 2),
+        models=[_planned(field, ref, sizes[field]) for field, ref in _refs(spec).items()],
+        memory=_memory(spec, sizes),
+        flops=flops,
+        gpu_hours=None if flops is None else round(flops / speed / 3600, 3),
+        speed=told,
+        disk_bytes=_disk(spec, sizes, rows),
+    )
+
+
+def model_sizes(spec: DistillationSpec) -> dict[str, ModelSize]:
+    """Sizes of all models by the field that names them, the student's as it is trained. Raises InputError."""
+    sizes = {}
+    for field, ref in _refs(spec).items():
+        model = empty_model(ref, read_config(ref))
+        if field == "student.model" and spec.student.keep_layers is not None:
+            prune_layers(model, spec.student.keep_layers)
+        sizes[field] = ModelSize.of(model)
+    return sizes
+
+
+def training_flops(spec: DistillationSpec, sizes: Mapping[str, ModelSize], tokens: int) -> float:
+    """Operations of a training on `tokens` of the student; every teacher is taken to need as many."""
+    row = spec.data.max_length
+    student = sizes["student.model"].training_flops(tokens, row, spec.training.activation_checkpointing)
+    return student + sum(size.forward_flops(tokens, row) for field, size in sizes.items() if field != "student.model")
+
+
+def _refs(spec: DistillationSpec) -> dict[str, str]:
+    return {"student.model": spec.student.model} | {f"teachers.{t.id}.model": t.model for t in spec.teachers}
+
+
+def _rows(spec: DistillationSpec, finished: Run | None) -> int | None:
+    """Rows of the training data, if all were full; None where its size is unknown."""
+    counted = finished.prepare.get("train") if finished is not None else None
+    width = BYTES_PER_TOKEN if counted is None else counted.bytes / max(counted.student_tokens, 1)
+    try:
+        size = sum(storage.size(uri) for uri in storage.expand(spec.data.train))
+    except InputError:
+        return None
+    rows = math.ceil(size / width / spec.data.max_length)
+    return rows if spec.data.max_rows is None else min(rows, spec.data.max_rows)
+
+
+def _planned(field: str, ref: str, size: ModelSize) -> PlannedModel:
+    try:
+        files = storage.size(ref)
+    except InputError:  # a hub id
+        files = size.parameters * stored_dtype(ref).itemsize
+    return PlannedModel(field=field, model=ref, parameters=size.parameters, active=size.active, download_bytes=files)
+
+
+def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str, int]:
+    """Bytes by step. Teachers that do not fit together on the GPU take turns: the largest counts."""
+    training, row = spec.training, spec.data.max_length
+    width = 4 if training.precision == "fp32" else 2
+    student, teachers = sizes["student.model"], [size for field, size in sizes.items() if field != "student.model"]
+    ranks = spec.resources.nodes * max(spec.resources.gpus_per_node, 1)
+    tokens = training.micro_batch_size * row
+    state = student.state_bytes(_trained(spec, student), ranks if training.sharding == "fsdp" else 1)
+    step_tokens = training.global_batch_size // ranks * row
+    handed = sum(step_tokens * width * _handed(size, t.transport, t.top_k) for size, t in zip(teachers, spec.teachers))
+    activations = student.activation_bytes(tokens, training.activation_checkpointing, width)
+    largest = max((size.parameters * width for size in teachers), default=0)
+    measured = {"student": student, **{t.id: size for t, size in zip(spec.teachers, teachers)}}
+    window = spec.evaluation.window or row
+    return {
+        "overlap": _HOST_BYTES,
+        "projections": _HOST_BYTES,
+        "prepare": _HOST_BYTES,
+        "distill": round(state + activations + handed + largest + _LOSS_BYTES),
+        "distill-teachers-resident": round(
+            state + activations + handed + sum(size.parameters * width for size in teachers) + _LOSS_BYTES
+        ),
+        "evaluate": max(size.parameters * width + window * size.rows * 4 for size in measured.values()),
+    }
+
+
+def _trained(spec: DistillationSpec, size: ModelSize) -> int:
+    """Weights of the student that are trained; adapters: two matrices a linear layer, seven layers a block."""
+    lora = spec.student.lora
+    return size.parameters if lora is None else 14 * lora.rank * size.hidden * size.layers
+
+
+def _handed(size: ModelSize, transport: str, top_k: int | None) -> int:
+    """Numbers that a teacher hands over a token."""
+    return {"hidden": size.hidden, "logits": size.rows, "topk": 3 * (top_k or 0)}[transport]
+
+
+def _disk(spec: DistillationSpec, sizes: Mapping[str, ModelSize], rows: int | None) -> dict[str, int]:
+    student = sizes["student.model"]
+    weights = student.parameters * stored_dtype(spec.student.model).itemsize
+    cross = sum(t.cross_tokenizer for t in spec.teachers)
+    kept = 0 if spec.training.save_steps is None else 2  # the one being written, and the one before
+    return {
+        "rows": 0 if rows is None else row_bytes(rows * spec.data.max_length, cross),
+        "projections": sum(student.rows * t.projection.top_k * 8 for t in spec.teachers if t.projection is not None),
+        "checkpoints": kept * student.checkpoint_bytes(_trained(spec, student)),
+        "student": 2 * weights,
+    }
+
+
+def _speed(finished: Run | None) -> tuple[float, str]:
+    """Operations a second of one device, and where that comes from."""
+    if finished is None or finished.summary is None:
+        return H100_FLOPS * UTILISATION, f"assumed: an H100 at {UTILISATION:.0%} of its {H100_FLOPS / 1e12:.0f} TFLOP/s"
+    spec, summary = DistillationSpec.from_text(json.dumps(finished.settings)), finished.summary
+    seconds = sum(summary.seconds_by_phase.get(phase, 0.0) for phase in ("data", "teachers", "student"))
+    if not seconds:
+        raise InputError(f"{finished.name}: the run has no seconds by phase to take a speed from")
+    speed = training_flops(spec, model_sizes(spec), summary.tokens) / seconds / summary.ranks
+    device = summary.environment.devices[0] if summary.environment and summary.environment.devices else "its devices"
+    return speed, f"measured: {speed / 1e12:.3g} TFLOP/s on {device} in the run {finished.name}"

@@ -109,6 +109,8 @@ def _moved(x: LogitsForm, device, dtype) -> LogitsForm:
     def move(tensor):
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
+    if isinstance(x, AveragedLogits):
+        return replace(x, parts=tuple(_moved(part, device, dtype) for part in x.parts))
     x = x.over_positions(move)
     if not isinstance(x, HiddenLogits):
         return x

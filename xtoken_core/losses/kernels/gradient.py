@@ -218,6 +218,13 @@ class Factors(NamedTuple):
     """0-dim, of all; None: 1."""
 
 
+def _sparse(parts: TileGradient) -> tuple[Sparse, ...]:
+    return tuple(
+        Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight)
+        for _, s, p, _ in parts.sparse
+    )
+
+
 def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGradient, factors: Factors, spec: LossSpec) -> None:
     """Writes the gradient by a tile's raw logits (before scale and cap) of ce * CE + kd · KD.
 
@@ -232,10 +239,7 @@ def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGra
     logits, source, stats = tile.logits, student.source, tile.stats
     n, vocab = logits.shape
     rows = part(tile.first, n)
-    sparse = tuple(
-        Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight)
-        for _, s, p, _ in parts.sparse
-    )
+    sparse = _sparse(parts)
     limit = readable(logits)
     if any(readable(p) != limit for _, w in parts.whole for p in w.parts):
         limit = vocab

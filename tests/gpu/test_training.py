@@ -52,11 +52,14 @@ def test_a_killed_run_leaves_nothing_and_goes_on_as_if_nothing_had_happened(base
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_a_teacher_sharded_over_the_gpus_hands_over_the_whole_models_logits(tmp_path):
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_a_teacher_sharded_over_the_gpus_hands_over_the_whole_models_logits(tmp_path, gpus):
     """One rank per GPU; on one GPU a group of one, over NCCL all the same."""
-    gpus = [f"cuda:{number}" for number in range(min(torch.cuda.device_count(), 2))]
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     folder = tiny_model(tmp_path / "teacher", 400)
-    assert hands_over_the_whole_models_logits(folder, gpus, rtol=1e-3, atol=1e-4)
+    devices = [f"cuda:{number}" for number in range(gpus)]
+    assert hands_over_the_whole_models_logits(folder, devices, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

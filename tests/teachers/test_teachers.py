@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
 from tests.support.processes import forked, is_forked, left_in_shared_memory
@@ -23,6 +26,7 @@ from xtoken_core.models import load_model
 from xtoken_core.spec import LossSpec
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import TeacherError, TeacherSetup
+from xtoken_core.teachers.worker import shared_forwards
 
 IDS = 380
 """Of the tiny model's 400 rows: the rest plays padding."""
@@ -105,14 +109,63 @@ def run(pool, batches):
 def test_every_transport_hands_over_the_models_logits_and_gives_the_same_loss(folder, pool):
     batches = micro_batches((2, 9), (1, 14))
     losses = []
-    for given in run(pool, batches):
-        for batch, logits in zip(batches, given.logits):
+    for heard in run(pool, batches):
+        for batch, logits in zip(batches, heard.logits):
             torch.testing.assert_close(dense(logits), own_logits(folder, batch))
         ids = torch.from_numpy(batches[0]["input_ids"])
         student = torch.randn(2, 9, IDS, generator=torch.Generator().manual_seed(0))
         ones, spec = torch.ones_like(ids), LossSpec(mode="p_kl", vocab_topk=50)
-        losses.append(distillation_loss(student, ids, ones, torch.ones(2), [TeacherBatch(given.logits[0])], spec).loss.item())
+        losses.append(distillation_loss(student, ids, ones, torch.ones(2), [TeacherBatch(heard.logits[0])], spec).loss.item())
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), max_size=12), st.integers(1, 200))
+def test_forwards_take_what_has_room_in_order(shapes, room):
+    groups = list(shared_forwards(shapes, room))
+    assert [n for group in groups for n in range(group.start, group.stop)] == list(range(len(shapes)))
+
+    def tokens(first, last):
+        return sum(rows for rows, _ in shapes[first:last]) * max(length for _, length in shapes[first:last])
+
+    for group in groups:
+        assert group.stop - group.start == 1 or tokens(group.start, group.stop) <= room
+        assert group.stop == len(shapes) or tokens(group.start, group.stop + 1) > room
+
+
+def test_packed_micro_batches_that_share_a_forward_keep_their_documents_apart(folder):
+    """Rows of several documents, of different lengths: as if each micro-batch had run alone."""
+    generator = np.random.default_rng(0)
+
+    def packed(*documents):
+        positions = np.concatenate([np.arange(n) for n in documents])[None]
+        return {"input_ids": generator.integers(0, IDS, positions.shape), "position_ids": positions}
+
+    batches = [packed(5, 4), packed(3, 6, 7), packed(2)]
+    with TeacherPool([setup(folder, packed=True)]) as pool:
+        together = [dense(logits).clone() for logits in pool.run([batches])[0].logits]
+        alone = [dense(pool.run([[batch]])[0].logits[0]).clone() for batch in batches]
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_teacher_that_waits_for_another_ranks_ends_with_its_student(folder, tmp_path):
+    """It stands in a rendezvous (or a collective) that never ends and cannot read its pipe."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = (
+        "from tests.teachers.test_teachers import setup, TeacherPool; from xtoken_core.teachers.setup import Shards\n"
+        f"with TeacherPool([setup({str(folder)!r}, shards=Shards({address!r}, 1, 2))]): pass"
+    )
+    student = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not forked(student.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    [teacher] = forked(student.pid)
+    time.sleep(2)
+    student.kill()
+    student.wait()
+    teacher.wait(timeout=10)
 
 
 def test_buffers_are_shared_anew_only_when_they_grow(folder, pool):

@@ -43,7 +43,7 @@ class TrainingSpec(Section):
         "auto", description="bf16: autocast over float32 weights; auto: bf16 where GPU or CPU has instructions for it, else fp32"
     )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward pass, to save memory")
-    compile: bool = Field(False, description="torch.compile the student")
+    compile: bool = Field(False, description="torch.compile the layers of the student, and on a GPU of the teachers")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="of student and teachers; auto: sdpa for each model that has it, else eager"
     )

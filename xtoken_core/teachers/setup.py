@@ -47,6 +47,8 @@ class TeacherSetup:
     attention: str
     device: torch.device
     threads: int
+    compile: bool = False
+    """Whether torch.compile makes its layers faster."""
     packed: bool = False
     """Whether its rows hold several documents."""
     shards: Shards | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import select
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from xtoken_core.errors import InputError
+from xtoken_core.layers import decoder_layers
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.types import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
@@ -23,12 +27,17 @@ from xtoken_core.teachers.setup import Inputs, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape, remove_traces
 from xtoken_core.teachers.weights import Weights, shard
 
+ROOM = 16384
+"""Tokens of one forward. A teacher keeps no activations, so it may take more at a time than the student."""
+
 
 class TeacherServer:
     """A loaded teacher. Its public methods are the commands of the pipe; each returns what the reply holds."""
 
     def __init__(self, setup: TeacherSetup):
         logging.disable_progress_bar()
+        if setup.device.type == "cuda":
+            torch.cuda.set_device(setup.device)  # what FSDP moves weights to, and where kernels are launched
         self.setup = setup
         self.model = load_model(setup.model, setup.dtype, setup.attention, setup.packed).requires_grad_(False)
         self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.model)
@@ -37,6 +46,9 @@ class TeacherServer:
         if setup.shards is not None:
             shard(self.model, setup.shards, setup.device, whole=shared)
         self.weights = Weights(self.model, setup.device, stay=shared, movable=setup.shards is None)
+        if setup.compile:
+            for layer in decoder_layers(self.model):  # not the layer itself: its hooks bring its weights
+                layer.forward = torch.compile(layer.forward)
         if setup.residency == "resident":
             self.settle(resident=True)
 
@@ -89,9 +101,7 @@ class TeacherServer:
         else:
             outputs = self.outbox.tensors(transport, shapes, self.setup.dtype)
         scores = []
-        for n, batch in enumerate(micro_batches):
-            inputs = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in batch.items()}
-            hidden = final_hidden(self.model, inputs["input_ids"], inputs.get("position_ids"))
+        for n, (inputs, hidden) in enumerate(self._hidden(micro_batches)):
             logits = head_logits(self.model, hidden, self.rows)
             if self.setup.scores is not None:
                 scores.append(self._score(logits, inputs))
@@ -109,6 +119,22 @@ class TeacherServer:
             result["working_bytes"] = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_allocated(device)
         return result
 
+    def _hidden(self, micro_batches: Sequence[Inputs]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Of each micro-batch its tensors on the device and its final hidden states [R, L, D]; several may share a forward."""
+        for group in shared_forwards([batch["input_ids"].shape for batch in micro_batches], ROOM):
+            batches = [
+                {name: torch.from_numpy(array).to(self.setup.device, non_blocking=True) for name, array in batch.items()}
+                for batch in micro_batches[group]
+            ]
+            length = max(batch["input_ids"].shape[1] for batch in batches)
+            ids = torch.cat([nn.functional.pad(b["input_ids"], (0, length - b["input_ids"].shape[1])) for b in batches])
+            positions = None
+            if "position_ids" in batches[0]:
+                positions = torch.cat([_padded_positions(b["position_ids"], length) for b in batches])
+            hidden = final_hidden(self.model, ids, positions)
+            for batch, rows in zip(batches, hidden.split([len(b["input_ids"]) for b in batches])):
+                yield batch, rows[:, : batch["input_ids"].shape[1]]
+
     def _score(self, logits: HiddenLogits, inputs: dict[str, Tensor]) -> Tensor:
         if "gather" in inputs:
             logits = logits.over_positions(lambda tensor: tensor.flatten(0, 1)[inputs["gather"]])
@@ -117,10 +143,38 @@ class TeacherServer:
         return teacher_scores(logits, ids, mask, inputs["sample_mask"], self.setup.scores, widths)
 
 
+def shared_forwards(shapes: Sequence[Shape], room: int) -> Iterator[slice]:
+    """Stretches of micro-batches of shapes [R, L] that one forward takes together: padded to the longest, at most `room` tokens, or one alone."""
+    first = rows = longest = 0
+    for n, (r, length) in enumerate(shapes):
+        if n > first and (rows + r) * max(longest, length) > room:
+            yield slice(first, n)
+            first, rows, longest = n, 0, 0
+        rows, longest = rows + r, max(longest, length)
+    if shapes:
+        yield slice(first, len(shapes))
+
+
+def _padded_positions(positions: Tensor, length: int) -> Tensor:
+    """[R, L] -> [R, length]: padding is a document of its own, as in the rows themselves."""
+    more = torch.arange(length - positions.shape[1], device=positions.device)
+    return torch.cat([positions, more.expand(len(positions), -1)], 1)
+
+
+def end_with(student: int) -> None:
+    """Ends this process as soon as the student's, in whatever it is: a collective with the other ranks' teachers may never return."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(student)], [], [])
+    for process in (student, os.getpid()):
+        remove_traces(process)  # the student is gone and cannot
+    os._exit(0)
+
+
 def teacher_main(pipe: Connection, setup: TeacherSetup, student: int) -> None:
     """Serves commands until it is told to close or the student, a process id, is gone. The body of a teacher process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
+    threading.Thread(target=end_with, args=(student,), daemon=True).start()
     try:
         server = TeacherServer(setup)
         pipe.send(("done", _stamped(time.monotonic(), server.describe())))

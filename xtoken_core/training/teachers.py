@@ -135,6 +135,7 @@ def _setup(
         attention=spec.training.attention,
         device=device,
         threads=torch.get_num_threads(),
+        compile=spec.training.compile and device.type == "cuda",
         packed=spec.data.packing,
         shards=_shards(teacher.model, dtype, device),
         scores=training_loss(spec, baseline=False) if scored else None,

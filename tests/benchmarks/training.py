@@ -1,4 +1,4 @@
-"""Speed and memory of training, end to end: `python -m tests.benchmarks.training --device cuda|cpu [--cases qwen_llama ...] [--steps 3] [--rows 32]`.
+"""Speed and memory of training, end to end: `python -m tests.benchmarks.training --device cuda|cpu [--cases qwen_llama ...] [--steps 3] [--rows 32] [--gpus 4 --sharding ddp|fsdp]`.
 
 Random weights in the real shapes, made on the spot: a Llama-3.2-1B student, teachers of the sizes of Qwen3-4B and Llama-3.2-3B, or of
 Phi-4-mini and Llama-3.2-3B, rows of 2048 tokens, micro-batches of 1, bf16. The whole of it runs: trainer, teacher processes, losses,
@@ -17,6 +17,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import statistics
 import tempfile
 import threading
@@ -36,7 +37,8 @@ from xtoken_core.data.batch import Collator
 from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers.pool import GIB, TeacherPool
-from xtoken_core.teachers.setup import TeacherSetup
+from xtoken_core.teachers.setup import Shards, TeacherSetup
+from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.settings import training_arguments
 from xtoken_core.training.step import Teaching
@@ -109,7 +111,7 @@ CASES = {
 }
 
 
-def spec_of(case: Case, rows: int, steps: int) -> DistillationSpec:
+def spec_of(case: Case, rows: int, steps: int, sharding: str = "ddp") -> DistillationSpec:
     """The case as a spec; a teacher with the student's vocabulary size has its vocabulary."""
     teachers: list[dict[str, Any]] = [
         {"id": f"t{i}", "model": "made-up", "residency": case.residency} for i in range(len(case.teachers))
@@ -120,7 +122,7 @@ def spec_of(case: Case, rows: int, steps: int) -> DistillationSpec:
     return DistillationSpec.model_validate({
         "name": "benchmark", "student": {"model": "made-up"}, "teachers": teachers, "loss": {"mode": "p_kl"},
         "data": {"train": ["made-up"], "max_length": case.length}, "output": {"uri": "none"},
-        "training": {"max_steps": steps, "global_batch_size": rows, "compile": case.compile, "report_to": []},
+        "training": {"max_steps": steps, "global_batch_size": rows, "compile": case.compile, "sharding": sharding, "report_to": []},
     })  # fmt: skip
 
 
@@ -143,6 +145,11 @@ def made_up_rows(case: Case, spec: DistillationSpec, count: int) -> list[dict[st
                 row[f"teacher_{i}_chunk_exact"] = np.ones(chunks, bool)
         rows.append(row)
     return rows
+
+
+def model_folder(work: Path, config: PretrainedConfig) -> Path:
+    """Where a teacher of this shape lies."""
+    return work / f"{config.model_type}-{config.hidden_size}-{config.num_hidden_layers}"
 
 
 def save_random(config: PretrainedConfig, folder: Path, device: torch.device) -> str:
@@ -226,17 +233,38 @@ class Watch(TrainerCallback):
                 sampler.join()
 
 
-def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path, rate: float) -> dict[str, Any]:
-    """One case's line."""
-    spec = spec_of(case, rows, steps + 2)
+@dataclass(frozen=True)
+class Run:
+    """How a case is run."""
+
+    steps: int
+    rows: int
+    """Of an optimizer step, over all GPUs."""
+    sharding: str
+    address: str | None
+    """Where the teachers of all ranks meet, if they are to be sharded."""
+
+
+def on_this_rank(case: Case, run: Run, work: Path, rate: float) -> dict[str, Any]:
+    """One case's line, from this process, one of a GPU each."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return measured(case, run, device, work, rate)
+
+
+def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float) -> dict[str, Any]:
+    """One case's line. `rate`: operations a second."""
+    rank, ranks, rows = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), run.rows
+    spec = spec_of(case, rows, run.steps + 2, run.sharding)
     out = Path(tempfile.mkdtemp(dir=work))
     args = training_arguments(spec, out, rows=1)
     teachers = []
     for i, (teacher, config) in enumerate(zip(spec.teachers, case.teachers)):
-        model = save_random(config, work / f"{config.model_type}-{config.hidden_size}-{config.num_hidden_layers}", device)
+        model = save_random(config, model_folder(work, config), device)
         setup = TeacherSetup(
             name=f"teachers.{i}", model=model, num_ids=config.vocab_size, min_rows=config.vocab_size, transport="hidden", top_k=None,
             residency=case.residency, dtype=torch.bfloat16, attention="sdpa", device=device, threads=torch.get_num_threads(),
+            compile=case.compile, shards=run.address and Shards(f"{run.address}{i}", rank, ranks),
         )  # fmt: skip
         w = made_up_projection(case.student.vocab_size, config.vocab_size, device) if teacher.cross_tokenizer else None
         teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode="p_kl" if w else None, projection=w))
@@ -247,7 +275,10 @@ def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path
     student = Student(Loaded(model, None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
     columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
     pads = dict.fromkeys(["student", *(c for c in columns if c)], 0)
-    with TeacherPool([teacher.setup for teacher in teachers]) as pool, RunLog(out / "log.jsonl", args.max_steps, None) as log:
+    with (
+        TeacherPool([teacher.setup for teacher in teachers]) as pool,
+        RunLog(out / "log.jsonl", args.max_steps, None) as log,
+    ):  # each rank its own
         watch = Watch(pool, device)
         data = TrainingData(Collator(columns, pads), made_up_rows(case, spec, 64))
         record = RunRecord(out, log=log)
@@ -261,13 +292,13 @@ def measured(case: Case, steps: int, rows: int, device: torch.device, work: Path
         return statistics.fmean(line[key] for line in lines)
 
     step, teachers, loss = mean("seconds_step"), statistics.fmean(watch.teachers[2:]), statistics.fmean(watch.losses[2:])
-    floor = flops_per_token(case) * rows * case.length / rate
+    floor = flops_per_token(case) * rows * case.length / rate / ranks
     seconds = {
-        "step": step, "teachers": teachers, **{t.id: mean(f"seconds_{t.id}") for t in spec.teachers}, "data": mean("seconds_data"),
+        "step": step, "teachers": teachers, **{t.id: statistics.fmean(line["teachers"][t.id]["seconds"] for line in lines) for t in spec.teachers}, "data": mean("seconds_data"),
         "hand_over": mean("seconds_teachers") - teachers, "student": step - mean("seconds_teachers") - mean("seconds_data"), "loss": loss,
     }  # fmt: skip
     return {
-        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "rows": rows, "length": case.length,
+        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "gpus": ranks, "sharding": run.sharding if ranks > 1 else None, "sharded_teachers": bool(run.address), "rows": rows, "length": case.length,
         "seconds": {name: round(value, 4) for name, value in seconds.items()}, "hand_over_share": round(seconds["hand_over"] / step, 4),
         "peak_gib": round(watch.peak / GIB, 1), "resident": resident, "floor_share": round(floor / step, 3), "last_loss": lines[-1]["loss"],
     }  # fmt: skip
@@ -280,6 +311,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="names; default: all")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after two others")
     parser.add_argument("--rows", type=int, default=32, help="rows of an optimizer step")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--sharding", choices=["ddp", "fsdp"], default="ddp", help="of the student, on several GPUs")
+    parser.add_argument("--shard-teachers", action="store_true", help="spread each teacher's weights over the GPUs")
     parser.add_argument("--work", type=Path, help="folder for the random models; default: a temporary one")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -294,7 +328,13 @@ def main() -> None:
         for case in CASES[options.device]:
             if options.cases and case.name not in options.cases:
                 continue
-            results.append(measured(case, options.steps, options.rows, device, work, rate))
+            for config in case.teachers:
+                save_random(config, model_folder(work, config), device)
+            run = Run(options.steps, options.rows, options.sharding, "localhost:2950" if options.shard_teachers else None)
+            if options.gpus > 1:
+                results.append(on_every_gpu(options.gpus, on_this_rank, (case, run, work, rate)))
+            else:
+                results.append(measured(case, run, device, work, rate))
             print(json.dumps(results[-1]), flush=True)
             gc.collect()
             if device.type == "cuda":

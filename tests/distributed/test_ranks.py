@@ -65,6 +65,17 @@ def test_two_ranks_train_as_one(base, values, alone, sharding):
     assert torch.allclose(*learned, atol=1e-3)
 
 
+def test_bf16_is_the_same_however_the_student_is_spread(base, values):
+    """Autocast's: products in bf16, the residual stream in float32. FSDP's own policy would round the stream too."""
+    spread = {}
+    for sharding in ("ddp", "fsdp"):
+        bf16 = {"precision": "bf16", "sharding": sharding, "max_steps": 2, "save_steps": None, "eval_steps": None}
+        on_two_ranks(changed(values, training=bf16, data={"validation": []}), base, base / f"bf16-{sharding}")
+        spread[sharding] = losses(base / f"bf16-{sharding}")
+    for ours, theirs in zip(spread["fsdp"], spread["ddp"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_ranks_resume(base, values, alone, sharding):
     """From the checkpoint of step 2 that the test above has left, as if killed after it."""

@@ -59,6 +59,8 @@ def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> Trai
         use_cpu=not cuda,
         ddp_backend=None if cuda or ranks == 1 else "gloo",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer changes
+        ddp_timeout=900,
         fsdp=True if sharded else None,  # type: ignore[arg-type]
         fsdp_config={"version": 2} if sharded else None,
         logging_steps=training.log_steps,

@@ -28,6 +28,7 @@ from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.saving import save_finished
+from xtoken_core.training.sharding import between_micro_batches, configure
 from xtoken_core.training.step import Clock, Step, StepResult, Teaching, begin_step
 from xtoken_core.training.student import Student
 from xtoken_core.training.validation import shares, validate
@@ -89,6 +90,7 @@ class DistillationTrainer(Trainer):
             callbacks=[_StepEnd(self), *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        configure(self.accelerator, model)
 
     @property
     def student(self) -> Student:
@@ -115,6 +117,7 @@ class DistillationTrainer(Trainer):
         """The micro-batch's share of the global loss, times the ranks, since DDP and FSDP average gradients over them."""
         assert self.step is not None
         self.teaching.check()
+        between_micro_batches(model, self.accelerator)
         out = model(**inputs)
         self.step.add(out["sums"])
         return out["loss"] * self.args.world_size

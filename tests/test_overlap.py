@@ -24,6 +24,7 @@ from xtoken_core.tokenization import TokenTable
 from xtoken_core.workflow.vocabularies import compare_tokenizers, overlap_report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("a", "b", "coefficient"),
     [

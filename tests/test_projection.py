@@ -62,6 +62,7 @@ def test_rows_known_from_the_paper() -> None:
     assert exact.float().mean() >= 0.854
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_row(pair: tuple[str, str]) -> None:
     student, teacher, w = assets.table(pair[0]), assets.table(pair[1]), build(*pair)

@@ -45,6 +45,7 @@ def test_help_tells_of_every_input_and_output(name):
         assert f"--{option.replace('_', '-')} " in result.output.replace("/", " ").replace("--no", "")
 
 
+@pytest.mark.slow
 def test_each_step_runs_by_itself(run):
     """From a spec to a report, one command after the other, the way a person would."""
     spec = ("--spec", run / "spec.yaml")

@@ -24,6 +24,8 @@ from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow import trainjob
 from xtoken_core.workflow.vocabularies import write_projections
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -13,6 +13,8 @@ import torch.multiprocessing as mp
 
 from tests.support.losses_split import SAMPLES, SPECS, step
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 60
 """Seconds a collective may wait for the slowest rank: far more than a step takes, far less than the test's own limit."""
 

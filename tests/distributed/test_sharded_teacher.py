@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from tests.support.tiny import tiny_model
@@ -13,6 +14,8 @@ from xtoken_core.configs import weight_bytes
 from xtoken_core.models import load_model
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import Shards
+
+pytestmark = pytest.mark.slow
 
 
 def hands_over_the_whole_models_logits(folder, devices, **tolerance):

@@ -32,6 +32,8 @@ from xtoken_core.results.subject import BEFORE, LAST, TWIN_LAST, teacher_subject
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer, row_bos
 
+pytestmark = pytest.mark.slow
+
 lm_eval = pytest.importorskip("lm_eval")
 
 ROOT = Path(__file__).parents[2]

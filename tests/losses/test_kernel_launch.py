@@ -102,10 +102,12 @@ def test_constants_and_warps_are_part_of_the_kind(kernel):
     ]
 
 
-def test_kernels_compile_for_an_h100(tmp_path):
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100(pytestconfig):
     """In a process of its own, since this one may have Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache = pytestconfig.cache.mkdir("triton")  # keyed by the kernels' sources: what has not changed is compiled once
     command = [sys.executable, "-m", "tests.support.kernel_compile", "p_kl", "same", "gold", "hidden_several"]
-    done = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 30

@@ -14,6 +14,8 @@ from triton.runtime import interpreter  # noqa: E402
 from tests.support.kernel_cases import CASES, compare  # noqa: E402
 from xtoken_core.losses import selection  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 _patch = interpreter._patch_lang_tensor
 
 

@@ -353,6 +353,7 @@ def reported(run):
     return {task["name"] for task in told if task["status"] == "cached"}
 
 
+@pytest.mark.slow
 def test_a_run_reuses_what_has_not_changed(run):
     """Everything the first time; then nothing but what publishes; then training alone, when only its steps change."""
     command = (
@@ -382,6 +383,7 @@ def test_a_run_reuses_what_has_not_changed(run):
     assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
 
 
+@pytest.mark.slow
 def test_bad_input_inside_a_run_is_its_last_line(run, tmp_path):
     """A vocabulary that does not fit shows when the tokenizers are first loaded; nothing is published."""
     same = ("--set", "teachers.other.projection=null", "--set", f"output.uri={tmp_path}/out")
@@ -391,6 +393,7 @@ def test_bad_input_inside_a_run_is_its_last_line(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
     """In the middle of training, with its teacher running; the next run takes what was done and goes on from the checkpoint."""
     command = ["run", run / "spec.yaml", "--runs", tmp_path / "runs", "--set", f"output.uri={tmp_path}/out"]
@@ -420,6 +423,7 @@ def test_sigterm_ends_a_run_and_all_that_it_started(run, tmp_path):
     assert json.loads((tmp_path / "out" / "logs" / "summary.json").read_text())["resumed_from"] >= 5
 
 
+@pytest.mark.slow
 def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):
     """Killed from outside, as for want of memory: no matter of the spec. The log is named, the exit code is 1."""
     command = [sys.executable, "-m", "pipelines", "run", run / "spec.yaml", "--runs", tmp_path / "runs"]

@@ -274,6 +274,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_path, how):
     script = tmp_path / "interrupted.py"

@@ -14,6 +14,8 @@ from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import torch
 
+from xtoken_core.compilations import keep_compilations
 from xtoken_core.training import environment
 
 
@@ -16,6 +18,15 @@ def test_describes_this_process():
     described = environment.describe_environment()
     assert described.versions["torch"] == torch.__version__ and described.cpu_cores >= 1
     assert 0.1 < described.memory_gib < 1e5 and len(described.devices) == torch.cuda.device_count()
+
+
+def test_compilations_are_kept_beside_downloads(tmp_path, monkeypatch):
+    monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    keep_compilations()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
 def test_commit_is_of_the_checkout_that_holds_the_code(tmp_path, monkeypatch):

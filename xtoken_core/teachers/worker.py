@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from xtoken_core.compilations import keep_compilations
 from xtoken_core.errors import InputError
 from xtoken_core.layers import decoder_layers
 from xtoken_core.losses import teacher_scores
@@ -174,6 +175,7 @@ def teacher_main(pipe: Connection, setup: TeacherSetup, student: int) -> None:
     """Serves commands until it is told to close or the student, a process id, is gone. The body of a teacher process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
+    keep_compilations()
     threading.Thread(target=end_with, args=(student,), daemon=True).start()
     try:
         server = TeacherServer(setup)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from xtoken_core.compilations import keep_compilations
 from xtoken_core.configs import head_rows, stored_dtype
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
@@ -72,6 +73,7 @@ def distill(
         InputError: something named in the message does not fit.
         TeacherError: a teacher process failed.
     """
+    keep_compilations()
     arguments = (spec, inputs, Path(out_dir), baseline, checkpoint_uri)
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:

@@ -70,9 +70,6 @@ def tokens_of(name: str, text: str) -> tuple[list[int], list[bytes]]:
     return ids, tokens
 
 
-# ------------------------------------------------------------------------------------------------ same text
-
-
 @st.composite
 def two_tokenizations(draw) -> tuple[list[bytes], list[bytes]]:
     """A random byte string, cut in two ways."""
@@ -204,9 +201,6 @@ def test_rows_with_special_tokens_prefixes_and_differences() -> None:
         assert one.student_chunk_id.tolist() == many.student_chunk_id.tolist()
         assert one.teacher_chunk_id.tolist() == many.teacher_chunk_id.tolist()
         assert one.exact.tolist() == many.exact.tolist()
-
-
-# ---------------------------------------------------------------------------------------------- texts differ
 
 
 def test_a_truncated_side_leaves_a_tail_without_chunk() -> None:

@@ -163,9 +163,6 @@ def test_reverse_pass_by_the_definition() -> None:
     assert changed > 20
 
 
-# --------------------------------------------------------------------------------------------------- files
-
-
 def small() -> Projection:
     return Projection(
         torch.tensor([[1, 2], [0, -1], [-1, -1]]), torch.tensor([[0.75, 0.25], [1, 0], [0, 0]]), 3, torch.tensor([0, 1, 0]).bool()
@@ -355,9 +352,6 @@ def test_files_that_are_no_torch_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{name}.pt: cannot read"):
             Projection.from_nemo_rl(tmp_path / f"{name}.pt")
     assert not Path("/tmp/xtoken-bomb").exists()
-
-
-# --------------------------------------------------------------------------------------- summary, the component
 
 
 def test_summary_counts_every_row() -> None:

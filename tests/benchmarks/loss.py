@@ -316,9 +316,6 @@ def run_cuda(names: list[str] | None, vs_torch: bool, folder: Path | None) -> li
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------- on a CPU
-
-
 def loop_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list[Tensor]) -> Tensor:
     """The loss of one row as one would write it down: a loop over chunks, and W as a sparse matrix. p_kl, gold, h_kl and same vocabulary."""
     student, ids, token_mask, sample_mask = batch

@@ -140,9 +140,6 @@ def test_a_stretch_too_long_for_a_side_is_left_out():
     assert spans(cuts, [100, 100]) == [(0, 4)]
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 @cache
 def tokenizer_folders() -> tuple[str, str]:
     """Two small tokenizers, since every `prepare_rows` loads them anew."""
@@ -259,9 +256,6 @@ def test_a_column_that_is_not_there(tmp_path):
     pa.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(InputError, match=r"c.parquet: no column 'text' \(data.text_key\)"):
         prepare_rows(make_spec([tmp_path / "c.parquet"]), tmp_path / "rows")
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def make_row(student, teacher, student_chunks, teacher_chunks) -> dict:

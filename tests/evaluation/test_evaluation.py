@@ -44,9 +44,6 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(str(folder))
 
 
-# ------------------------------------------------------------------------------------------------------ bits per byte
-
-
 @given(st.lists(st.integers(0, 100), max_size=5), st.integers(1, 20), st.data())
 def test_windows_score_every_token_once_in_enough_context(lengths, window, data):
     stride = data.draw(st.integers(1, window))
@@ -98,9 +95,6 @@ def test_the_opener_is_bos_then_eos(run):
     assert opener_of(tok) == tok.eos_token_id != tok.bos_token_id
 
 
-# --------------------------------------------------------------------------------------------------------- intervals
-
-
 def test_intervals_hold_the_total_and_shrink_with_documents():
     random = np.random.default_rng(1)
     widths = []
@@ -111,9 +105,6 @@ def test_intervals_hold_the_total_and_shrink_with_documents():
         widths.append(found["high"] - found["low"])
     assert widths[1] < widths[0] / 4
     assert bits_interval(np.array([8.0]), np.array([4])) == {"total": 2.0, "low": None, "high": None}
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluate
 
 
 def test_evaluate_a_student(run, tmp_path):
@@ -206,9 +197,6 @@ def test_bits_of_chats_are_those_of_the_answers(tmp_path):
     assert out.bits_per_byte.documents.bytes == [len(c[1]["content"].encode()) for c in chats]
     assert 2 < out.bits_per_byte.total < 9  # a random model's guess among 400 tokens
     assert out.samples[0].prompt.endswith("Say it.<eos>")
-
-
-# ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
 def test_tasks_offline_and_from_a_folder(run, tmp_path):

@@ -55,9 +55,6 @@ def tasks(spec):
     return documents(compile_spec(spec))[0]["root"]["dag"]["tasks"]
 
 
-# ---------------------------------------------------------------------------------------------------------- compiling
-
-
 def producer(task, name):
     """The task that another one's input artifact comes from."""
     return task["inputs"]["artifacts"][name]["taskOutputArtifact"]["producerTask"]
@@ -196,8 +193,6 @@ def test_training_is_cached_here_and_never_on_a_cluster():
     assert {name for name, task in here.items() if not task["cachingOptions"]} == {"resolve", "report"}
 
 
-# ------------------------------------------------------------------------------------------------ what a step depends on
-
 STEPS = ("overlap", "projections", "prepare", "distill", "baseline", "evaluate_student", "evaluate_teachers")
 
 
@@ -284,9 +279,6 @@ def test_overrides_that_a_compiled_pipeline_can_follow_are_taken(run):
     views = resolve(spec.to_json(), overrides, json.dumps(shape(spec)))
     assert View.from_text(views.distill).training.max_steps == 9
     assert DistillationSpec.from_text(views.report).output.uri == f"{run}/else where"
-
-
-# ------------------------------------------------------------------------------------------------------ command line
 
 
 pipelines = partial(call, "pipelines")

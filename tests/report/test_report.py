@@ -64,9 +64,6 @@ def changed(run: Run, levels: dict[Subject, float]) -> Run:
     return replaced(run, results=results)
 
 
-# ------------------------------------------------------------------------------------------------------- differences
-
-
 def test_paired_difference_sees_through_the_texts_own_spread():
     rng = np.random.default_rng(0)
     size = rng.integers(500, 2000, 60)
@@ -115,9 +112,6 @@ def test_benchmark_difference_knows_which_way_is_better():
     assert task_difference("u", scored(0.51), scored(0.5)) is None
 
 
-# ------------------------------------------------------------------------------------------------------------ verdict
-
-
 def test_verdict_of_a_run_that_helped(run):
     answer = verdict(run)
     assert answer.tone == "good" and answer.headline.startswith("Distillation helped: from 3.2")
@@ -162,9 +156,6 @@ def test_verdict_without_evaluations(run):
     assert verdict(replaced(run, results=[])).tone == "unknown"
 
 
-# --------------------------------------------------------------------------------------------------- terminal and KFP
-
-
 def test_answer_table_says_who_stands_where(run):
     text = answer_table(run, {"report": "out/report.html", "student": "out/best"})
     lines = text.splitlines()
@@ -184,9 +175,6 @@ def test_metrics_and_markdown(run):
     assert 500 < figures["tokens_per_second"] < 900 and all(isinstance(v, float) for v in figures.values())
     text = markdown(run)
     assert "**Distillation helped" in text and text.count("\n| ") == 9
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
 
 
 def test_tables_hold_the_results(run):
@@ -215,9 +203,6 @@ def test_settings_that_differ():
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in settings_that_differ({"x": one, "y": two}).rows}
     assert rows == {"training.seed": ["0", "1"], "teachers.a.weight": ["1.0", "0.5"], "teachers.b.weight": ["(absent)", "0.5"]}
     assert settings_that_differ({"x": one, "y": one}) is None
-
-
-# ------------------------------------------------------------------------------------------------------------ warnings
 
 
 def titles(run: Run) -> str:
@@ -268,9 +253,6 @@ def test_only_what_was_decided_while_training_is_drawn(run):
     assert ("weight", "1, fixed") in list(teacher_facts(fixed, fixed.spec["teachers"][0]))
 
 
-# ------------------------------------------------------------------------------------------------------ charts, pictures
-
-
 def test_ticks_are_round_and_inside():
     for low, high in [(0, 1), (1.83, 3.22), (-0.2, 17), (0, 1e-3), (3e5, 9e6)]:
         ticks = nice_ticks(low, high, 5)
@@ -316,9 +298,6 @@ def test_dag_has_no_box_over_another(run):
 def test_density_is_darkest_where_most_weight_lies():
     picture = density_picture([[0, 1], [0, 500]])
     assert picture.paths[-1] == (1.0, "M1 1h1v1h-1z") and all("M0" not in path for _, path in picture.paths)
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 def test_report_is_one_file_without_outside_resources(run, tmp_path):

@@ -62,8 +62,6 @@ class FakeKfp:
         self.server.shutdown()
         self.server.server_close()
 
-    # ------------------------------------------------------------------------------------------- operations of the API
-
     def HealthzService_GetHealthz(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"multi_user": self.multi_user}
 

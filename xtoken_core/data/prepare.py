@@ -39,9 +39,6 @@ BATCH_DOCUMENTS = 64
 """Documents tokenized together."""
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def prepare_rows(
     spec: DistillationSpec, folder: str | Path, split: Literal["train", "validation"] = "train", shard: int = 0
 ) -> RowStatistics:

@@ -108,9 +108,6 @@ def held_out(spec: DistillationSpec) -> list[Document]:
     return documents
 
 
-# ------------------------------------------------------------------------------------------------------ bits per byte
-
-
 def measure_bits(
     spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document], window: int, stride: int
 ) -> tuple[BitsPerByte, int]:

@@ -178,9 +178,6 @@ def teacher_loss(
     return spec.temperature**2 * (common + l1), details
 
 
-# ------------------------------------------------------------------------------------------------- rows and columns
-
-
 def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> list[tuple[int, list[int], list[int]]]:
     """(b, S_c, T_c) of every valid chunk. `first`: only the predictor row of the chunk's first token, if that has one."""
     assert teacher.student_chunk_id is not None and teacher.teacher_chunk_id is not None
@@ -254,9 +251,6 @@ def common_pairs(projection: Projection, mode: str, student_vocab: int) -> list[
             taken.add(t)
             pairs.append((s, t))
     return sorted(pairs)
-
-
-# ------------------------------------------------------------------------------------------------------------ losses
 
 
 def kl(target: Tensor, other: Tensor, reverse: bool) -> Tensor:

@@ -99,7 +99,7 @@ REJECTED = {
     ),
     "a learning rate of a fixed W": (["teachers.other.projection={learning_rate: 0.1}"], "teachers.1.projection.learning_rate"),
     "a text column of chats": (["data.format=messages", "data.text_key=body"], "data.text_key: not used with format: messages"),
-    "a chat column of texts": (["data.messages_key=chat"], "data.messages_key: not used with format: text"),
+    "a chat column of texts": (["data.format=text", "data.messages_key=chat"], "data.messages_key: not used with format: text"),
     "validation without documents": (["training.eval_steps=5"], "training.eval_steps: needs data.validation"),
     "no training data": (["data.train=[]"], "data.train"),
     "a float for an integer": (["training.max_steps=1.5"], "training.max_steps"),

@@ -154,6 +154,12 @@ class TokenTable:
         return text if self.byte_level else text.replace(SPACE, " ")
 
 
+def role_pairs(student: TokenTable, teacher: TokenTable) -> dict[int, int]:
+    """The teacher's id for each special token of the student: that of the first role in `ROLES` that both fill."""
+    shared = [role for role in ROLES if role in student.roles and role in teacher.roles]
+    return {student.roles[role]: teacher.roles[role] for role in reversed(shared)}
+
+
 def normalize_for(text: str, tables: Sequence[TokenTable]) -> str:
     """The text that every tokenizer leaves as it is: their normalisers applied in turn until none changes it.
 

@@ -1,160 +1,328 @@
-"""Chats: contents align, templates do not, and only the wanted turns are targets."""
+"""Chats: tokens are those of the tokenizer's own rendering, words align, and the turns to be learned are targets."""
+
+from __future__ import annotations
 
 import copy
 import json
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from tests.support import assets
+from tests.support.chat_templates import CHATML, GENERATION, HARMONY, INST, LLAMA_TOOLS, NEWLINE_EOS, SHOUTING
 from tests.support.tiny import tiny_tokenizer
-from xtoken_core.data.chat import ChatTokenizer, template_parts
+from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows
+from xtoken_core.data.records import Conversation
 from xtoken_core.data.rows import Side, Tokenized, document_rows
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
-)
-CHAT = [
-    {"role": "user", "content": "What is 12 + 30?\n"},
-    {"role": "assistant", "content": " It is 42, naïve <|im_end|></s> asker! 日本"},
+PUBLISHED = ("qwen3-chat", "llama3.1-chat", "deepseek-v3-chat", "gemma3-chat", "nemo-chat", "smollm2")
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALLS = [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}]
+CALLING = [
+    {"role": "user", "content": "Weather in Paris?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "sunny, 21"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+THINKING = [
+    {"role": "user", "content": "What is 2+2?"},
+    {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nIt is 4."},
+    {"role": "user", "content": " and 3? \n"},
+    {"role": "assistant", "content": "<think>Hm</think>Six."},
+]
+REASONED = [THINKING[0], {"role": "assistant", "reasoning_content": "Two and two.", "content": "It is 4."}]
+PLAIN = [
+    {"role": "user", "content": "  What is 12 + 30?\n"},
+    {"role": "assistant", "content": "It is 42, naïve asker! 日本"},
     {"role": "user", "content": "assistant"},
-    {"role": "assistant", "content": "Bye."},
+    {"role": "assistant", "content": " user\n"},
 ]
 
 
 @cache
-def sides(*templates: str) -> tuple[Side, ...]:
-    """A byte-level student without BOS, and a SentencePiece teacher with prefix space and BOS."""
-    found = []
-    for name, column, which, template in zip(
-        ("student", "teacher mistral"), ("student", "teacher_0"), ("qwen3", "mistral"), templates or (CHATML, INST)
-    ):
-        tok = copy.deepcopy(assets.tokenizer(which))
+def side(name: str, template: str | None = None) -> Side:
+    """A tokenizer by the name of its asset, with its own template or another; `harmony` has the special tokens of gpt-oss."""
+    if name in ("tiny", "harmony"):
+        tok = tiny_tokenizer(400)
+    else:
+        tok = copy.copy(assets.tokenizer(name))
+    if name == "harmony":
+        names = ("start", "end", "message", "channel", "return", "call")
+        tok.add_special_tokens({"additional_special_tokens": [AddedToken(f"<|{n}|>", special=True) for n in names]})
+        tok.add_special_tokens({"eos_token": "<|return|>"})
+    if template is not None:
         tok.chat_template = template
-        found.append(Side.of(name, column, tok))
-    return tuple(found)
+    return Side.of(name, "student", tok)
 
 
-def chat(messages=CHAT, assistant_only=True, templates=()) -> Tokenized | str:
-    [found] = ChatTokenizer(sides(*templates), assistant_only)([messages])
+def read(chat, *sides: Side, tools=None, assistant_only=True) -> Tokenized | str:
+    [found] = ChatTokenizer(sides, assistant_only)([Conversation(copy.deepcopy(chat), tools)])
     return found
 
 
-def pieces(found: Tokenized, side: int) -> list[str]:
-    """The token strings of one side."""
-    return sides()[side].tokenizer.convert_ids_to_tokens(found.ids[side])
+def learned(found: Tokenized, of: Side, side: int = 0) -> str:
+    """The text of one side's targets."""
+    return of.tokenizer.decode(found.ids[side][found.targets[side] > 0])
 
 
-@pytest.mark.parametrize("assistant_only", [True, False])
-def test_contents_align_and_templates_do_not(assistant_only):
-    found = chat(assistant_only=assistant_only)
-    wanted = [m["content"].strip().encode() for m in CHAT if m["role"] == "assistant" or not assistant_only]
+def own_ids(of: Side, chat, tools=None) -> list[int]:
+    """What the tokenizer itself makes of the chat."""
+    return of.tokenizer.apply_chat_template(chat, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+
+
+TRAITS = [
+    *((name, None) for name in PUBLISHED),
+    ("llama3", LLAMA_TOOLS),
+    ("harmony", HARMONY),
+    ("mistral", INST),
+    ("qwen3", GENERATION),
+]
+
+
+@pytest.mark.parametrize(("name", "template"), TRAITS, ids=[f"{n}{'' if t is None else '*'}" for n, t in TRAITS])
+@pytest.mark.parametrize("chat", [PLAIN, THINKING, REASONED, CALLING], ids=["plain", "thinking", "reasoned", "calling"])
+def test_rows_hold_what_the_template_renders(name, template, chat):
+    of, tools = side(name, template), TOOLS if chat is CALLING else None
+    found = read(chat, of, tools=tools)
+    if isinstance(found, str):  # told, and for a reason
+        assert chat is CALLING and name in ("llama3.1-chat", "deepseek-v3-chat", "gemma3-chat", "smollm2", "mistral", "qwen3")
+        assert "chat template leaves out or rewrites" in found or "chat template refuses it" in found
+        return
+    assert found.ids[0].tolist() == own_ids(of, chat, tools)
+    said = learned(found, of)
+    last = chat[-1]["content"].split("</think>")[-1].strip()
+    assert last in said and of.table.special[found.ids[0][found.targets[0] > 0][-1]]  # the answer, and the end of the turn
+    assert "What is" not in said and "Weather in" not in said and "sunny, 21" not in said
+    if chat is CALLING:
+        assert all(part in said for part in ("weather", "city", "Paris", "3"))
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co", "Cn", "Cc"]), min_size=1, max_size=12)
+SAID = st.lists(
+    WORDS | st.sampled_from(["\n", "  ", "a", "user", "assistant\n", "```json\n{}\n```", "<b>", "'"]), min_size=1
+).map("".join)
+
+
+@pytest.mark.parametrize("name", ["qwen3-chat", "llama3.1-chat", "deepseek-v3-chat", "gemma3-chat", "nemo-chat"])
+@given(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))
+@settings(max_examples=25, deadline=None)
+def test_any_chat_is_what_the_template_renders(name, turns):
+    of = side(name)
+    chat = [
+        message
+        for asked, said in turns
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": said})
+    ]
+    found = read(chat, of)
+    assert not isinstance(found, str), found
+    assert found.ids[0].tolist() == own_ids(of, chat)
+    ends = [i for i in found.ids[0][found.targets[0] > 0].tolist() if i == of.tokenizer.eos_token_id]
+    assert len(ends) == sum(bool(said.strip()) for _, said in turns)
+    assert found.widths[0][found.targets[0] > 0].sum() == sum(len(of.table.normalize(said.strip()).encode()) for _, said in turns)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), list(permutations(["qwen3-chat", "llama3.1-chat", "gemma3-chat", "nemo-chat"], 2))
+)
+def test_words_align_and_templates_do_not(student, teacher):
+    sides = side(student), side(teacher)
+    found = read(PLAIN, *sides)
     [(*chunk_ids, exact)] = found.chunks
+    assert exact.all() and len(exact) > 8
+    texts = [[s.tokenizer.decode(ids[own == k]) for k in range(len(exact))] for s, ids, own in zip(sides, found.ids, chunk_ids)]
+    ends = [(a, b) for a, b in zip(*texts) if a != b]
+    assert set(ends) == {(sides[0].tokenizer.eos_token, sides[1].tokenizer.eos_token)} and len(ends) == 2
+    assert {"It", " is"} <= set(texts[0]) and "user" not in texts[0][:3]
+    for own, targets in zip(chunk_ids, found.targets):
+        assert (targets[own >= 0] == 1).all()
+        assert (np.diff(own[own >= 0]) >= 0).all()
+
+
+def test_a_token_that_also_covers_the_template_has_no_chunk():
+    """Mistral's first token of an answer is `▁It`: it begins with the template's blank, where the student has none."""
+    sides = side("qwen3", CHATML), side("mistral", INST)
+    found = read([PLAIN[0], {"role": "assistant", "content": "It is 42."}], *sides)
+    [(student, teacher, exact)] = found.chunks
+    first = sides[1].tokenizer.convert_tokens_to_ids("▁It")
+    assert teacher[found.ids[1] == first].tolist() == [-1] and found.targets[1][found.ids[1] == first].tolist() == [1]
+    assert [sides[0].tokenizer.decode(found.ids[0][student == k]) for k in range(3)] == [" is", " ", "4"]
     assert exact.all()
-    texts = []
-    for side, ids, widths, targets, chunk_id in zip(sides(), found.ids, found.widths, found.targets, chunk_ids):
-        spelled = [side.table[i][len(side.table[i]) - w :] for i, w in zip(ids.tolist(), widths.tolist())]
-        inside = chunk_id >= 0
-        assert b"".join(t for t, c in zip(spelled, inside) if c) == b"".join(wanted)
-        texts.append([b"".join(t for t, c in zip(spelled, chunk_id) if c == k) for k in range(len(exact))])
-        # the targets are the contents and the special token that ends each of them
-        ends = (targets > 0) & ~inside
-        assert ends.sum() == (2 if assistant_only or side.name != "student" else 4)
-        assert all(side.table.special[i] for i in ids[ends])
-        assert (targets[inside] == 1).all()
-    assert texts[0] == texts[1] and all(texts[0])
-    assert chunk_ids[0].max() + 1 == chunk_ids[1].max() + 1 == len(exact)
 
 
-def test_a_special_token_spelled_out_in_a_content_is_text():
-    found = chat()
-    assert pieces(found, 0).count("<|im_end|>") == 4 and pieces(found, 1).count("</s>") == 2
+def test_a_tool_call_is_shared_as_far_as_both_templates_write_it_alike():
+    sides = side("qwen3-chat"), side("llama3", LLAMA_TOOLS)
+    found = read(CALLING, *sides, tools=TOOLS)
+    [(student, _, exact)] = found.chunks
+    shared = sides[0].tokenizer.decode(found.ids[0][student >= 0])
+    assert exact.all() and "weather" in shared and 'city": "Paris", "days' in shared and "arguments" not in shared
 
 
-def test_tokens_are_those_of_the_rendered_chat():
-    plain = [{"role": m["role"], "content": c} for m, c in zip(CHAT, ["Hello there", "It is 42.", "Why?", "Bye."])]
-    found = chat(plain)
-    for side, ids in zip(sides(), found.ids):
-        text = side.tokenizer.apply_chat_template(plain, tokenize=False)
-        assert ids.tolist() == side.tokenizer(text, add_special_tokens=False)["input_ids"]
+def test_a_content_of_null_is_what_the_template_knows():
+    for name, call in (("qwen3-chat", '"arguments": {"city"'), ("deepseek-v3-chat", "weather\n```json\n{")):
+        chat = copy.deepcopy(CALLING)
+        chat[1] |= {"content": None}
+        chat[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Paris"}'
+        found = read(chat, side(name), tools=TOOLS)
+        assert call in learned(found, side(name)) and "Paris" in learned(found, side(name))
 
 
-def test_cuts_stand_at_the_same_place_of_every_side():
-    found = chat()
-    assert found.cuts[0].tolist() == [0, 0] and found.cuts[-1].tolist() == [len(ids) for ids in found.ids]
-    assert (np.diff(found.cuts, axis=0) >= 0).all()
-    content = [np.cumsum(np.concatenate([[0], widths]))[cut] for widths, cut in zip(found.widths, found.cuts.T)]
-    assert content[0].tolist() == content[1].tolist()  # so many bytes of contents lie before each cut
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_lists_of_text_parts_are_text(name):
+    parts = [m | {"content": [{"type": "text", "text": m["content"].strip()}]} for m in PLAIN]
+    text = [m | {"content": m["content"].strip()} for m in PLAIN]
+    assert read(parts, side(name)).ids[0].tolist() == own_ids(side(name), text)
 
 
-def test_a_long_chat_keeps_its_beginning_and_needs_a_target():
-    found = chat()
-    sizes = [len(ids) for ids in found.ids]
-    [row] = document_rows(found, [sizes[0] - 8, sizes[1]], sides(), whole=True)
-    assert row["student_mask"].sum() > 0 and row["num_bytes"] < sum(found.widths[0])
-    assert document_rows(found, [12, 12], sides(), whole=True) == "no target within data.max_length"
+def test_names_of_special_tokens_in_a_message_stay_text():
+    chat = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "It <|im_end|> ends, </s> too."}]
+    sides = side("qwen3-chat"), side("mistral", INST)
+    found = read(chat, *sides)
+    assert not isinstance(found, str), found
+    for of, ids, end in zip(sides, found.ids, ("<|im_end|>", "</s>")):
+        assert of.tokenizer.decode(ids) == of.tokenizer.apply_chat_template(chat, tokenize=False)
+        assert (ids == of.tokenizer.convert_tokens_to_ids(end)).sum() == (2 if end == "<|im_end|>" else 1)
+    assert found.chunks[0][2].all() and len(found.chunks[0][2]) > 8
+
+
+def test_the_end_of_a_turn_is_a_target_behind_a_line_break_too():
+    of = side("tiny", NEWLINE_EOS)
+    found = read([PLAIN[0], {"role": "assistant", "content": "A river"}], of)
+    assert learned(found, of) == "A river\n<eos>"
+
+
+def test_turns_of_channels_end_with_the_token_that_the_template_puts():
+    of = side("harmony", HARMONY)
+    chat = [*CALLING, {"role": "user", "content": "Sure?"}, *REASONED[1:]]
+    assert learned(read(chat, of, tools=TOOLS), of) == (
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris", "days": 3}<|call|>'
+        "<|channel|>final<|message|>It is sunny.<|end|>"
+        "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>"
+    )
+
+
+def test_a_message_can_be_left_out():
+    of = side("qwen3-chat")
+    chat = copy.deepcopy(PLAIN)
+    for leave_out in ({"train": False}, {"weight": 0}):
+        marked = [*chat[:1], chat[1] | leave_out, *chat[2:]]
+        said = learned(read(marked, of), of)
+        assert "42" not in said and said.endswith("user\n<|im_end|>") and said.count("<|im_end|>") == 1
+
+
+def test_every_message_is_a_target_without_assistant_only():
+    sides = side("qwen3", CHATML), side("mistral", INST)
+    found = read(PLAIN, *sides, assistant_only=False)
+    assert learned(found, sides[0]).count("<|im_end|>") == 4 and "What is 12" in learned(found, sides[0])
+
+
+def test_what_a_template_cannot_do_is_said():
+    system = [{"role": "system", "content": "Be kind."}, *PLAIN]
+    mistral = side("mistral", INST)
+    assert read(system, side("qwen3", CHATML), mistral) == "mistral: its chat template refuses it: no system here"
+    rewritten = read(PLAIN, side("qwen3", SHOUTING))
+    assert rewritten == "qwen3: its chat template leaves out or rewrites what the assistant says"
+    only_last = "{{ messages[-1].content }}"
+    assert "leaves out" in read(PLAIN, side("qwen3", only_last))
+    assert read([], mistral) == "no text"
 
 
 @pytest.mark.parametrize(
     "template", ["{{ messages[0]['content'] + 1 }}", {"tool_use": "{{ messages }}"}], ids=["broken", "no default"]
 )
 def test_a_template_that_fails_names_its_side(template):
-    tok = copy.deepcopy(assets.tokenizer("mistral"))
+    tok = copy.copy(assets.tokenizer("mistral"))
     tok.chat_template = template
-    with pytest.raises(InputError, match="^teacher odd: its chat template fails: "):
-        template_parts(Side.of("teacher odd", "t0", tok), ["user"])
-
-
-def test_what_a_template_cannot_do_is_said():
-    system = [{"role": "system", "content": "Be kind."}, *CHAT]
-    assert (
-        chat(system)
-        == "teacher mistral: its chat template refuses the roles system, user, assistant, user, assistant: no system here"
-    )
-    last = "{{ messages[-1].content }}"
-    assert "leaves out, repeats or reorders" in template_parts(sides(last, INST)[0], ("user", "assistant"))
-    assert chat([]) == "no text"
+    with pytest.raises(InputError, match="^teacher odd: its chat template refuses it: "):
+        ChatTokenizer([Side.of("teacher odd", "t0", tok)], True)
 
 
 def test_no_template_is_an_error():
     bare = Side.of("teacher bare", "teacher_0", tiny_tokenizer(300))
     with pytest.raises(InputError, match="teacher bare: its tokenizer has no chat template"):
-        ChatTokenizer([sides()[0], bare], True)
+        ChatTokenizer([side("qwen3", CHATML), bare], True)
 
 
-def test_prepare_chats(tmp_path):
+def test_cuts_stand_at_the_same_place_of_every_side():
+    sides = side("qwen3-chat"), side("llama3.1-chat"), side("mistral", INST)
+    found = read(PLAIN, *sides)
+    assert found.cuts[0].tolist() == [0, 0, 0] and found.cuts[-1].tolist() == [len(ids) for ids in found.ids]
+    assert (np.diff(found.cuts, axis=0) >= 0).all() and len(found.cuts) > 8
+    answered = [
+        np.cumsum(np.concatenate([[0], widths * targets]))[cut]
+        for widths, targets, cut in zip(found.widths, found.targets, found.cuts.T)
+    ]
+    assert answered[0].tolist() == answered[1].tolist() == answered[2].tolist()
+
+
+def test_a_long_chat_keeps_its_beginning_and_needs_a_target():
+    sides = side("qwen3-chat"), side("llama3.1-chat")
+    found = read(PLAIN, *sides)
+    sizes = [len(ids) for ids in found.ids]
+    [row] = document_rows(found, [sizes[0] - 8, sizes[1]], [Side.of("a", "student", sides[0].tokenizer), sides[1]], whole=True)
+    assert row["student_mask"].sum() > 0 and row["num_bytes"] < sum(found.widths[0])
+    assert document_rows(found, [12, 12], sides, whole=True) == "no target within data.max_length"
+
+
+@pytest.fixture
+def two_tokenizers(tmp_path):
     for name, template in (("student", CHATML), ("other", CHATML.replace("im_", "turn_"))):
         tok = tiny_tokenizer(300 if name == "student" else 400)
         tok.chat_template = template
         tok.save_pretrained(tmp_path / name)
-    lines = [{"talk": CHAT}, {"talk": CHAT[:1]}, {"talk": CHAT[:2]}]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    data = {"train": [str(tmp_path / "chats.jsonl")], "format": "messages", "messages_key": "talk"}
-    spec = {
-        "name": "chat",
-        "student": {"model": str(tmp_path / "student")},
-        "teachers": [{"id": "other", "model": str(tmp_path / "other"), "projection": {}}],
-        "data": data,
-        "output": {"uri": "unused"},
-    }
-    stats = prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows")
-    assert stats.rows == 2 and stats.dropped_documents == {"no target within data.max_length": 1}
+
+    def spec(lines, **data):
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return DistillationSpec.from_text(
+            json.dumps(
+                {
+                    "name": "chat",
+                    "student": {"model": str(tmp_path / "student")},
+                    "teachers": [{"id": "other", "model": str(tmp_path / "other"), "projection": {}}],
+                    "data": {"train": [str(tmp_path / "chats.jsonl")], **data},
+                    "output": {"uri": "unused"},
+                }
+            )
+        )
+
+    return spec
+
+
+def test_prepare_chats(tmp_path, two_tokenizers):
+    lines = [{"talk": PLAIN}, {"talk": PLAIN[:1]}, {"talk": PLAIN[:2]}, {"talk": None}, {"talk": "hello"}]
+    stats = prepare_rows(two_tokenizers(lines, format="messages", messages_key="talk"), tmp_path / "rows")
+    dropped = {"no target within data.max_length": 1, "no text": 1, "'talk' is not a list of messages with a role": 1}
+    assert stats.rows == 2 and stats.dropped_documents == dropped and stats.unusable_documents == 1
     row = load_rows(tmp_path / "rows")[0]
     covered = row["student_bytes"][row["student_mask"] > 0].sum()
-    assert covered == sum(len(m["content"].strip().encode()) for m in CHAT if m["role"] == "assistant")
+    assert covered == sum(len(m["content"].strip().encode()) for m in PLAIN if m["role"] == "assistant")
 
-    for bad in ({"talk": [{"role": "user", "content": None}]}, {"talk": "hello"}, {"talk": [["user", "hi"]]}):
-        (tmp_path / "chats.jsonl").write_text(json.dumps(bad))
-        with pytest.raises(InputError, match=r"chats.jsonl:1: 'talk' is no list of messages"):
-            prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows")
-    (tmp_path / "chats.txt").write_text("hello")
-    spec["data"]["train"] = [str(tmp_path / "chats.txt")]
-    with pytest.raises(InputError, match="chats .* come as .jsonl or .parquet"):
-        prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows")
+
+def test_cut_conversations_are_counted(tmp_path, two_tokenizers):
+    long = [*PLAIN[:1], {"role": "assistant", "content": "word " * 200}]
+    stats = prepare_rows(two_tokenizers([{"messages": long}, {"messages": PLAIN[:2]}], max_length=150), tmp_path / "rows")
+    assert stats.cut_documents == 1 and stats.rows == 2
+
+
+def test_too_many_conversations_that_cannot_be_used_are_an_error(tmp_path, two_tokenizers, capsys):
+    bad = [{"role": "user", "content": 3}]
+    with pytest.raises(
+        InputError, match=r"^data.train: 2 of 3 documents cannot be used, 2 since a message's content .*chats.jsonl:1\)$"
+    ):
+        prepare_rows(two_tokenizers([{"messages": bad}, {"messages": bad}, {"messages": PLAIN}]), tmp_path / "rows")
+    assert capsys.readouterr().err.count("left out: a message's content is neither text nor a list of text parts") == 1
+
+
+def test_images_are_refused_by_name(tmp_path, two_tokenizers):
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "What?"}]}]
+    for line, word in (({"messages": picture}, "image_url"), ({"messages": PLAIN, "images": ["a.png"]}, "'images'")):
+        with pytest.raises(InputError, match=f"chats.jsonl:1: .*{word}.*only text can be distilled"):
+            prepare_rows(two_tokenizers([line]), tmp_path / "rows")

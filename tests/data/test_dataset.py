@@ -233,11 +233,16 @@ def test_shards_without_anything_to_learn_from(corpus, tmp_path, packing):
     ("name", "content", "message"),
     [
         ("none.txt", None, "none.txt: no such file"),
-        ("bad.txt", b"caf\xe9 au lait", "bad.txt: not UTF-8 text"),
-        ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "bad.jsonl:2: not JSON"),
-        ("bad.jsonl", b'{"body": "x"}\n', "bad.jsonl:1: no field 'text' (data.text_key)"),
-        ("bad.jsonl", b'{"text": 3}\n', "bad.jsonl:1: 'text' is no text"),
-        ("bad.jsonl", b'{"text": "\\ud800"}\n', "bad.jsonl:1: 'text' is no text"),
+        ("bad.txt", b"caf\xe9 au lait", "all 1 documents dropped, 1 since not UTF-8 text ({}"),
+        (
+            "bad.jsonl",
+            b'{"text": "fine"}\n{"text": \n{"text": 1}',
+            "2 of 3 documents cannot be used, 1 since not JSON: Expecting value ({}:2)",
+        ),
+        ("bad.jsonl", b'{"body": "x"}\n', "{}:1: no field 'text' (data.text_key)"),
+        ("bad.jsonl", b'{"text": 3}\n', "1 since 'text' is not text ({}:1)"),
+        ("bad.jsonl", b'{"text": "\\ud800"}\n', "1 since 'text' is not text ({}:1)"),
+        ("null.jsonl", b'{"text": null}\n', "data.train: no rows: all 1 documents dropped, 1 since no text ({}:1)"),
         ("bad.parquet", b"PAR1 nonsense", "bad.parquet: cannot be read"),
         ("bad.md", b"# text", "bad.md: not a .txt, .jsonl or .parquet file"),
         ("empty.jsonl", b"\n\n", "data.train: no documents"),
@@ -249,12 +254,12 @@ def test_unreadable_input_is_one_line_that_names_it(tmp_path, name, content, mes
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         prepare_rows(make_spec([tmp_path / name]), tmp_path / "rows")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message.replace("{}", str(tmp_path / name)) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_column_that_is_not_there(tmp_path):
     pa.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match=r"c.parquet: no column 'text' \(data.text_key\)"):
+    with pytest.raises(InputError, match=r"c.parquet: no column 'text' or 'messages' \(data.text_key, data.messages_key\)"):
         prepare_rows(make_spec([tmp_path / "c.parquet"]), tmp_path / "rows")
 
 

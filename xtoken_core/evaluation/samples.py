@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.data.documents import Document
 from xtoken_core.results.evaluation import Sample
+from xtoken_core.data.records import plain_text
 from xtoken_core.tokenization import row_bos
 
 SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
@@ -56,6 +57,8 @@ def _prompt(tok: PreTrainedTokenizerFast, document: Document) -> tuple[str, str]
         cut = text.rfind(" ", 1, PROMPT_CHARACTERS)  # the next word begins with its space
         cut = cut if cut > 0 else min(PROMPT_CHARACTERS, len(text) // 2)
         return text[:cut], text[cut : cut + PROMPT_CHARACTERS]
-    asked = next((i for i, m in enumerate(document.content) if m["role"] == "assistant"), len(document.content))
-    prompt = str(tok.apply_chat_template(document.content[:asked], tokenize=False, add_generation_prompt=True))
-    return prompt, document.content[asked]["content"][:PROMPT_CHARACTERS] if asked < len(document.content) else ""
+    chat = document.content
+    asked = next((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), len(chat.messages))
+    prompt = str(tok.apply_chat_template(chat.messages[:asked], tools=chat.tools, tokenize=False, add_generation_prompt=True))
+    answer = plain_text(chat.messages[asked].get("content")) if asked < len(chat.messages) else ""
+    return prompt, answer[:PROMPT_CHARACTERS]

@@ -27,6 +27,10 @@ class RowStatistics(Record):
     documents: int
     dropped_documents: dict[str, int]
     """By reason."""
+    unusable_documents: int = 0
+    """Of them those that cannot be read, or that a template refuses or rewrites."""
+    cut_documents: int = 0
+    """Conversations whose end does not fit into a row."""
     rows: int
     bytes: int
     student_tokens: int

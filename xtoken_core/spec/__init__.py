@@ -4,7 +4,7 @@
 values raise `InputError` with one line that names the field. Loading touches no model, data or network.
 """
 
-from xtoken_core.spec.data import DataSpec
+from xtoken_core.spec.data import DataSpec, TrainSource
 from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
 from xtoken_core.spec.output import OutputSpec
@@ -28,6 +28,7 @@ __all__ = [
     "StudentSpec",
     "TeacherSpec",
     "Toleration",
+    "TrainSource",
     "TrainingSpec",
     "VolumeClaim",
 ]

@@ -66,7 +66,12 @@ def _section_of(field: dict[str, Any], known: dict[str, Any]) -> dict[str, Any] 
     if "$ref" in field:
         found = known[field["$ref"].rsplit("/", 1)[1]]
         return found if "properties" in found else None
-    inner = [*field.get("anyOf", ()), *field.get("allOf", ()), *([field["items"]] if "items" in field else ())]
+    inner = [
+        *field.get("anyOf", ()),
+        *field.get("oneOf", ()),
+        *field.get("allOf", ()),
+        *([field["items"]] if "items" in field else ()),
+    ]
     return next((section for part in inner if (section := _section_of(part, known))), None)
 
 
@@ -79,8 +84,8 @@ def _default(field: dict[str, Any], below: dict[str, Any] | None) -> str:
 def _kind(field: dict[str, Any], known: dict[str, Any]) -> str:
     if "$ref" in field:
         return _kind(known[field["$ref"].rsplit("/", 1)[1]], known)
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_kind(part, known) for part in field["anyOf"]))
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(_kind(part, known) for part in choices))
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:

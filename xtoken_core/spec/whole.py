@@ -55,7 +55,7 @@ class DistillationSpec(Section):
             yield "teachers: weight: all are zero"
         if self.training.eval_steps is not None and not self.data.validation:
             yield "training.eval_steps: needs data.validation"
-        if both := set(self.data.train) & set(self.data.validation):
+        if both := set(self.data.train_uris) & set(self.data.validation):
             yield f"data.validation: {min(both)} is in data.train too"
         if "bits_per_byte" in self.evaluation.model_fields_set and self.evaluation.bits_per_byte and not self.measures_bits:
             yield "evaluation.bits_per_byte: needs evaluation.texts or data.validation"

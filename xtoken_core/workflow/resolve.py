@@ -81,7 +81,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
     versions, student = Versions(), spec.student
     models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
-    train, held_out = _named("data.train", spec.data.train), _named("data.validation", spec.data.validation)
+    train, held_out = _named("data.train", spec.data.train_uris), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
     texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
     return Resolved(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_core import storage
+from xtoken_core.data.hub import hub_dataset
 from xtoken_core.errors import InputError
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import StudentSpec, TeacherSpec
@@ -43,7 +44,7 @@ class Versions:
                 parts.append(self._lookup(f"{field}.tokenizer", model.tokenizer, model_version))
             if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
                 parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
-        parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in texts]
+        parts += [self._lookup(field, uri, corpus_version) for field, uri in texts]
         return digest(*parts)
 
     def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
@@ -76,6 +77,12 @@ def model_version(ref: str) -> str:
             return Path(cached).parent.name
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{ref}: no such folder, and not to be had from the hub ({type(e).__name__}: {reason})") from None
+
+
+def corpus_version(uri: str) -> str:
+    """What changes when a corpus does: the commit of a hub data set, else `storage.fingerprint`. Raises InputError."""
+    dataset = hub_dataset(uri)
+    return storage.fingerprint(uri) if dataset is None else dataset.version()
 
 
 @cache

@@ -1,0 +1,210 @@
+"""Records of data files, in the shapes that people publish: texts, chats, ShareGPT, prompt and completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xtoken_core.spec import DataSpec
+
+Message = dict[str, Any]
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+_MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+
+
+class Unusable(Exception):
+    """Why a record cannot be used; it is left out and counted under these words."""
+
+
+class MissingColumn(Unusable):
+    """A record has no column that the spec names."""
+
+
+class Refused(Unusable):
+    """A record shows that the data are of a kind that cannot be distilled."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One chat, as a chat template takes it."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    def learned(self, number: int) -> bool:
+        """Whether a message may be a target: `train: false` and `weight: 0` leave it out."""
+        message = self.messages[number]
+        return message.get("train") is not False and message.get("weight") != 0
+
+
+Content = str | Conversation
+
+
+def text_of(content: Content) -> str:
+    """All that a document says: its text, or the contents of its messages one after the other."""
+    return content if isinstance(content, str) else "".join(plain_text(m.get("content")) for m in content.messages)
+
+
+def plain_text(content: Any) -> str:
+    """A message's content as text: none is empty, text parts are put together."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def columns_read(data: DataSpec) -> tuple[str, ...]:
+    """The columns that `content_of` looks at."""
+    chats = (data.messages_key, "conversations", "prompt", "completion", "system", "tools", *_MEDIA_COLUMNS)
+    return {"text": (data.text_key,), "messages": chats, "auto": (data.text_key, *chats)}[data.format]
+
+
+def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
+    """The text or chat of a record: what `data.format` says, or what it looks like.
+
+    A null is an empty one. Raises Unusable where it holds neither, and Refused for images and audio.
+    """
+    if data.format != "text":
+        if data.messages_key in record and not (data.format == "auto" and "text_key" in data.model_fields_set):
+            return _conversation(record[data.messages_key], record, data.messages_key)
+        if "conversations" in record:
+            return _conversation(_from_sharegpt(record), record, "conversations")
+        if "prompt" in record and "completion" in record:
+            messages = [*_turns(record["prompt"], "user"), *_turns(record["completion"], "assistant")]
+            return _conversation(messages, record, "prompt")
+        if data.format == "messages":
+            raise MissingColumn(
+                f"no field {data.messages_key!r} (data.messages_key), 'conversations', or 'prompt' and 'completion'"
+            )
+    if data.text_key not in record:
+        others = " and none of a chat" if data.format == "auto" else ""
+        raise MissingColumn(f"no field {data.text_key!r} (data.text_key){others}")
+    text = record[data.text_key]
+    if text is None:
+        return ""
+    if not _is_text(text):
+        raise Unusable(f"{data.text_key!r} is not text")
+    return text.removeprefix("\ufeff")
+
+
+def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Conversation:
+    """The chat of a record, checked: roles and contents are text, tools a list; keys without a value are left out."""
+    for column in _MEDIA_COLUMNS:
+        if record.get(column):
+            raise Refused(f"{column!r} beside {key!r}: only text can be distilled, not images, audio or video")
+    if messages is None:
+        return Conversation([])
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
+        raise Unusable(f"{key!r} is not a list of messages with a role")
+    cleaned = [{name: v for name, v in m.items() if v is not None or name == "content"} for m in messages]
+    for message in cleaned:
+        _check_content(message, key)
+        if message.get("weight", 1) not in (0, 1):
+            raise Unusable("a message's weight is neither 0 nor 1")
+    return Conversation(cleaned, _tools(record.get("tools")))
+
+
+def _check_content(message: Message, key: str) -> None:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise Refused(f"{key!r} holds a part of type {kind!r}: only text can be distilled, not images, audio or video")
+    usable = content is None or _is_text(content) or isinstance(content, list)
+    if not usable or not all(isinstance(part, dict) and _is_text(part.get("text")) for part in parts):
+        raise Unusable("a message's content is neither text nor a list of text parts")
+    if parts:  # columns of Arrow give every part the keys of all
+        message["content"] = [{name: v for name, v in part.items() if v is not None} for part in parts]
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The tools of a record: a list of functions, or JSON of one."""
+    if isinstance(tools, str):
+        tools = _json(tools, "'tools' is neither a list nor JSON") if tools.strip() else None
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("'tools' is not a list of functions")
+    return tools
+
+
+def _from_sharegpt(record: Mapping[str, Any]) -> list[Message]:
+    turns = record["conversations"]
+    if turns is None:
+        return []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unusable("'conversations' is not a list of turns")
+    opening = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return opening + [turn if "role" in turn else _from_turn(turn) for turn in turns]
+
+
+def _from_turn(turn: Mapping[str, Any]) -> Message:
+    """A turn with `from` and `value` as a message; other keys (`weight`) stay."""
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if turn.get("from") == "function_call":
+        calls = _json(turn.get("value"), "a function_call is not JSON")
+        called = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": "assistant", "content": None, "tool_calls": called, **rest}
+    role = _SHAREGPT_ROLES.get(str(turn.get("from")))
+    if role is None:
+        raise Unusable(f"'conversations' has a turn from {turn.get('from')!r}")
+    return {"role": role, "content": turn.get("value"), **rest}
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    """A prompt or a completion: a text, or messages already."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value or ())
+
+
+def _json(text: Any, reason: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise Unusable(reason) from None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a str that UTF-8 can write: JSON can hold half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def parsed_line(line: bytes) -> dict[str, Any]:
+    """The record of one line of JSON. Raises Unusable."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise Unusable("not UTF-8 text") from None
+    except json.JSONDecodeError as e:
+        raise Unusable(f"not JSON: {e.msg}") from None
+    except RecursionError:
+        raise Unusable("not JSON: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise Unusable("not a JSON object")
+    return record
+
+
+def has_any(columns: Iterable[str], data: DataSpec) -> bool:
+    """Whether a table with these columns can hold what `data.format` says."""
+    try:
+        content_of(dict.fromkeys(columns), data)
+    except MissingColumn:
+        return False
+    except Unusable:
+        return True
+    return True

@@ -1,0 +1,301 @@
+"""What a chat template makes of a conversation: the rendered text, where each message's own words stand in it, and its turns.
+
+A template is a function of whole messages: it trims contents, moves the reasoning, writes tool calls in a form of its own, and
+what it makes of one message can depend on the others. So the conversation is rendered whole, as `apply_chat_template` does. Where
+its words went is seen from a second rendering, with a mark before each stretch of words: without the marks it must be the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from xtoken_core.data.records import Conversation, Message, plain_text
+
+_render: Any = chat_template_utils.render_jinja_template  # transformers has its types wrong
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: no text holds them
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_REASONING = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SPOKEN = ("reasoning_content", "reasoning", "thinking", "content", "tool_calls")
+_UNSAID_KEYS = ("id", "type")
+_FIXED_KEYS = (*_UNSAID_KEYS, "function", "name", "arguments", "parameters", "text", "index")
+
+
+class Unmapped(Exception):
+    """Why a conversation cannot be used."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A stretch of a message's own words, without white space around it."""
+
+    message: int
+    text: str
+    needed: bool
+    """Whether the message would not say the same without it: the last words of its content, the name of a tool."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a model writes for one message: [start, end) in the rendering, its end token included."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as one tokenizer's template writes it."""
+
+    text: str
+    places: dict[int, int]
+    """Where each stretch of words begins, by its number; those that are not there as they are have no place."""
+    turns: list[Turn]
+
+
+class Template:
+    """The chat template of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, specials: re.Pattern[str]):
+        """specials: finds names of special tokens."""
+        self.tokenizer: Any = tokenizer
+        self.specials = specials
+        self._takes_parts = self._understands_parts()
+
+    def rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
+        """The conversation with its words and the turns of `roles`.
+
+        Raises Unmapped where the template refuses the conversation, or a turn does not say what its message says.
+        """
+        refused: Unmapped | None = None
+        for form in self._forms(conversation):
+            try:
+                return self._rendering(form, words, roles)
+            except Unmapped as e:
+                refused = refused or e
+        raise refused or Unmapped("it has no form")
+
+    def render(self, conversation: Conversation, count: int | None = None, generation: bool = False) -> str:
+        """The first `count` messages (None: all), with the prompt for an answer or not. Raises Unmapped where the template refuses."""
+        messages = conversation.messages[:count]
+        try:
+            if any(message.get("content", "") is None for message in messages):
+                return self._with_nulls(messages, conversation.tools, generation)
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except Exception as e:  # templates raise jinja2's errors, and whatever Python does with odd values
+            raise Unmapped(f"its chat template refuses it: {' '.join(str(e).split())[:120]}") from None
+
+    def _forms(self, conversation: Conversation) -> Iterator[Conversation]:
+        """The ways to say it in which a template may know it, the first that it takes counts.
+
+        Lists of text parts are one text for a template that would print the list. A content of null is left out, as transformers
+        does; templates older than that want the null itself, or an empty text.
+        """
+        messages = conversation.messages
+        if not self._takes_parts:
+            messages = [m | {"content": plain_text(m["content"])} if isinstance(m.get("content"), list) else m for m in messages]
+        yield replace(conversation, messages=[{k: v for k, v in m.items() if v is not None} for m in messages])
+        if any(message.get("content", "") is None for message in messages):
+            yield replace(conversation, messages=messages)
+            yield replace(conversation, messages=[m | {"content": m.get("content") or ""} for m in messages])
+
+    def _with_nulls(self, messages: list[Message], tools: Any, generation: bool) -> str:
+        """What `apply_chat_template` renders, with the messages' nulls left in."""
+        options = {**self.tokenizer.special_tokens_map, "add_generation_prompt": generation}
+        template = self.tokenizer.get_chat_template(tools=tools)
+        rendered, _ = _render([messages], tools=tools, chat_template=template, **options)
+        return str(rendered[0])
+
+    def _rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
+        text = self.render(conversation)
+        if _OPEN in text or _CLOSE in text:
+            raise Unmapped("it holds characters that Unicode keeps out of texts")
+        places = self._places(conversation, words, text)
+        turns: list[Turn] = []
+        floor = 0
+        for number, message in enumerate(conversation.messages):
+            own = [i for i, each in enumerate(words) if each.message == number]
+            spans = [(places[i], places[i] + len(words[i].text)) for i in own if i in places]
+            if message["role"] in roles and conversation.learned(number):
+                if any(words[i].needed and i not in places for i in own):
+                    raise Unmapped(f"its chat template leaves out or rewrites what the {message['role']} says")
+                if spans:
+                    start = self._turn_start(conversation, number, text, floor, min(spans)[0])
+                    turns.append(Turn(number, start, self._turn_end(conversation, number, text, max(spans))))
+            floor = max([floor, *(end for _, end in spans)])
+        return Rendering(text, places, self._as_the_template_says(conversation, text, turns))
+
+    def _understands_parts(self) -> bool:
+        probe = [{"role": "user", "content": [{"type": "text", "text": _OPEN}]}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(probe, tokenize=False))
+        except Exception:  # see `render`
+            return False
+        return _OPEN in text and "'text'" not in text and '"text"' not in text
+
+    def _places(self, conversation: Conversation, words: list[Words], text: str) -> dict[int, int]:
+        """Where words stand in the text, verbatim: from a rendering with marks in all of them, else in those that are needed."""
+        for chosen in (set(range(len(words))), {i for i, w in enumerate(words) if w.needed}):
+            marked = self.render(_marked(conversation, chosen))
+            if _MARK.sub("", marked) != text:
+                continue  # the template has looked at a mark
+            places: dict[int, list[int]] = {}
+            removed = 0
+            for mark in _MARK.finditer(marked):
+                places.setdefault(int(mark[1]), []).append(mark.start() - removed)
+                removed += len(mark[0])
+            return {i: p[0] for i, p in places.items() if len(p) == 1 and text.startswith(words[i].text, p[0])}
+        return {}
+
+    def _turn_start(self, conversation: Conversation, number: int, text: str, floor: int, first: int) -> int:
+        """Where the prompt for this answer ends: between the words before it, which end at `floor`, and its own at `first`."""
+        if conversation.messages[number]["role"] != "assistant" or not number:
+            return first
+        try:
+            prompt, before = self.render(conversation, number, generation=True), self.render(conversation, number)
+        except Unmapped:  # a conversation that ends so is not taken
+            return first
+        if text.startswith(prompt) and len(prompt) <= first:
+            return len(prompt) + (
+                self._header(conversation, number, prompt, text[len(prompt) : first]) if prompt == before else 0
+            )
+        if not prompt.startswith(before):
+            return first
+        header = prompt[len(before) :]  # what comes before has another form in the whole conversation
+        for end in sorted({len(header), *(m.end() for m in self.specials.finditer(header))}, reverse=True):
+            found = text.rfind(header[:end], floor, first)
+            if end and found >= 0:
+                return found + end
+        return first
+
+    def _header(self, conversation: Conversation, number: int, prompt: str, opening: str) -> int:
+        """How much of what stands between prompt and words any other answer would have there: it is not for the model to write.
+
+        That is what a template that knows no prompt for an answer needs.
+        """
+        other: Message = {"role": "assistant", "content": _OPEN}
+        try:
+            text = self.render(replace(conversation, messages=[*conversation.messages[:number], other]))
+        except Unmapped:
+            return 0
+        if not text.startswith(prompt) or _OPEN not in text:
+            return 0
+        return len(commonprefix([opening, text[len(prompt) : text.index(_OPEN)]]))
+
+    def _turn_end(self, conversation: Conversation, number: int, text: str, last: tuple[int, int]) -> int:
+        """Behind the token that ends the turn, and else behind what closes the last words."""
+        end = last[1]
+        try:
+            whole = self.render(conversation, number + 1) if number + 1 < len(conversation.messages) else text
+        except Unmapped:
+            whole = ""
+        if len(whole) >= end and text.startswith(whole):
+            return max(end, len(whole.rstrip()))
+        spoken = text[last[0] : end]
+        closing = whole[whole.rfind(spoken) + len(spoken) :].rstrip() if spoken in whole else ""
+        if closing and text.startswith(closing, end):
+            return end + len(closing)
+        special = self.specials.search(text, end)
+        return special.end() if special and not text[end : special.start()].strip() else end
+
+    def _as_the_template_says(self, conversation: Conversation, text: str, turns: list[Turn]) -> list[Turn]:
+        """The turns with the spans of `{% generation %}`, where the template has it; their end tokens stay."""
+        template = self.tokenizer.get_chat_template(tools=conversation.tools)
+        if not _GENERATION.search(template):
+            return turns
+        rendered, spans = _render(
+            [conversation.messages],
+            tools=conversation.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        if rendered[0] != text:
+            return turns
+        found = []
+        for turn in turns:
+            start, end = next(((a, b) for a, b in spans[0] if a < turn.end and turn.start < b), (turn.start, turn.end))
+            found.append(Turn(turn.message, start, max(turn.end, end)))
+        return found
+
+
+def words_of(conversation: Conversation) -> list[Words]:
+    """All stretches of words, message by message: reasoning, content, and of tool calls names, keys and texts."""
+    found = []
+    for number, message in enumerate(conversation.messages):
+        said = [(field, path, text[start:end]) for field, path, text in _texts(message) for start, end in _stretches(text)]
+        last = max((i for i, (field, _, _) in enumerate(said) if field == "content"), default=-1)
+        for i, (field, path, text) in enumerate(said):
+            is_name = field == "tool_calls" and path in (("name",), ("function", "name"))
+            found.append(Words(number, text, i == last or is_name))
+    return found
+
+
+def _marked(conversation: Conversation, chosen: set[int]) -> Conversation:
+    """The conversation with marks before the chosen words, which are numbered as `words_of` does."""
+    count = iter(range(10**9))
+
+    def marked(text: str) -> str:
+        pieces, done = [], 0
+        for start, _ in _stretches(text):
+            number = next(count)
+            pieces += [text[done:start], f"{_OPEN}{number}{_CLOSE}" if number in chosen else ""]
+            done = start
+        return "".join([*pieces, text[done:]])
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return marked(value)
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if isinstance(value, Mapping):
+            return {(marked(k) if k not in _FIXED_KEYS else k): v if k in _UNSAID_KEYS else walk(v) for k, v in value.items()}
+        return value
+
+    return Conversation(
+        [m | {field: walk(m[field]) for field in _SPOKEN if field in m} for m in conversation.messages], conversation.tools
+    )
+
+
+def _texts(message: Message) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(field, keys on the way, text) of every text that a message says, in the order in which `_marked` walks it."""
+
+    def walk(field: str, path: tuple[str, ...], value: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        if isinstance(value, str):
+            yield field, path, value
+        elif isinstance(value, list):
+            for item in value:
+                yield from walk(field, path, item)
+        elif isinstance(value, Mapping):
+            for name, item in value.items():
+                if name not in _FIXED_KEYS:
+                    yield field, (*path, "a key"), name
+                if name not in _UNSAID_KEYS:
+                    yield from walk(field, (*path, name), item)
+
+    for field in _SPOKEN:
+        if field in message:
+            yield from walk(field, (), message[field])
+
+
+def _stretches(text: str) -> Iterator[tuple[int, int]]:
+    """[start, end) of a text's words: without white space around them, apart where tags of reasoning stand between."""
+    done = 0
+    for start, end in [*(m.span() for m in _REASONING.finditer(text)), (len(text), len(text))]:
+        piece = text[done:start]
+        if piece.strip():
+            yield done + len(piece) - len(piece.lstrip()), done + len(piece.rstrip())
+        done = end

@@ -1,0 +1,48 @@
+"""From documents of either kind, texts and chats, to their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from xtoken_core.data.chat import ChatTokenizer
+from xtoken_core.data.documents import Document
+from xtoken_core.data.records import Conversation
+from xtoken_core.data.rows import Row, Side, Tokenized, document_rows, tokenize_texts, with_eos
+from xtoken_core.spec import DataSpec
+
+
+class DocumentTokenizer:
+    """Tokenizes, aligns and cuts documents for all sides."""
+
+    def __init__(self, sides: Sequence[Side], data: DataSpec):
+        self.sides, self.data = sides, data
+
+    @cached_property
+    def chats(self) -> ChatTokenizer:
+        """What reads the chats. Raises InputError for a tokenizer without a chat template."""
+        return ChatTokenizer(self.sides, self.data.assistant_only)
+
+    def __call__(self, documents: Sequence[Document]) -> list[Tokenized | str]:
+        """Each document in every tokenization, or the reason why it cannot be used."""
+        usable = [document.content for document in documents if not document.unusable]
+        texts = iter(tokenize_texts([content for content in usable if isinstance(content, str)], self.sides))
+        chats = [content for content in usable if isinstance(content, Conversation)]
+        read = iter(self.chats(chats) if chats else ())
+        found: list[Tokenized | str] = []
+        for document in documents:
+            if document.unusable:
+                found.append(document.unusable)
+            elif isinstance(document.content, Conversation):
+                found.append(next(read))
+            else:
+                text = next(texts)
+                found.append(text if isinstance(text, str) or not self.data.eos else with_eos(text, self.sides))
+        return found
+
+    def rows(self, document: Document, tokenized: Tokenized) -> list[Row] | str:
+        """The rows of a document, or why it has none. Of a chat only the first is kept: the rest would stand without its template."""
+        whole = isinstance(document.content, Conversation)
+        sides = self.chats.sides if whole else self.sides
+        limits = [self.data.max_length - (side.bos is not None) for side in sides]
+        return document_rows(tokenized, limits, sides, whole)

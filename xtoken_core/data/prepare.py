@@ -21,14 +21,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.reading import row_budget
 from xtoken_core.data.rows import NO_TEXT, Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
-from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.data.tokenizing import DocumentTokenizer
+from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.spec import DataSpec, DistillationSpec
 
 if TYPE_CHECKING:

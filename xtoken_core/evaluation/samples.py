@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.data.documents import Document
-from xtoken_core.results.evaluation import Sample
 from xtoken_core.data.records import plain_text
+from xtoken_core.results.evaluation import Sample
 from xtoken_core.tokenization import row_bos
 
 SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48

@@ -47,7 +47,7 @@ def test_the_site_builds_and_names_every_field(tmp_path):
 
 def test_every_field_has_its_values_and_a_default():
     found = {field.path: field for field in spec_fields(DistillationSpec)}
-    assert found["loss.mode"].kind.startswith("p_kl | ") and found["loss.temperature"].default == "1.0"
+    assert found["loss.mode"].kind.startswith("partition_kl | ") and found["loss.temperature"].default == "1.0"
     assert found["teachers[].projection.top_k"].kind == "integer, above 0, at most 64"
     assert found["student.model"].default == "required" and found["training"].section
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_a_student_that_loads_and_a_log_that_tells_all(base, values
     assert lines[0]["loss"] == pytest.approx(
         2 * lines[0]["ce"], rel=1e-5
     )  # dynamic scale of the step's own sums: KD as large as CE
-    assert lines[1]["scale"] == pytest.approx(lines[0]["ce"] / lines[0]["kd"], rel=1e-9)
+    assert lines[1]["scale"] == pytest.approx(4 / 5 * lines[0]["ce"] / lines[0]["kd"], rel=1e-9)  # a fifth of the run is over
     assert teachers["other"]["weight"] + teachers["same"]["weight"] == pytest.approx(1)
     validation = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if "validation" in line]
     assert [line["step"] for line in validation] == [0, 2, 4, 5]
@@ -162,8 +162,8 @@ def test_a_run_resumes_elsewhere_from_kept_checkpoints(base, values):
 
 def test_the_loss_does_not_depend_on_the_micro_batches(base, values, unbroken):
     out = base / "split"
-    run(changed(values, training={"micro_batch_size": 1, "max_steps": 3}), base, out)
-    for ours, theirs in zip(losses(out), losses(unbroken[0])[:3]):
+    run(changed(values, training={"micro_batch_size": 1}), base, out)
+    for ours, theirs in zip(losses(out)[:3], losses(unbroken[0])[:3]):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 

@@ -90,6 +90,9 @@ WORSE_THAN_CE = ("h_kl", "gold")
 """Modes that made a worse student than no distillation at all where they were measured (tests/benchmarks/results): the published methods
 are still offered, with a word about it."""
 
+NO_DISTANCES = ("h_kl", "gold")
+"""Modes whose value is a score: it leaves out or adds mass, can be negative, and is not zero where the models agree."""
+
 
 def resolve_mode(teacher: TeacherSpec) -> tuple[Mode, str]:
     """What `mode: auto` means for a teacher with a projection, and why: what made the best student where it was measured."""

@@ -24,7 +24,7 @@ from xtoken_core.report.tables import bits_table, parts_table, settings_that_dif
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
 from xtoken_core.results.evaluation import BitsPerByte, Documents, Evaluation, TaskScore
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
-from xtoken_core.results.training import LogLine, TeacherLine
+from xtoken_core.results.training import LogLine
 from xtoken_core.results.workflow import Task
 
 
@@ -358,11 +358,11 @@ def test_a_prompt_of_two_corpora_is_shown_once(run):
     assert render_report(replaced(run, results=doubled)).count("<h4>student before</h4>") == 3
 
 
-def test_losses_below_zero_are_explained(run):
-    words = "below 0 where only the tokens in common count"
-    below = {"teachers": {"gemma": TeacherLine(kd=-0.2)}}
-    log = [line.model_copy(update=below) if line.of_training else line for line in run.log]
-    assert words in render_report(replaced(run, log=log)) and words not in render_report(run)
+@pytest.mark.parametrize("mode", ["partition_kl", "h_kl"])
+def test_what_is_no_distance_is_not_called_one(run, mode):
+    summary = run.summary.model_copy(update={"modes": {"gemma": mode}})
+    page = render_report(replaced(run, summary=summary))
+    assert ("a score, not a distance" in page) == (mode == "h_kl")
 
 
 def test_bars_of_time(run):

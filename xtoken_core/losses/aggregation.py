@@ -56,7 +56,7 @@ def distillation_loss(
     spec: LossSpec,
     totals: StepTotals | None = None,
 ) -> LossOutput:
-    """The distillation loss of a batch: kd_weight * KD + ce_weight * CE, or with dynamic scaling sg(CE / KD) * KD + CE.
+    """The distillation loss of a batch: kd_weight * KD + ce_weight * CE, or with dynamic scaling sg(ratio * CE / KD) * KD + CE.
 
     Formulas and sources: `reference`. On one whole batch, without `totals`, with `topk_scope: batch`: NeMo-RL's arithmetic.
 

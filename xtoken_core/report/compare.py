@@ -28,7 +28,7 @@ from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST
 CURVES = (
     ("Validation", "bits per byte", "validation_bits_per_byte"),
     ("Training loss, cross-entropy part", "nats per token", "ce"),
-    ("Distillation loss, all teachers", "KL, nats", "kd"),
+    ("Distillation loss, all teachers", "KD term, nats", "kd"),
     ("Next token right", "% of training tokens", "accuracy"),
     ("Learning rate", "step size of AdamW", "learning_rate"),
     ("Throughput", "student tokens per second", "tokens_per_second"),

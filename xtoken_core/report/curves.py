@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from xtoken_core.overlap import NO_DISTANCES
 from xtoken_core.report.charts import Bar, Chart, Series, Style, duration_bars, line_chart
 from xtoken_core.report.run import Run
 
@@ -23,9 +24,7 @@ def charts(run: Run) -> list[tuple[str, list[Chart]]]:
             "The distillation loss",
             [
                 _twinned(run, "Total loss", "KD + CE, nats per token", "loss"),
-                _per_teacher(
-                    run, "Distillation loss of each teacher", f"KL, nats, unweighted{_partial(run)}", "kd", may_be_log=True
-                ),
+                _per_teacher(run, "Distillation loss of each teacher", _kd_unit(run), "kd", may_be_log=True),
                 _weights(run),
                 _selected(run),
                 _scale(run),
@@ -115,10 +114,12 @@ def _per_teacher(run: Run, title: str, unit: str, key: str, may_be_log: bool = F
     return line_chart(title, unit, _teacher_series(run, key), Style(may_be_log=may_be_log))
 
 
-def _partial(run: Run) -> str:
-    """A word on losses below zero: h_kl and gold sum over a part of the vocabulary."""
-    below = any(value < 0 for teacher in run.teachers for value in run.steps("kd", teacher=teacher)[1])
-    return ", below 0 where only the tokens in common count" if below else ""
+def _kd_unit(run: Run) -> str:
+    """What the value of KD is: for some modes not a distance, and then it may lie below zero."""
+    modes = set(run.summary.modes.values()) if run.summary else set()
+    if modes & set(NO_DISTANCES):
+        return "KL, but where the mode is h_kl or gold a score, not a distance; nats, unweighted"
+    return "KL, nats, unweighted"
 
 
 def _weights(run: Run) -> Chart | None:
@@ -132,7 +133,8 @@ def _weights(run: Run) -> Chart | None:
 
 def _scale(run: Run) -> Chart | None:
     dynamic = run.spec["loss"]["dynamic_scaling"]
-    return _plain(run, "Dynamic factor of KD", "CE / KD of the last step", "scale", may_be_log=True) if dynamic else None
+    unit = "its share of CE / KD of the last step, times what kd_course leaves"
+    return _plain(run, "Dynamic factor of KD", unit, "scale", may_be_log=True) if dynamic else None
 
 
 def _selected(run: Run) -> Chart | None:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.models import Loaded
+from xtoken_core.overlap import NO_DISTANCES, WORSE_THAN_CE
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
@@ -43,7 +44,7 @@ from xtoken_core.training.log import RunLog
 from xtoken_core.training.settings import training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
-from xtoken_core.training.teachers import ready_teachers
+from xtoken_core.training.teachers import ReadyTeacher, ready_teachers
 from xtoken_core.training.trackers import trackers
 from xtoken_core.training.trainer import DistillationTrainer, RunRecord, TrainingData
 
@@ -82,6 +83,11 @@ def distill(
     return summary
 
 
+def _kd_name(teachers: Sequence[ReadyTeacher]) -> str:
+    """What the terminal calls the KD term."""
+    return "kd (a score, no distance)" if any(teacher.mode in NO_DISTANCES for teacher in teachers) else "kd"
+
+
 def _distill(
     spec: DistillationSpec, inputs: TrainingInputs, out_dir: Path, baseline: bool, checkpoint_uri: str | None
 ) -> TrainingSummary:
@@ -107,10 +113,19 @@ def _distill(
     if checkpoint is not None and learnable:
         for teacher_id, weights in load_file(checkpoint / LEARNABLE_FILE).items():
             learnable[teacher_id].log_weights.data = weights
+    for teacher in teachers if first_rank else ():
+        if teacher.mode in WORSE_THAN_CE:
+            logger.warning(
+                "teacher %s: %s made a worse student than no distillation where it was measured", teacher.id, teacher.mode
+            )
     student = Student(loaded, training_loss(spec, baseline), learnable)
     with contextlib.ExitStack() as stack:
         callbacks = stack.enter_context(trackers(spec, out_dir, baseline)) if first_rank else []
-        log = stack.enter_context(RunLog(out_dir / "log.jsonl", args.max_steps, resumed)) if first_rank else None
+        log = (
+            stack.enter_context(RunLog(out_dir / "log.jsonl", args.max_steps, resumed, _kd_name(teachers)))
+            if first_rank
+            else None
+        )
         pool = stack.enter_context(TeacherPool([teacher.setup for teacher in teachers])) if teachers else None
         record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model))
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)

@@ -17,11 +17,14 @@ SECONDS_BETWEEN_LINES = 10
 class RunLog:
     """log.jsonl and the progress display of one run (of its first rank)."""
 
-    def __init__(self, path: Path, max_steps: int, resumed_from: int | None):
-        """Begins the log anew, or goes on after step `resumed_from`: lines of later steps, which a killed run has left, are dropped."""
+    def __init__(self, path: Path, max_steps: int, resumed_from: int | None, kd_name: str = "kd"):
+        """Begins the log anew, or goes on after step `resumed_from`: lines of later steps, which a killed run has left, are dropped.
+
+        kd_name: what plain lines call the KD term.
+        """
         kept = [] if resumed_from is None else [line for line in read_log(path) if line.step <= resumed_from]
         self._file = path.open("w", encoding="utf-8")
-        self._max_steps = max_steps
+        self._max_steps, self._kd_name = max_steps, kd_name
         self._bar = tqdm(total=max_steps, initial=resumed_from or 0, desc="distil", unit="step", disable=not sys.stderr.isatty())
         self._last_line = 0.0
         for line in kept:
@@ -41,7 +44,7 @@ class RunLog:
         if self._bar.disable and (last or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
             self.say(
-                f"step {line.step}/{self._max_steps}  loss {line.loss:.3f}  ce {line.ce:.3f}  kd {line.kd:.3f}  "
+                f"step {line.step}/{self._max_steps}  loss {line.loss:.3f}  ce {line.ce:.3f}  {self._kd_name} {line.kd:.3f}  "
                 f"{line.tokens_per_second:,.0f} tokens/s"
             )
 

@@ -40,7 +40,7 @@ def agreement(
         student: on its device.
         rows_folder: what `prepare_rows` wrote for validation.
         projections: file of W by id of each teacher of another vocabulary.
-        modes: p_kl, h_kl or gold by teacher id.
+        modes: the loss mode by teacher id.
     """
     alone = {"aggregation": "sum", "weight_metric": None, "normalize_by_vocab": False, "dynamic_scaling": False}
     loss = spec.loss.model_copy(update=alone)

@@ -30,7 +30,9 @@ INITS_WITH_IMPORTS = {f"xtoken_core/{name}/__init__.py" for name in ("losses", "
 """Of packages that are called by their own name."""
 
 HEAVY_WINGS = {
-    "pipelines/__main__.py",
+    "pipelines/commands/cluster.py",
+    "pipelines/commands/runs.py",
+    "pipelines/commands/specs.py",
     "pipelines/demo_models.py",
     "xtoken_core/evaluation/evaluate.py",
     "xtoken_core/evaluation/harness.py",
@@ -48,7 +50,7 @@ LONG_FUNCTIONS = {
     "xtoken_core/losses/reference.py: distillation_loss",
 }
 MANY_PARAMETERS = {
-    "pipelines/__main__.py: submit",  # an option each
+    "pipelines/commands/cluster.py: submit",  # an option each
     "xtoken_core/evaluation/bits_per_byte.py: token_nats",
     "xtoken_core/losses/aggregation.py: distillation_loss",  # a public call
     "xtoken_core/losses/aggregation.py: loss_sums",

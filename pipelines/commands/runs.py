@@ -1,0 +1,44 @@
+"""Runs on this machine, and what has become of runs: run, status, compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.commands.options import RUNS, SET, SPEC
+from xtoken_core.spec import DistillationSpec
+
+
+@click.command()
+@SPEC
+@SET
+@RUNS
+def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
+    """Run a spec on this machine, through KFP's local runner."""
+    from pipelines.local import RunFailed, answer, ended_by_sigterm, run_locally
+
+    parsed = DistillationSpec.from_yaml(spec, overrides)
+    try:
+        with ended_by_sigterm(parsed.name):
+            finished = run_locally(parsed, runs)
+    except RunFailed as e:
+        click.echo(str(e), err=True)
+        sys.exit(1)
+    click.echo(f"\n{answer(parsed, finished)}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page."
+)
+def compare(runs: tuple[str, ...], output: Path) -> None:
+    """Put finished runs side by side on one page; RUN is what a spec's output.uri said."""
+    from xtoken_core.report.compare import write_comparison
+    from xtoken_core.report.run import Run
+    from xtoken_core.storage import RUN_FILE, local_copy
+
+    write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/{RUN_FILE}")) for run in runs], output)
+    click.echo(f"{output}: {len(runs)} runs compared")

@@ -72,7 +72,7 @@ def run_command(cli: click.Command, name: str) -> None:
 
 def _option(parameter: inspect.Parameter, text: str) -> click.Option:
     kind = parameter.annotation
-    required = parameter.default is inspect.Parameter.empty
+    required = parameter.default is inspect.Parameter.empty and not _is_metrics(kind)
     flag, metavar = f"--{parameter.name.replace('_', '-')}", None
     if parameter.name == "spec":
         metavar = "FILE"
@@ -94,8 +94,14 @@ def _is_json(kind: Any) -> bool:
     return (get_origin(kind) or kind) in (dict, list)
 
 
+def _is_metrics(kind: Any) -> bool:
+    """Whether it is an output of figures, which a person may leave out."""
+    return type_annotations.is_artifact_wrapped_in_Output(kind) and get_args(kind)[0] is dsl.Metrics
+
+
 def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str, ...] = (), **values: Any) -> None:
     arguments = {name: _argument(name, kinds[name], value, changes) for name, value in values.items()}
+    arguments |= {name: dsl.Metrics(name=name) for name, value in values.items() if value is None and _is_metrics(kinds[name])}
     returned = function(**{name: value for name, value in arguments.items() if value is not None})
     for name, value in values.items():
         if value and type_annotations.is_artifact_wrapped_in_Output(kinds[name]) and storage.is_remote(value):
@@ -104,7 +110,7 @@ def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str
                 storage.publish(path, value)
             shutil.rmtree(path.parent, ignore_errors=True)
     for artifact in arguments.values():
-        if isinstance(artifact, dsl.Metrics):  # which KFP keeps as metadata, and not as a file
+        if isinstance(artifact, dsl.Metrics) and artifact.uri:  # which KFP keeps as metadata, and not as a file
             Path(artifact.path).write_text(json.dumps(artifact.metadata), encoding="utf-8")
     if returned is not None:
         fields = inspect.signature(function).return_annotation._fields

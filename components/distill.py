@@ -1,6 +1,6 @@
 """Train the student against its teachers."""
 
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
 from components.cli import component, main
 
@@ -9,6 +9,7 @@ from components.cli import component, main
 def distill(
     spec: str,
     run: Output[Model],
+    metrics: Output[Metrics],
     rows: Input[Dataset],
     more_rows: list = [],  # noqa: B006 - KFP reads the default
     projections: Input[Artifact] = None,
@@ -21,6 +22,7 @@ def distill(
     Args:
         spec: Student, teachers, loss and training are read.
         run: Folder for the trained student (best and last), its log and its summary.
+        metrics: The main figures, for KFP.
         rows: Folder of rows that prepare wrote (of several shards, the first one).
         more_rows: Folders or URIs of the other shards.
         projections: Folder of every W that projections wrote, where a teacher has one.
@@ -35,6 +37,7 @@ def distill(
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
         from xtoken_core.training.inputs import TrainingInputs
+        from xtoken_core.workflow.figures import training_facts, training_figures
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
 
@@ -42,7 +45,10 @@ def distill(
         own = own_folder(checkpoints, spec, modes, baseline, rows.uri, more_rows, projections.uri if projections else "")
         w = matrices(parsed, projections.path if projections else None)
         inputs = TrainingInputs((rows.path, *more_rows), modes, w)
-        distill(parsed, inputs, run.path, baseline=baseline, checkpoint_uri=own)
+        summary = distill(parsed, inputs, run.path, baseline=baseline, checkpoint_uri=own)
+        run.metadata |= training_facts(parsed, summary)
+        for name, value in training_figures(summary).items():
+            metrics.log_metric(name, value)
         for leftover in (f"{run.path}/checkpoints", own):  # the state of optimizers, of no use from here on
             if leftover:
                 remove(leftover)

@@ -1,6 +1,6 @@
 """Train the student on several hosts: distill, by way of a Kubeflow TrainJob."""
 
-from kfp.dsl import Artifact, Input, Model, Output
+from kfp.dsl import Artifact, Input, Metrics, Model, Output
 
 from components.cli import component, main
 
@@ -9,6 +9,7 @@ from components.cli import component, main
 def launch(
     spec: str,
     run: Output[Model],
+    metrics: Output[Metrics],
     rows: list,
     resources: str,
     projections: Input[Artifact] = None,
@@ -23,6 +24,7 @@ def launch(
     Args:
         spec: Student, teachers, loss and training are read.
         run: Where the hosts publish the trained student, its log and its summary.
+        metrics: The main figures, for KFP.
         rows: URIs of the rows that prepare wrote, one per shard.
         resources: The spec's resources, as JSON: image, hosts and what each gets.
         projections: Folder of every W that projections wrote, where a teacher has one.
@@ -33,9 +35,15 @@ def launch(
     from xtoken_core.workflow.step import step
 
     with step("distill-baseline" if baseline else "distill", run):
+        from xtoken_core.workflow.figures import read_summary, training_facts, training_figures
         from xtoken_core.workflow.trainjob import launch
+        from xtoken_core.workflow.views import View
 
         launch(spec, resources, rows, run.uri, modes, projections and projections.uri, baseline, checkpoints)
+        summary = read_summary(run.uri)
+        run.metadata |= training_facts(View.from_text(spec), summary)
+        for name, value in training_figures(summary).items():
+            metrics.log_metric(name, value)
 
 
 if __name__ == "__main__":

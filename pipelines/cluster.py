@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import Any
+
 from kfp import dsl, kubernetes
 
-from xtoken_core.spec import DistillationSpec, ResourcesSpec
+from xtoken_core.spec import DistillationSpec, NodeRequirement, ResourcesSpec
 from xtoken_core.workflow.resolve import output_lasts
 
 
@@ -37,31 +40,81 @@ def root_caution(spec: DistillationSpec) -> str | None:
     return field and f"{field}: above 1, steps read KFP's own bucket with resources.secrets; or name another by --pipeline-root"
 
 
+USER = 1000
+"""Of manifests/Dockerfile."""
+
+
+class Size(StrEnum):
+    """How much of a node a task takes."""
+
+    SMALL = "small"
+    """Looks at tokenizers and files."""
+    HEAVY = "heavy"
+    """The spec's CPU and memory."""
+    EVALUATION = "evaluation"
+
+
 def on_cluster(
-    task: dsl.PipelineTask, resources: ResourcesSpec, *, heavy: bool = False, gpus: int | None = None, retried: bool = False
+    task: dsl.PipelineTask, resources: ResourcesSpec, size: Size = Size.SMALL, gpus: int | None = None, retried: bool = False
 ) -> None:
     """Sets up one task.
 
-    `heavy`: it gets the spec's CPU and memory; `gpus`: those as well, so many accelerators (0: a CPU runs it), shared memory and
-    the nodes of GPU steps; `retried`: it is tried again as often as the spec says.
+    `gpus`: so many accelerators (0: a CPU runs it), shared memory and the nodes of GPU steps; `retried`: it is tried again as often as
+    the spec says.
     """
     task.set_container_image(resources.image)
     kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
+    if resources.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(resources.image_pull_secrets))
+    # KFP's backend adds the rest of Pod Security's "restricted": no escalation, no capabilities, the runtime's seccomp profile.
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     if resources.retries and retried:
         task.set_retry(resources.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
+    if resources.active_deadline_seconds:
+        kubernetes.set_timeout(task, resources.active_deadline_seconds)
+    cpu, memory = _amounts(resources, size)
+    task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    _describe_pod(task, resources)
+    if gpus is not None:
+        _on_gpu_node(task, resources, gpus)
+
+
+def _amounts(resources: ResourcesSpec, size: Size) -> tuple[str, str]:
+    """CPU and memory; a quota refuses pods that ask for none."""
+    return {
+        Size.SMALL: ("1", "4Gi"),
+        Size.HEAVY: (resources.cpu, resources.memory),
+        Size.EVALUATION: (resources.evaluation_cpu, resources.evaluation_memory),
+    }[size]
+
+
+def _describe_pod(task: dsl.PipelineTask, resources: ResourcesSpec) -> None:
+    """Labels, annotations, environment and volumes of a task's pod."""
+    for label, value in ({"app.kubernetes.io/name": "xtoken-step"} | resources.pod_labels).items():
+        kubernetes.add_pod_label(task, label, value)
+    for annotation, value in resources.annotations.items():
+        kubernetes.add_pod_annotation(task, annotation, value)
+    for name, value in resources.env.items():
+        task.set_env_variable(name, value)
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
     for claim in resources.pvc:
         kubernetes.mount_pvc(task, claim.name, claim.mount_path)
-    if heavy or gpus is not None:
-        task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
-        task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
-    if gpus is not None:
-        if gpus:
-            task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(gpus)
-        # The teachers hand their output over in shared memory, of which a pod has 64 MiB by default.
-        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=resources.shm)
-        for label, value in resources.node_selector.items():
-            kubernetes.add_node_selector(task, label, value)
-        for toleration in resources.tolerations:
-            kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
+
+
+def _on_gpu_node(task: dsl.PipelineTask, resources: ResourcesSpec, gpus: int) -> None:
+    if gpus:
+        task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(gpus)
+    # The teachers hand their output over in shared memory, of which a pod has 64 MiB by default.
+    kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=resources.shm)
+    for label, value in resources.node_selector.items():
+        kubernetes.add_node_selector(task, label, value)
+    for toleration in resources.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
+    if resources.node_affinity:
+        kubernetes.add_node_affinity(task, [_requirement(r) for r in resources.node_affinity])
+
+
+def _requirement(requirement: NodeRequirement) -> dict[str, Any]:
+    values = {"values": list(requirement.values)} if requirement.values else {}
+    return {"key": requirement.key, "operator": requirement.operator, **values}

@@ -16,7 +16,7 @@ from components.prepare import prepare
 from components.projection import projection
 from components.report import report
 from components.resolve import resolve
-from pipelines.cluster import on_cluster
+from pipelines.cluster import Size, on_cluster
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import shape
 from xtoken_core.workflow.subjects import Group, groups
@@ -47,7 +47,8 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
         _add_tasks(compiled, spec, overrides)
 
     pipeline.__doc__ = PARAMETERS
-    return dsl.pipeline(pipeline, name=compiled.name, description=_description(compiled))
+    kept = dsl.PipelineConfig(ttl_seconds_after_finished=compiled.resources.ttl_seconds_after_finished)
+    return dsl.pipeline(pipeline, name=compiled.name, description=_description(compiled), pipeline_config=kept)
 
 
 def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
@@ -58,12 +59,13 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
 
     matrices = {}
     if any(teacher.cross_tokenizer for teacher in compiled.teachers):
-        built = add(projection, "projections", after="overlap", heavy=True, spec=views["projections"])
+        built = add(projection, "projections", after="overlap", spec=views["projections"])
         matrices = {"projections": built["matrices"]}
     shares = range(compiled.data.shards)
     names = ["prepare"] if compiled.data.shards == 1 else [f"prepare-{shard}" for shard in shares]
     prepared = [
-        add(prepare, name, after="overlap", heavy=True, spec=views["prepare"], shard=shard) for name, shard in zip(names, shares)
+        add(prepare, name, after="overlap", size=Size.HEAVY, spec=views["prepare"], shard=shard)
+        for name, shard in zip(names, shares)
     ]
     rows, uris = prepared[0]["rows"], [share["uri"] for share in prepared]
 
@@ -77,7 +79,9 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     }
     gpus = min(compiled.resources.gpus_per_node, 1)
     results = {
-        REPORT_INPUTS[group]: add(evaluate, f"evaluate-{group}", gpus=gpus, group=str(group), **given[group])["results"]
+        REPORT_INPUTS[group]: add(
+            evaluate, f"evaluate-{group}", size=Size.EVALUATION, gpus=gpus, group=str(group), **given[group]
+        )["results"]
         for group in groups(compiled)
     }
     told = {"tasks": edges, "inputs": views["inputs"], "resolved": views["times"], **({"shards": uris[1:]} if uris[1:] else {})}
@@ -91,7 +95,7 @@ def _trainings(
     if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
         given = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
     else:
-        given = {"component": distill, "gpus": compiled.resources.gpus_per_node, "rows": rows}
+        given = {"component": distill, "size": Size.HEAVY, "gpus": compiled.resources.gpus_per_node, "rows": rows}
         given |= {"more_rows": uris[1:]} if uris[1:] else {}
     given["checkpoints"] = views["checkpoints"]
     runs = {"run": add(name="distill", spec=views["distill"], **given, **teaching)["run"]}
@@ -104,7 +108,9 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
     """Returns a function that adds a task under its own name, set up for the cluster, and notes its edges in `edges`."""
     tasks: dict[str, dsl.PipelineTask] = {}
 
-    def add(component: Any, name: str, *, after: str = "", heavy: bool = False, gpus: int | None = None, **inputs: Any) -> Any:
+    def add(
+        component: Any, name: str, *, after: str = "", size: Size = Size.SMALL, gpus: int | None = None, **inputs: Any
+    ) -> Any:
         upstream = [after] if after else []
         given = [item for value in inputs.values() for item in (value if isinstance(value, list) else [value])]
         upstream += [item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name]
@@ -120,7 +126,7 @@ def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[
             task.set_caching_options(False)
         # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
         # waits in the cache for another run); from training on, pre-emption.
-        on_cluster(task, compiled.resources, heavy=heavy, gpus=gpus, retried="distill" in tasks)
+        on_cluster(task, compiled.resources, size, gpus, retried="distill" in tasks)
         return task.outputs
 
     return add

@@ -104,6 +104,7 @@ def submit(
             version_id=version.pipeline_version_id,
             params=parameters,
             pipeline_root=pipeline_root,
+            service_account=changed.resources.service_account,
         )  # prints a link to the run
     return client, run.run_id
 

@@ -12,7 +12,7 @@ import yaml
 from kubernetes import client
 
 from tests.support.schemas import check_resource
-from xtoken_core.workflow import trainjob
+from xtoken_core.workflow.trainjob_manifest import RUNTIME
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OVERLAYS = sorted(path.parent for path in MANIFESTS.glob("overlays/*/kustomization.yaml"))
@@ -75,7 +75,7 @@ def test_several_hosts_get_the_runtime_that_the_launcher_names():
     resources = {
         (resource["kind"], resource["metadata"]["name"]): resource for resource in rendered(MANIFESTS / "overlays" / "multi-node")
     }
-    runtime = resources["ClusterTrainingRuntime", trainjob.RUNTIME]
+    runtime = resources["ClusterTrainingRuntime", RUNTIME]
     pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
     assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"

@@ -3,6 +3,7 @@ processes of this machine, each a torchrun of its own."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow import trainjob
+from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest
 from xtoken_core.workflow.vocabularies import write_projections
 
 pytestmark = pytest.mark.slow
@@ -64,6 +66,9 @@ def test_two_hosts_train_one_student(run, cluster, capfd):
     launch(run, folder / "trained")
     told = capfd.readouterr().out
     assert "created, 2 hosts" in told and "step 2/2" in told and told.rstrip().endswith("complete")
+    assert re.search(r"^xtoken-distill-\w+: 100 % done", told, re.M)  # by the job's status, which transformers' callback tells
+    for state in cluster.states:
+        check_resource(state, "trainjobs")
     assert json.loads((folder / "trained" / "summary.json").read_text())["steps"] == 2
     assert (folder / "trained" / "last" / "config.json").exists()
     job = next(iter(cluster.jobs.values()))
@@ -108,7 +113,7 @@ def test_a_launcher_that_is_cancelled_deletes_its_job(run, cluster):
 
 
 def test_a_hiccup_of_the_api_ends_no_launcher(cluster, capfd, monkeypatch):
-    job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sh", "-c", "echo told; sleep 1"])
+    job = manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sh", "-c", "echo told; sleep 1"])
     cluster.hiccups = 2
     trainjob.run_job(job)
     told = capfd.readouterr().out
@@ -122,8 +127,8 @@ def test_a_hiccup_of_the_api_ends_no_launcher(cluster, capfd, monkeypatch):
 
 
 def test_a_job_that_another_has_deleted_is_told(cluster):
-    place = {"group": trainjob.GROUP, "version": trainjob.VERSION, "namespace": "default", "plural": trainjob.PLURAL}
-    job = trainjob.manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])
+    place = {"group": GROUP, "version": VERSION, "namespace": "default", "plural": trainjob.PLURAL}
+    job = manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])
 
     def delete() -> None:
         while len(cluster.hosts.get("xtoken-distill-1", [])) < 2:
@@ -153,8 +158,16 @@ def test_the_job_is_one_of_the_published_crd():
         tolerations=({"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"},),
         secrets=({"secret": "s3", "key": "id", "env": "AWS_ACCESS_KEY_ID"},),
         pvc=({"name": "models", "mount_path": "/models"},),
+        queue="team-a",
+        priority_class="low",
+        labels={"team": "nlp"},
+        annotations={"sidecar.istio.io/inject": "false"},
+        image_pull_secrets=("registry",),
+        env={"HF_HOME": "/models/huggingface"},
+        node_affinity=({"key": "gpu", "values": ["h100"]}, {"key": "spot", "operator": "DoesNotExist"}),
+        active_deadline_seconds=3600,
     )
-    job = trainjob.manifest("xtoken-distill-1", "{}", given, ["true"])
+    job = manifest("xtoken-distill-1", "{}", given, ["true"])
     check_resource(job, "trainjobs")
     assert job["spec"]["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "8"
     assert {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "id"}}} in job["spec"]["trainer"][
@@ -164,6 +177,13 @@ def test_the_job_is_one_of_the_published_crd():
         "template"
     ]
     assert pod["spec"]["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
+    assert pod["metadata"] == {"labels": {"team": "nlp"}, "annotations": {"sidecar.istio.io/inject": "false"}}
+    terms = pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert terms[0]["matchExpressions"][1] == {"key": "spot", "operator": "DoesNotExist"}
+    assert job["spec"]["activeDeadlineSeconds"] == 3600 and pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+    assert {"name": "HF_HOME", "value": "/models/huggingface"} in job["spec"]["trainer"]["env"]
     job["spec"]["trainer"]["nodes"] = 3
     with pytest.raises(Exception, match="nodes"):  # what the check is worth: a field that Trainer does not know
         check_resource(job, "trainjobs")
@@ -179,7 +199,7 @@ def test_the_job_is_one_of_the_published_crd():
 )
 def test_a_job_that_breaks_a_rule_of_the_crd_is_caught(name, processes, message):
     """The rules in CEL, of which the types know nothing: the launcher's own job keeps them, see above."""
-    job = trainjob.manifest(name, "{}", ResourcesSpec(nodes=2), ["true"])
+    job = manifest(name, "{}", ResourcesSpec(nodes=2), ["true"])
     job["spec"]["trainer"]["numProcPerNode"] = processes
     with pytest.raises(jsonschema.ValidationError, match=message):
         check_resource(job, "trainjobs")

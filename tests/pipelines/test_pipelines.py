@@ -88,7 +88,9 @@ def test_shards_are_tasks_and_several_hosts_a_launcher():
     assert {"prepare-0", "prepare-1", "prepare-2"} <= set(sharded["distill"]["dependentTasks"])
     pipeline, platform = documents(compile_spec(spec_of("resources.nodes=2")))
     launcher = pipeline["deploymentSpec"]["executors"]["exec-distill"]["container"]
-    assert launcher["args"][-1] == "launch" and "resources" not in launcher  # its GPUs are those of the job's hosts
+    assert (
+        launcher["args"][-1] == "launch" and "accelerator" not in launcher["resources"]
+    )  # its GPUs are those of the job's hosts
     assert "emptyDirMounts" not in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-distill"]
 
 
@@ -154,6 +156,17 @@ RESOURCES = {
     "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
     "secrets": [{"secret": "s3", "key": "id", "env": "AWS_ACCESS_KEY_ID"}],
     "pvc": [{"name": "models", "mount_path": "/models"}],
+    "evaluation_cpu": "3",
+    "evaluation_memory": "20Gi",
+    "queue": "team-a",
+    "priority_class": "low",
+    "labels": {"team": "nlp"},
+    "annotations": {"sidecar.istio.io/inject": "false"},
+    "image_pull_secrets": ["registry"],
+    "node_affinity": [{"key": "gpu", "values": ["h100"]}],
+    "active_deadline_seconds": 3600,
+    "ttl_seconds_after_finished": 7200,
+    "env": {"HF_HOME": "/models/huggingface"},
 }
 
 
@@ -168,8 +181,19 @@ def test_gpu_steps_get_what_resources_say():
         assert config["imagePullPolicy"] == "Always"
         assert config["secretAsEnv"][0]["keyToEnv"][0] == {"secretKey": "id", "envVar": "AWS_ACCESS_KEY_ID"}
         assert config["pvcMount"][0]["mountPath"] == "/models"
-        assert ("accelerator" in container.get("resources", {})) == gpu
-        assert ("emptyDirMounts" in config) == ("nodeSelector" in config) == ("tolerations" in config) == gpu
+        labels, about = config["podMetadata"]["labels"], config["podMetadata"]["annotations"]
+        assert labels["kueue.x-k8s.io/queue-name"] == "team-a" and labels["kueue.x-k8s.io/priority-class"] == "low"
+        assert labels["team"] == "nlp" and about == RESOURCES["annotations"]
+        assert config["imagePullSecret"][0]["secretName"] == "registry" and config["activeDeadlineSeconds"] == "3600"
+        assert config["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
+        assert {"name": "HF_HOME", "value": "/models/huggingface"} in container["env"]
+        size = ("12", "100Gi") if name in ("prepare", "distill") else ("3", "20Gi") if gpu else ("1", "4Gi")
+        asked = container["resources"]
+        assert (asked["resourceCpuRequest"], asked["resourceMemoryRequest"]) == size
+        assert (asked["resourceCpuLimit"], asked["resourceMemoryLimit"]) == size
+        assert ("accelerator" in asked) == gpu
+        of_gpu_nodes = ("emptyDirMounts", "nodeSelector", "tolerations", "nodeAffinity")
+        assert {field in config for field in of_gpu_nodes} == {gpu}
         tried_once = name in ("resolve", "overlap", "prepare", "projections")
         assert task.get("retryPolicy", {}).get("maxRetryCount") == (None if tried_once else 3)
         if gpu:
@@ -177,12 +201,13 @@ def test_gpu_steps_get_what_resources_say():
             assert container["resources"]["accelerator"] == {
                 "type": "amd.com/gpu", "resourceType": "amd.com/gpu", "count": count, "resourceCount": count
             }  # fmt: skip
-            assert container["resources"]["resourceMemoryLimit"] == "100Gi"
             assert config["emptyDirMounts"] == [
                 {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "20Gi"}
             ]
             assert config["nodeSelector"]["labels"] == {"pool": "gpu"}
             assert config["tolerations"][0]["key"] == "gpu"
+            assert config["nodeAffinity"][0]["matchExpressions"] == [{"key": "gpu", "operator": "In", "values": ["h100"]}]
+    assert platform["platforms"]["kubernetes"]["pipelineConfig"] == {"resourceTtlOnCompletion": 7200}
 
 
 def test_training_is_cached_here_and_never_on_a_cluster():
@@ -256,6 +281,13 @@ def test_overrides_at_submission_are_checked_before_anything_runs(run, overrides
     with pytest.raises(InputError) as caught:
         resolve(spec.to_json(), overrides, json.dumps(shape(spec)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_compiled_pipeline_of_an_older_version_is_refused(run):
+    spec = DistillationSpec.from_yaml(run / "spec.yaml")
+    older = {name: value for name, value in shape(spec).items() if name != "wiring"}
+    with pytest.raises(InputError, match="^compiled pipeline: of version 1, but the steps of this image are of version 2; "):
+        resolve(spec.to_json(), "", json.dumps(older))
 
 
 def test_rows_divide_over_the_gpus_of_a_cluster_and_not_of_this_machine(run, monkeypatch):

@@ -36,8 +36,13 @@ class FakeKubernetes:
         """(verb, resource) of every request, as RBAC names them."""
         self.hiccups = 0
         """So many of the next looks at something are answered with 503."""
+        self.progress: dict[str, dict[str, Any]] = {}
+        """What the trainer of each job says of itself, as Trainer's gate TrainJobRuntimeStatus has it."""
+        self.states: list[dict[str, Any]] = []
+        """Every look at a job that was answered."""
+        (folder / "token").write_text("of the job")
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"kubernetes": self}))
-        address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.address = address = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.kubeconfig = folder / "kubeconfig"
         self.kubeconfig.write_text(
             yaml.safe_dump(
@@ -77,6 +82,10 @@ class FakeKubernetes:
                 "PET_MASTER_ADDR": "127.0.0.1",
                 "PET_MASTER_PORT": str(port),
             }
+            injected |= {
+                "KUBEFLOW_TRAINER_SERVER_URL": f"{self.address}/progress/{name}",
+                "KUBEFLOW_TRAINER_SERVER_TOKEN": str(self.folder / "token"),
+            }
             own = self.folder / f"{name}-{rank}"
             own.mkdir(exist_ok=True)
             with (own / "log").open("w") as log:
@@ -106,7 +115,9 @@ class FakeKubernetes:
                     "lastTransitionTime": "2026-01-01T00:00:00Z",
                 }
             ]
-        return self.jobs[name] | {"status": {"conditions": conditions}}
+        status = {"conditions": conditions} | self.progress.get(name, {})
+        self.states.append(self.jobs[name] | {"status": status})
+        return self.states[-1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -127,9 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"kind": "Status", "status": "Failure", "message": message, "code": status})
 
     def do_POST(self) -> None:
-        server = self.kubernetes
+        server, body = self.kubernetes, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.startswith("/progress/"):
+            assert self.headers["Authorization"] == "Bearer of the job"
+            server.progress[self.path.removeprefix("/progress/")] = body
+            return self._send(200, {})
         server.asked.add(("create", "trainjobs"))
-        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        job = body
         name = job["metadata"]["name"]
         try:
             check_resource(job, "trainjobs")

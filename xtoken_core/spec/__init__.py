@@ -8,7 +8,7 @@ from xtoken_core.spec.data import DataSpec, TrainSource
 from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
 from xtoken_core.spec.output import OutputSpec
-from xtoken_core.spec.resources import ResourcesSpec, SecretEnv, Toleration, VolumeClaim
+from xtoken_core.spec.resources import NodeRequirement, ResourcesSpec, SecretEnv, Toleration, VolumeClaim
 from xtoken_core.spec.student import LoraSpec, StudentSpec
 from xtoken_core.spec.teachers import Mode, ProjectionSpec, TeacherSpec
 from xtoken_core.spec.training import TrainingSpec
@@ -21,6 +21,7 @@ __all__ = [
     "LoraSpec",
     "LossSpec",
     "Mode",
+    "NodeRequirement",
     "OutputSpec",
     "ProjectionSpec",
     "ResourcesSpec",

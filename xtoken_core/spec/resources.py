@@ -9,6 +9,13 @@ from pydantic import Field
 
 from xtoken_core.spec.section import Quantity, Section
 
+NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+"""A Kubernetes object's name (RFC 1123)."""
+
+LABEL = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+"""Keys and values of labels; annotations have the same keys."""
+
 
 class SecretEnv(Section):
     """An environment variable filled from a Kubernetes secret; its value is never in the spec."""
@@ -43,6 +50,23 @@ class VolumeClaim(Section):
     mount_path: str = Field(pattern=r"^/", description="where it is mounted in every step", examples=["/models"])
 
 
+class NodeRequirement(Section):
+    """What a node's label must be for a GPU step to run there."""
+
+    key: str = Field(min_length=1, description="the label", examples=["nvidia.com/gpu.product"])
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field("In", description="as in Kubernetes")
+    values: Annotated[tuple[str, ...], Field(strict=False, max_length=100)] = Field(
+        (), description="what the label is compared with", examples=[["NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"]]
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yields what of the section does not go together."""
+        if (self.operator in ("Exists", "DoesNotExist")) == bool(self.values):
+            yield f"values: operator {self.operator} takes {'none' if self.values else 'some'}"
+        elif self.operator in ("Gt", "Lt") and len(self.values) != 1:
+            yield f"values: operator {self.operator} takes one"
+
+
 class ResourcesSpec(Section):
     """What the steps get on a cluster; a local run ignores all of it."""
 
@@ -63,6 +87,14 @@ class ResourcesSpec(Section):
     memory: Quantity = Field(
         "64Gi", pattern=r"^[0-9]+(Ki|Mi|Gi|Ti|M|G|T)?$", description="memory of a step; KFP takes whole numbers only"
     )
+    evaluation_cpu: Quantity = Field(
+        "4", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$", description="CPU cores of an evaluation", examples=["2"]
+    )
+    evaluation_memory: Quantity = Field(
+        "32Gi",
+        pattern=r"^[0-9]+(Ki|Mi|Gi|Ti|M|G|T)?$",
+        description="memory of an evaluation; on a GPU about twice the bytes of the largest model's weights",
+    )
     shm: Quantity = Field(
         "16Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm"
     )
@@ -74,6 +106,38 @@ class ResourcesSpec(Section):
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False, max_length=100)] = Field(
         (), description="taints that the GPU steps tolerate"
+    )
+    node_affinity: Annotated[tuple[NodeRequirement, ...], Field(strict=False, max_length=100)] = Field(
+        (), description="what a node must fulfil for a GPU step, all of it"
+    )
+    queue: Annotated[str, Field(pattern=NAME)] | None = Field(
+        None, description="Kueue's LocalQueue that admits step pods and TrainJobs", examples=["team-a"]
+    )
+    priority_class: Annotated[str, Field(pattern=NAME)] | None = Field(
+        None, description="Kueue's WorkloadPriorityClass of step pods and TrainJobs; needs a queue", examples=["low"]
+    )
+    service_account: Annotated[str, Field(pattern=NAME)] | None = Field(
+        None, description="account that the steps run under; default: that of Kubeflow Pipelines", examples=["xtoken"]
+    )
+    image_pull_secrets: Annotated[tuple[Annotated[str, Field(pattern=NAME)], ...], Field(strict=False, max_length=100)] = Field(
+        (), description="secrets for the image's registry", examples=[["registry-credentials"]]
+    )
+    labels: dict[Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
+        default_factory=dict, description="labels of every pod and TrainJob", examples=[{"team": "nlp"}]
+    )
+    annotations: dict[Annotated[str, Field(pattern=LABEL)], str] = Field(
+        default_factory=dict,
+        description="annotations of every pod and TrainJob",
+        examples=[{"sidecar.istio.io/inject": "false"}],
+    )
+    active_deadline_seconds: Annotated[int, Field(gt=0, le=2**31 - 1)] | None = Field(
+        None, description="how long a step may take before Kubernetes ends it", examples=[86400]
+    )
+    ttl_seconds_after_finished: Annotated[int, Field(gt=0, le=2**31 - 1)] | None = Field(
+        None, description="when a finished run's pods are deleted", examples=[604800]
+    )
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
+        default_factory=dict, description="environment variables of every step", examples=[{"HF_HOME": "/models/huggingface"}]
     )
     secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False, max_length=100)] = Field(
         (), description="environment variables of every step from Kubernetes secrets"
@@ -88,6 +152,17 @@ class ResourcesSpec(Section):
         for index, path in enumerate(paths):
             if path in paths[:index]:
                 yield f"pvc.{index}.mount_path: {path} is an earlier claim's"
+        if self.priority_class and not self.queue:
+            yield "priority_class: is Kueue's, which needs a queue"
+        for index, secret in enumerate(self.secrets):
+            if secret.env in self.env:
+                yield f"secrets.{index}.env: {secret.env} is set in env too"
+
+    @property
+    def pod_labels(self) -> dict[str, str]:
+        """Labels of every step's pod and of TrainJobs: the spec's own, and Kueue's."""
+        kueue = {"kueue.x-k8s.io/queue-name": self.queue, "kueue.x-k8s.io/priority-class": self.priority_class}
+        return self.labels | {label: value for label, value in kueue.items() if value}
 
     def keeps(self, path: str) -> bool:
         """Whether a local path lies on one of the volumes, and so outlives the pod that writes it."""

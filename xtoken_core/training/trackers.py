@@ -1,4 +1,4 @@
-"""Where training's numbers go besides log.jsonl: TensorBoard, Weights & Biases, MLflow, by transformers' callbacks.
+"""Where training's numbers go besides log.jsonl: TensorBoard, Weights & Biases, MLflow, a TrainJob's status, by transformers' callbacks.
 
 Their servers, projects and credentials come from the environment, as their own tools take them (WANDB_*, MLFLOW_*).
 """
@@ -37,13 +37,22 @@ def trackers(spec: DistillationSpec, out_dir: Path, baseline: bool) -> Iterator[
     """Begins a run in every tracker of `training.report_to`, and ends it, as failed after an error; yields their callbacks.
 
     A run is named by student and teachers, and carries the spec. TensorBoard's files and W&B's lie in `out_dir`, and so does
-    MLflow's database unless the environment names a server; nothing is left in the working directory. Raises InputError.
+    MLflow's database unless the environment names a server; nothing is left in the working directory. Inside a TrainJob whose
+    Trainer asks for progress, the job's status is told it as well. Raises InputError.
     """
     names = spec.training.report_to
     check_trackers(names)
     begin = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     with contextlib.ExitStack() as stack:
-        yield [begin[name](stack, spec, out_dir, _title(spec, baseline)) for name in names]
+        yield [*(begin[name](stack, spec, out_dir, _title(spec, baseline)) for name in names), *_progress()]
+
+
+def _progress() -> list[TrainerCallback]:
+    """What tells the status of the TrainJob that this is part of, if Trainer asks for it (by variables of its gate TrainJobRuntimeStatus)."""
+    from transformers.integrations import integration_utils
+
+    callback = getattr(integration_utils, "KubeflowCallback", None)  # not in the first releases of transformers 5
+    return [callback()] if callback is not None and integration_utils.is_kubeflow_available() else []
 
 
 def _title(spec: DistillationSpec, baseline: bool) -> str:

@@ -22,8 +22,8 @@ def evaluate_group(
     rows: str | Path | None = None,
     projections: Mapping[str, Path] | None = None,
     modes: Mapping[str, str] | None = None,
-) -> None:
-    """Measures everybody of a group, one after another, and writes each result to `folder`, which is made.
+) -> list[Evaluation]:
+    """Measures everybody of a group, one after another; returns the results, and writes each to `folder`, which is made.
 
     `run`: the folder that a training wrote, for a group that is trained. `rows`, `projections`, `modes`: as of `evaluate`, for the
     agreement with the teachers. Raises InputError.
@@ -31,15 +31,18 @@ def evaluate_group(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trained, everybody = group in (Group.AFTER, Group.BASELINE), subjects(spec, group)
+    results = []
     for subject in everybody:
         print(f"evaluating {subject.key}", flush=True)
         # The agreement costs a pass of every teacher; the best checkpoint, or the only one, tells what distillation has changed.
         compared = rows if subject == everybody[0] else None
         checkpoint = f"{run}/{subject.state}" if trained else None
-        evaluate(spec, subject, checkpoint, compared, projections, modes).write(folder / f"{subject.key}.json")
+        results.append(evaluate(spec, subject, checkpoint, compared, projections, modes))
+        results[-1].write(folder / f"{subject.key}.json")
         gc.collect()  # the model's memory is the next one's
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    return results
 
 
 def read_evaluations(folder: str | Path) -> list[Evaluation]:

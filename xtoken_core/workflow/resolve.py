@@ -28,9 +28,14 @@ CHECKPOINTS = "XTOKEN_CHECKPOINTS"
 """Environment variable: where a local run keeps the checkpoints from which an interrupted training resumes."""
 
 
+WIRING = 2
+"""Version of what a compiled pipeline and the steps of an image agree on: raised whenever a step's inputs, outputs or calls change."""
+
+
 def shape(spec: DistillationSpec) -> dict[str, Any]:
     """What of the spec is built into a compiled pipeline: its tasks, their wiring and what they get on a cluster."""
     fixed = {
+        "wiring": WIRING,
         "teachers": [t.id for t in spec.teachers],
         **{f"teachers.{t.id}.projection": "a projection" if t.cross_tokenizer else "none" for t in spec.teachers},
         "data.shards": spec.data.shards,
@@ -117,6 +122,11 @@ def check_output(spec: DistillationSpec) -> None:
 
 def check_shape(spec: DistillationSpec, built_in: Mapping[str, Any]) -> None:
     """Raises InputError where a spec asks for another `shape` than the compiled pipeline has."""
+    if (compiled := built_in.get("wiring", 1)) != WIRING:
+        raise InputError(
+            f"compiled pipeline: of version {compiled}, but the steps of this image are of version {WIRING}; compile and submit it "
+            "with the release of the image"
+        )
     for name, asked in shape(spec).items():
         if built_in.get(name) != asked:
             told, has = json.dumps(asked, ensure_ascii=False), json.dumps(built_in.get(name), ensure_ascii=False)

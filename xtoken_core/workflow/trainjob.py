@@ -19,11 +19,9 @@ from typing import Any
 from xtoken_core.errors import InputError
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
+from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-RUNTIME = "xtoken-torch"
-"""The ClusterTrainingRuntime of manifests/."""
-
+PLURAL = "trainjobs"
 POLL_SECONDS = 5.0
 PATIENCE = 60
 """Failed looks at a running job, one after the other, after which its launcher gives up (five minutes)."""
@@ -32,62 +30,6 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 class TrainJobError(Exception):
     """The job failed; its pods' log says why."""
-
-
-def worker_command(
-    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: str | None, baseline: bool, checkpoints: str
-) -> list[str]:
-    """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
-    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes), sort_keys=True)]
-    options += ["--run", run_uri, "--checkpoints", checkpoints]
-    options += ["--projections", projections] if projections else []
-    options += ["--baseline"] if baseline else []
-    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
-    return ["sh", "-c", script, "distill", *options]
-
-
-def manifest(name: str, spec: str, resources: ResourcesSpec, command: Sequence[str]) -> dict[str, Any]:
-    """The TrainJob: image, hosts and accelerators, and what the pods need beyond the runtime's template."""
-    amounts = {"cpu": resources.cpu, "memory": resources.memory}
-    if resources.gpus_per_node:
-        amounts[resources.gpu_type] = str(resources.gpus_per_node)
-    secrets = [{"name": s.env, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}} for s in resources.secrets]
-    volumes: list[dict[str, Any]] = [
-        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": resources.shm}},
-        *({"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": c.name}} for i, c in enumerate(resources.pvc)),
-    ]
-    mounts = [
-        {"name": "shared-memory", "mountPath": "/dev/shm"},
-        *({"name": f"claim-{i}", "mountPath": c.mount_path} for i, c in enumerate(resources.pvc)),
-    ]
-    pod: dict[str, Any] = {"volumes": volumes, "containers": [{"name": "node", "volumeMounts": mounts}]}
-    if resources.node_selector:
-        pod["nodeSelector"] = dict(resources.node_selector)
-    if resources.tolerations:
-        pod["tolerations"] = [t.model_dump(exclude_none=True) for t in resources.tolerations]
-    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    return {
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "kind": "TrainJob",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "xtoken-pipelines"}},
-        "spec": {
-            "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": RUNTIME},
-            "trainer": {
-                "image": resources.image,
-                "command": list(command),
-                "numNodes": resources.nodes,
-                "numProcPerNode": max(resources.gpus_per_node, 1),
-                "resourcesPerNode": {"requests": amounts, "limits": amounts},
-                "env": [{"name": "XTOKEN_SPEC", "value": spec}, *secrets],
-            },
-            "runtimePatches": [
-                {
-                    "manager": "xtoken.pipelines/launcher",
-                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
-                }
-            ],
-        },
-    }
 
 
 def launch(
@@ -183,7 +125,7 @@ def _until_gone(jobs: Any, place: dict[str, str], name: str, api_exception: type
 def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str, trouble: tuple[type[Exception], ...]) -> None:
     """Until the job has ended; `trouble`: what an API that is away for a while raises, which is borne PATIENCE times in a row."""
     seen: dict[str, int] = {}
-    failures = 0
+    told, failures = "", 0
     while True:
         try:
             job = jobs.get_namespaced_custom_object(**place, name=name)
@@ -197,6 +139,9 @@ def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str, trouble: tup
             print(f"{name}: {_message(e)}; looking again", flush=True)
             time.sleep(POLL_SECONDS)
             continue
+        if (now := progress(job)) != told:
+            told = now
+            print(f"{name}: {told}", flush=True)
         with contextlib.suppress(*trouble):  # lines that cannot be had now come with the next look
             _print_log(pods, place["namespace"], name, seen)
         ended = _ended(job)
@@ -208,6 +153,24 @@ def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str, trouble: tup
             reason = next(c.get("message", "") for c in conditions if c["type"] == "Failed" and c["status"] == "True")
             raise TrainJobError(f"TrainJob {name}: {' '.join(reason.split()) or 'failed'}")
         time.sleep(POLL_SECONDS)
+
+
+def progress(job: Mapping[str, Any]) -> str:
+    """How far a job's trainer says it is; empty where its status does not tell (Trainer's gate TrainJobRuntimeStatus is off)."""
+    status = (job.get("status") or {}).get("trainerStatus") or {}
+    percentage, left = status.get("progressPercentage"), status.get("estimatedRemainingSeconds")
+    numbers = {metric["name"]: metric["value"] for metric in status.get("metrics") or []}
+    words = [f"{percentage} % done"] if percentage is not None else []
+    words += [f"{left // 60} min {left % 60:02} s left"] if left is not None else []
+    words += [f"{name} {_rounded(numbers[name])}" for name in ("loss", "tokens_per_second") if name in numbers]
+    return ", ".join(words)
+
+
+def _rounded(number: str) -> str:
+    try:
+        return f"{float(number):,.4g}"
+    except ValueError:
+        return number
 
 
 def _ended(job: Mapping[str, Any]) -> str | None:

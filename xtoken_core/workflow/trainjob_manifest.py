@@ -1,0 +1,99 @@
+"""The TrainJob of a training on several hosts, as a Kubernetes resource."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtoken_core.spec import ResourcesSpec
+
+GROUP, VERSION = "trainer.kubeflow.org", "v1alpha1"
+RUNTIME = "xtoken-torch"
+"""The ClusterTrainingRuntime of manifests/."""
+
+
+def worker_command(
+    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: str | None, baseline: bool, checkpoints: str
+) -> list[str]:
+    """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
+    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes), sort_keys=True)]
+    options += ["--run", run_uri, "--checkpoints", checkpoints]
+    options += ["--projections", projections] if projections else []
+    options += ["--baseline"] if baseline else []
+    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
+    return ["sh", "-c", script, "distill", *options]
+
+
+def manifest(name: str, spec: str, resources: ResourcesSpec, command: Sequence[str]) -> dict[str, Any]:
+    """The TrainJob: image, hosts and accelerators, and what the pods need beyond the runtime's template."""
+    amounts = {"cpu": resources.cpu, "memory": resources.memory}
+    if resources.gpus_per_node:
+        amounts[resources.gpu_type] = str(resources.gpus_per_node)
+    pod = {"metadata": _about(resources.labels, resources.annotations), "spec": _pod(resources)}
+    node = {"name": "node", "template": {"spec": {"template": pod}}}
+    deadline = resources.active_deadline_seconds
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "TrainJob",
+        "metadata": {
+            "name": name,
+            **_about({"app.kubernetes.io/name": "xtoken-pipelines"} | resources.pod_labels, resources.annotations),
+        },
+        "spec": {
+            "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": RUNTIME},
+            **({"activeDeadlineSeconds": deadline} if deadline else {}),
+            "trainer": {
+                "image": resources.image,
+                "command": list(command),
+                "numNodes": resources.nodes,
+                "numProcPerNode": max(resources.gpus_per_node, 1),
+                "resourcesPerNode": {"requests": amounts, "limits": amounts},
+                "env": _environment(spec, resources),
+            },
+            "runtimePatches": [
+                {
+                    "manager": "xtoken.pipelines/launcher",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+                }
+            ],
+        },
+    }
+
+
+def _about(labels: Mapping[str, str], annotations: Mapping[str, str]) -> dict[str, Any]:
+    given = {"labels": dict(labels), "annotations": dict(annotations)}
+    return {name: values for name, values in given.items() if values}
+
+
+def _environment(spec: str, resources: ResourcesSpec) -> list[dict[str, Any]]:
+    given = [{"name": name, "value": value} for name, value in ({"XTOKEN_SPEC": spec} | resources.env).items()]
+    secrets = [{"name": s.env, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}} for s in resources.secrets]
+    return [*given, *secrets]
+
+
+def _pod(resources: ResourcesSpec) -> dict[str, Any]:
+    """What is added to the pod template of the runtime."""
+    claims = [(f"claim-{index}", claim) for index, claim in enumerate(resources.pvc)]
+    mounts = [
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        *({"name": name, "mountPath": claim.mount_path} for name, claim in claims),
+    ]
+    pod: dict[str, Any] = {
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": resources.shm}},
+            *({"name": name, "persistentVolumeClaim": {"claimName": claim.name}} for name, claim in claims),
+        ],
+        "containers": [{"name": "node", "volumeMounts": mounts}],
+        "nodeSelector": dict(resources.node_selector),
+        "tolerations": [toleration.model_dump(exclude_none=True) for toleration in resources.tolerations],
+        "imagePullSecrets": [{"name": secret} for secret in resources.image_pull_secrets],
+    }
+    if resources.node_affinity:
+        terms = [
+            requirement.model_dump(mode="json", exclude_defaults=True) | {"operator": requirement.operator}
+            for requirement in resources.node_affinity
+        ]
+        required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+        pod["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    return {name: value for name, value in pod.items() if value}

@@ -11,7 +11,9 @@ import pytest
 import yaml
 from kubernetes import client
 
+from pipelines.compiling import SPECS, compile_spec, documents
 from tests.support.schemas import check_resource
+from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.trainjob_manifest import RUNTIME
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
@@ -77,11 +79,64 @@ def test_several_hosts_get_the_runtime_that_the_launcher_names():
     }
     runtime = resources["ClusterTrainingRuntime", RUNTIME]
     pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
-    assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
-    assert pod["securityContext"]["runAsNonRoot"]
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert volumes[mounts["/dev/shm"]]["medium"] == "Memory"
+    assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] and {"/tmp", "/home/xtoken"} <= set(mounts)
+    assert restricted(pod) == []
     assert ("ServiceAccount", pod["serviceAccountName"]) in resources
     assert resources["PersistentVolumeClaim", "xtoken-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def restricted(pod: dict) -> list[str]:
+    """What of a pod breaks the Pod Security Standard "restricted" (Kubernetes documentation, Pod Security Standards)."""
+    kinds = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    broken = [volume["name"] for volume in pod.get("volumes", []) if not set(volume) - {"name"} <= kinds]
+    broken += [field for field in ("hostNetwork", "hostPID", "hostIPC") if pod.get(field)]
+    for container in pod["containers"]:
+        own = pod.get("securityContext", {}) | container.get("securityContext", {})
+        wrong = {
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is not False,
+            "privileged": own.get("privileged", False),
+            "runAsNonRoot": own.get("runAsNonRoot") is not True,
+            "runAsUser": own.get("runAsUser") == 0,
+            "capabilities": "ALL" not in own.get("capabilities", {}).get("drop", []),
+            "seccompProfile": own.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"),
+            "hostPort": any("hostPort" in port for port in container.get("ports", [])),
+        }
+        broken += [field for field, is_wrong in wrong.items() if is_wrong]
+    return broken
+
+
+def test_the_rules_of_restricted_pods_bite():
+    loose = {"containers": [{"name": "x"}], "volumes": [{"name": "host", "hostPath": {"path": "/"}}]}
+    assert restricted(loose) == ["host", "allowPrivilegeEscalation", "runAsNonRoot", "capabilities", "seccompProfile"]
+
+
+def test_policies_cover_the_pods_of_steps_and_of_training():
+    """By the labels that the compiled pipeline and the runtime give them; every policy is about one of the two."""
+    spec = DistillationSpec.from_yaml(SPECS / "llama-1b-from-qwen.yaml")
+    configs = documents(compile_spec(spec))[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    steps = {config["podMetadata"]["labels"]["app.kubernetes.io/name"] for config in configs}
+    resources = rendered(MANIFESTS / "overlays" / "multi-node")
+    runtime = next(r for r in resources if r["kind"] == "ClusterTrainingRuntime")
+    template = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pods = steps | {template["metadata"]["labels"]["app.kubernetes.io/name"]}
+    covered = {"Ingress": set(), "Egress": set()}
+    for policy in (r["spec"] for r in resources if r["kind"] == "NetworkPolicy"):
+        selector = policy["podSelector"]
+        chosen = set(selector.get("matchLabels", {}).values()) or set(selector["matchExpressions"][0]["values"])
+        for kind in policy["policyTypes"]:
+            covered[kind] |= chosen
+    assert covered == {"Ingress": pods, "Egress": pods}
+
+
+def test_a_profile_has_its_own_namespace_everywhere_and_makes_nothing_of_the_cluster():
+    resources = rendered(MANIFESTS / "overlays" / "profile")
+    assert {resource["metadata"]["namespace"] for resource in resources} == {"profile-name"}
+    assert not any(resource["kind"].startswith("Cluster") for resource in resources)
+    bound = {s["namespace"] for r in resources if r["kind"] == "RoleBinding" for s in r["subjects"]}
+    assert bound == {"profile-name"}
 
 
 def test_a_runtime_that_breaks_a_rule_of_the_crd_is_caught():
@@ -93,7 +148,8 @@ def test_a_runtime_that_breaks_a_rule_of_the_crd_is_caught():
 
 
 def rights() -> set[tuple[str, str]]:
-    role = next(yaml.safe_load_all((MANIFESTS / "trainer" / "launcher-role.yaml").read_text()))
+    documents = yaml.safe_load_all((MANIFESTS / "trainer" / "accounts" / "launcher.yaml").read_text())
+    role = next(document for document in documents if document["kind"] == "Role")
     return {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
 
 

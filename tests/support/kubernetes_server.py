@@ -7,9 +7,11 @@ variables that Trainer's torch policy would inject (PET_*). It schedules nothing
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +43,7 @@ class FakeKubernetes:
         self.states: list[dict[str, Any]] = []
         """Every look at a job that was answered."""
         (folder / "token").write_text("of the job")
+        self.scratch = tempfile.mkdtemp()  # a short path, as /tmp in a pod: sockets lie in it
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"kubernetes": self}))
         self.address = address = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.kubeconfig = folder / "kubeconfig"
@@ -66,6 +69,7 @@ class FakeKubernetes:
             self.stop(name)
         self.server.shutdown()
         self.server.server_close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def start(self, job: dict[str, Any]) -> None:
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
@@ -89,7 +93,7 @@ class FakeKubernetes:
             own = self.folder / f"{name}-{rank}"
             own.mkdir(exist_ok=True)
             with (own / "log").open("w") as log:
-                environment = os.environ | given | injected | {"TMPDIR": str(own)}
+                environment = os.environ | given | injected | {"TMPDIR": self.scratch}
                 process = subprocess.Popen(trainer["command"], stdout=log, stderr=log, env=environment, start_new_session=True)
             self.hosts[name].append(process)
 

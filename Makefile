@@ -51,5 +51,5 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP_INSTALL) -e ".[test,eval,lora,tracking,docs]"
+	$(PIP_INSTALL) -e ".[test,eval,lora,registry,tracking,docs]"
 	@touch $@

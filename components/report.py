@@ -27,6 +27,8 @@ def report(
 ):
     """Write the report, and publish student, report, logs and projections at output.uri, whole or not at all.
 
+    Then register the student, if the spec names a registry and the verdict allows it.
+
     Args:
         spec: The whole spec.
         page: The report, one HTML file.
@@ -56,6 +58,7 @@ def report(
         from xtoken_core.results.workflow import ReadInput, StepTimes, Task
         from xtoken_core.spec import DistillationSpec
         from xtoken_core.workflow.publish import Parts, finish
+        from xtoken_core.workflow.registry import register
         from xtoken_core.workflow.subjects import Group
 
         results = (evaluated_teachers, evaluated_before, evaluated_after, evaluated_baseline)
@@ -71,8 +74,12 @@ def report(
             inputs=[ReadInput(**entry) for entry in inputs],
             resolved=StepTimes(**resolved),
         )
-        finished = finish(DistillationSpec.from_text(spec), parts, page.path)
-        Path(summary.path).write_text(markdown(finished), encoding="utf-8")
+        parsed = DistillationSpec.from_text(spec)
+        finished = finish(parsed, parts, page.path)
+        told = register(parsed, finished)
+        print(told, flush=True)
+        Path(summary.path).write_text(f"{markdown(finished)}\n{told}\n", encoding="utf-8")
+        page.metadata |= {"published": parsed.output.uri, "registry": told}
         for name, value in figures(finished).items():
             metrics.log_metric(name, value)
 

@@ -68,7 +68,7 @@ def test_each_step_runs_by_itself(run):
     assert call("report", *spec, *pages, *made, "--evaluated-after", run / "after").exception is None
     assert "bits_per_byte_student_after_last" in json.loads((run / "metrics.json").read_text())
     assert {path.name for path in (run / "out").iterdir()} == {
-        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections"
+        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections", "serving"
     }  # fmt: skip
     assert DistillationSpec.from_yaml(run / "out" / "spec.yaml") == DistillationSpec.from_yaml(run / "spec.yaml")
 

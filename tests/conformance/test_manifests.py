@@ -33,23 +33,23 @@ def check_core(resource: dict) -> None:
     group, _, version = resource["apiVersion"].rpartition("/")
     name = {"": "V1", "rbac.authorization.k8s.io": "V1", "networking.k8s.io": "V1"}[group] + resource["kind"]
     assert version == "v1"
-    _check(resource, name, resource["kind"])
+    check_type(resource, name, resource["kind"])
 
 
-def _check(value, kind: str, where: str) -> None:
+def check_type(value, kind: str, where: str) -> None:
     if found := re.fullmatch(r"list\[(.*)\]", kind):
         assert isinstance(value, list), f"{where}: a list"
         for index, item in enumerate(value):
-            _check(item, found[1], f"{where}[{index}]")
+            check_type(item, found[1], f"{where}[{index}]")
     elif found := re.fullmatch(r"dict\((?:.*), (.*)\)", kind):
         for key, item in value.items():
-            _check(item, found[1], f"{where}.{key}")
+            check_type(item, found[1], f"{where}.{key}")
     elif hasattr(client, kind):
         model = getattr(client, kind)
         fields = {json: (python, model.openapi_types[python]) for python, json in model.attribute_map.items()}
         for key, item in value.items():
             assert key in fields, f"{where}: no field {key}"
-            _check(item, fields[key][1], f"{where}.{key}")
+            check_type(item, fields[key][1], f"{where}.{key}")
     else:
         python = {"str": str, "int": int, "bool": bool, "object": (str, int, dict)}[kind]
         assert isinstance(value, python), f"{where}: {value!r} is no {kind}"

@@ -273,7 +273,7 @@ def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "s3://bucket/out/report.html" in done.stdout
     assert {path.split("/")[2] for path in s3.find("bucket/out")} == {
-        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections"
+        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections", "serving"
     }  # fmt: skip
     from xtoken_core.models import load_model
 

@@ -59,6 +59,7 @@ class DistillationSpec(Section):
             yield f"data.validation: {min(both)} is in data.train too"
         if "bits_per_byte" in self.evaluation.model_fields_set and self.evaluation.bits_per_byte and not self.measures_bits:
             yield "evaluation.bits_per_byte: needs evaluation.texts or data.validation"
+        yield from (f"output.promote_if: {why}" for why in self._promotion_contradictions())
         if self.student.lora is not None and self.training.sharding == "fsdp":
             yield "student.lora: trains with sharding: ddp only"
         if self.training.attention == "flash_attention_2":
@@ -67,6 +68,17 @@ class DistillationSpec(Section):
             # transformers looks for packed documents in a batch of one row only
             if self.data.packing and self.training.micro_batch_size > 1:
                 yield "training.micro_batch_size: data.packing with flash_attention_2 needs 1"
+
+    def _promotion_contradictions(self) -> Iterator[str]:
+        """What of the run leaves its student's promotion undecided."""
+        if self.output.promote_if is None:
+            return
+        if self.output.registry is None:
+            yield "needs output.registry"
+        if not self.measures_bits:
+            yield "needs bits per byte (evaluation.bits_per_byte, and text for it)"
+        if self.output.promote_if == "better_than_ce" and not self.evaluation.ce_baseline:
+            yield "better_than_ce needs evaluation.ce_baseline"
 
     def _teacher_contradictions(self, teacher: TeacherSpec) -> Iterator[str]:
         """What of one teacher contradicts the loss."""

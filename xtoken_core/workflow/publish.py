@@ -21,6 +21,8 @@ from xtoken_core.results.vocabulary import OverlapReport
 from xtoken_core.results.workflow import ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.evaluations import read_evaluations
+from xtoken_core.workflow.registry import student_folder
+from xtoken_core.workflow.serving import inference_service, vllm_line
 from xtoken_core.workflow.subjects import Group
 from xtoken_core.workflow.vocabularies import projection_stats
 
@@ -71,7 +73,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
     Published: student/best and student/last (Hugging Face folders), report.html, run.json (what the report was made from),
-    spec.yaml, logs/, projections/.
+    spec.yaml, logs/, projections/, serving/ (for KServe and vLLM).
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
     """
     counted = [statistics_of(f"{shard}/train") for shard in (parts.rows.path, *parts.shards)]
@@ -95,6 +97,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
+        _write_serving(spec, folder / "serving")
         for name, path in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(path.absolute())
@@ -108,6 +111,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     return run
 
 
+<<<<<<< HEAD
 def _with_card(student: Path, card: str) -> None:
     """Puts a model card beside the files of a student, in place of the link to their folder."""
     if not student.is_symlink():
@@ -118,6 +122,15 @@ def _with_card(student: Path, card: str) -> None:
     for path in source.iterdir():
         (student / path.name).symlink_to(path)
     (student / "README.md").write_text(card, encoding="utf-8")
+=======
+def _write_serving(spec: DistillationSpec, folder: Path) -> None:
+    """How the student is served: a line for vLLM, and KServe's resource where KServe can reach it."""
+    folder.mkdir()
+    student = student_folder(spec)
+    (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
+    if service := inference_service(spec, student):
+        (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")
+>>>>>>> 1836fcf (Model Registry, promotion by verdict, what serves a student)
 
 
 def _step_times(metadata: Mapping[str, Any]) -> StepTimes:

@@ -111,7 +111,6 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     return run
 
 
-<<<<<<< HEAD
 def _with_card(student: Path, card: str) -> None:
     """Puts a model card beside the files of a student, in place of the link to their folder."""
     if not student.is_symlink():
@@ -122,7 +121,8 @@ def _with_card(student: Path, card: str) -> None:
     for path in source.iterdir():
         (student / path.name).symlink_to(path)
     (student / "README.md").write_text(card, encoding="utf-8")
-=======
+
+
 def _write_serving(spec: DistillationSpec, folder: Path) -> None:
     """How the student is served: a line for vLLM, and KServe's resource where KServe can reach it."""
     folder.mkdir()
@@ -130,7 +130,6 @@ def _write_serving(spec: DistillationSpec, folder: Path) -> None:
     (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
     if service := inference_service(spec, student):
         (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")
->>>>>>> 1836fcf (Model Registry, promotion by verdict, what serves a student)
 
 
 def _step_times(metadata: Mapping[str, Any]) -> StepTimes:

@@ -19,11 +19,8 @@ from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
 from xtoken_core.workflow.model_checks import check_models
-<<<<<<< HEAD
 from xtoken_core.workflow.plan import plan
-=======
 from xtoken_core.workflow.registry import check_registry
->>>>>>> 1836fcf (Model Registry, promotion by verdict, what serves a student)
 from xtoken_core.workflow.subjects import groups
 from xtoken_core.workflow.versions import Versions
 from xtoken_core.workflow.views import view

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core import storage
+from xtoken_core.data.mixture import Mixture
 from xtoken_core.data.rows import Row
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.spec import DataSpec
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
     """The rows to train on, map-style, of the shards in `folders` (paths or URIs of what prepare wrote).
 
-    Several shards are streamed. With `max_rows` or `packing` they are fetched first: documents are dealt out to the shards in
-    turn, so that the first rows of all, and the rows that fill one row together, lie in many shards at once.
+    Several shards are streamed. With `max_rows`, `packing` or weights they are fetched first: documents are dealt out to the
+    shards in turn, so that the first rows of all, those that fill one row together, and those of a part lie in many at once.
     Raises InputError where there is nothing to learn from in all of them.
     """
     shards = [f"{folder}/train" for folder in folders]
     statistics = [statistics_of(shard) for shard in shards]
     check_statistics(all_shards(statistics), "data.train")
-    if len(shards) == 1 or data.max_rows is not None or data.packing:
+    if len(shards) == 1 or data.max_rows is not None or data.packing or data.weighted:
         return training_rows(data, *(storage.local_copy(shard) for shard in shards))
     return StreamedRows(shards, [counted.rows for counted in statistics])
 
@@ -92,17 +93,26 @@ def load_rows(*folders: str | Path) -> Dataset:
     return rows.with_format("numpy")
 
 
-def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows:
-    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so."""
+def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows | Mixture:
+    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so, and by weights."""
     rows = load_rows(*folders)
     if data.max_rows is not None:
         cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
         rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < row_budget(data)))))
-    if not data.packing:
-        return rows
-    columns = [name.removesuffix("_ids") for name in rows.column_names if name.endswith("_ids")]
-    plan = pack(np.stack([row_lengths(rows, column) for column in columns], axis=1), data.max_length)
-    return PackedRows(rows, plan[: data.max_rows])
+    parts = np.asarray(rows["part"][:]) if data.weighted else np.zeros(len(rows), np.int64)
+    items: Any = rows
+    if data.packing:  # rows of one part only share a row of the batch
+        columns = [name.removesuffix("_ids") for name in rows.column_names if name.endswith("_ids")]
+        lengths = np.stack([row_lengths(rows, column) for column in columns], axis=1)
+        plan: list[list[int]] = []
+        for part in np.unique(parts):
+            members = np.flatnonzero(parts == part)
+            plan += [members[fitting].tolist() for fitting in pack(lengths[members], data.max_length)]
+        items = PackedRows(rows, plan[: data.max_rows])
+        parts = parts[[fitting[0] for fitting in plan]]
+    if not data.weighted:
+        return items
+    return Mixture(items, parts, [part.weight or 0.0 for part in data.parts])
 
 
 def row_lengths(rows: Dataset, column: str) -> np.ndarray:
@@ -160,11 +170,13 @@ class Shuffled(Dataset):
     def __getitem__(self, index: int) -> Any:
         epoch, position = divmod(index, len(self.rows))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = (
-                self.rows.order(generator)
-                if isinstance(self.rows, StreamedRows)
-                else torch.randperm(len(self.rows), generator=generator)
-            )
-            self._epoch, self._order = epoch, order
+            self._epoch, self._order = epoch, self._order_of(epoch)
         return self.rows[int(self._order[position])]
+
+    def _order_of(self, epoch: int) -> Tensor:
+        if isinstance(self.rows, Mixture):
+            return torch.from_numpy(self.rows.order(self.seed, epoch))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if isinstance(self.rows, StreamedRows):
+            return self.rows.order(generator)
+        return torch.randperm(len(self.rows), generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -59,6 +60,9 @@ def _prompt(tok: PreTrainedTokenizerFast, document: Document) -> tuple[str, str]
         return text[:cut], text[cut : cut + PROMPT_CHARACTERS]
     chat = document.content
     asked = next((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), len(chat.messages))
-    prompt = str(tok.apply_chat_template(chat.messages[:asked], tools=chat.tools, tokenize=False, add_generation_prompt=True))
+    template: Any = tok  # whose `tools` transformers types too narrowly
+    prompt = str(
+        template.apply_chat_template(chat.messages[:asked], tools=chat.tools, tokenize=False, add_generation_prompt=True)
+    )
     answer = plain_text(chat.messages[asked].get("content")) if asked < len(chat.messages) else ""
     return prompt, answer[:PROMPT_CHARACTERS]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from itertools import count, islice
 
 import pytest
 
+from tests.support.tiny import tiny_run
 from xtoken_core.data import parallel
 from xtoken_core.data.parallel import mapped
+from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError, RunError
+from xtoken_core.spec import DistillationSpec
+
+pytestmark = pytest.mark.slow
 
 
 def times(factor):
@@ -33,7 +39,7 @@ def at_once(monkeypatch):
 
 
 def test_results_are_in_order_and_come_from_several_processes():
-    found = list(mapped(range(300), times, (3,)))
+    found = list(mapped(range(300), times(3), times, (3,)))
     assert [(item, value) for item, (value, _) in found] == [(n, 3 * n) for n in range(300)]
     processes = {process for _, (_, process) in found}
     assert len(processes) > 1 and os.getpid() in processes
@@ -41,13 +47,13 @@ def test_results_are_in_order_and_come_from_several_processes():
 
 def test_short_work_starts_no_process(monkeypatch):
     monkeypatch.setattr(parallel, "PATIENCE", 1e9)
-    assert {process for _, (_, process) in mapped(range(300), times, (3,))} == {os.getpid()}
+    assert {process for _, (_, process) in mapped(range(300), times(3), times, (3,))} == {os.getpid()}
 
 
 def test_an_endless_stream_may_be_left():
     taken = []
     items = (taken.append(n) or n for n in count())
-    results = mapped(items, times, (1,))
+    results = mapped(items, times(1), times, (1,))
     assert [item for item, _ in islice(results, 20)] == list(range(20))
     results.close()
     assert len(taken) <= 20 + 6
@@ -56,7 +62,21 @@ def test_an_endless_stream_may_be_left():
 @pytest.mark.parametrize(("factor", "error"), [(0, InputError), (-1, RunError)])
 def test_errors_and_deaths_end_the_work(factor, error):
     with pytest.raises(error, match="item 40 is bad" if error is InputError else "died"):
-        list(mapped(range(300), times, (factor,)))
+        list(mapped(range(300), times(factor), times, (factor,)))
+
+
+def test_rows_are_the_same_whoever_prepares_them(tmp_path, monkeypatch):
+    """Texts and chats, in shards too."""
+    values = tiny_run(tmp_path, teachers=1)
+    texts = [{"text": f"Document {n}. " + "A quick brown fox. " * (n % 9)} for n in range(400)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    values["data"] = values["data"] | {"train": [str(tmp_path / "many.jsonl")], "shards": 2, "max_length": 32}
+    spec = DistillationSpec.model_validate(values)
+    for name, cores in (("one", 1), ("several", 2)):
+        monkeypatch.setattr(parallel, "usable_cores", lambda cores=cores: cores)
+        stats = prepare_rows(spec, tmp_path / name, "train", shard=1)
+        assert stats.documents == 200
+    assert (tmp_path / "one" / "rows.arrow").read_bytes() == (tmp_path / "several" / "rows.arrow").read_bytes()
 
 
 def test_a_containers_share_bounds_the_cores(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xtoken_core.errors import RunError
+from xtoken_core.forking import start_server
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,15 +35,16 @@ def usable_cores() -> int:
     return cores
 
 
-def mapped(items: Iterable[T], make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...]) -> Iterator[tuple[T, R]]:
-    """Every item with the result of `make(*arguments)` on it, in order.
+def mapped(
+    items: Iterable[T], work: Callable[[T], R], make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...]
+) -> Iterator[tuple[T, R]]:
+    """Every item with the result of `work` on it, in order.
 
-    Short work is done in this process; from `PATIENCE` on, several do it, each with its own `make(*arguments)`. Items are
-    taken a few ahead only, and none after the iterator is closed. `make`, arguments, items and results cross process boundaries.
-    Raises what the function raises, and RunError if a process dies.
+    Short work is done in this process; from `PATIENCE` on, several do it, each with `make(*arguments)`, which gives the same
+    function. Items are taken a few ahead only, and none after the iterator is closed. `make`, arguments, items and results cross
+    process boundaries. Raises what `work` raises, and RunError if a process dies.
     """
     iterator, cores, started = iter(items), min(usable_cores(), MOST), time.monotonic()
-    work = make(*arguments)
     for item in iterator:
         yield item, work(item)
         if cores > 1 and time.monotonic() - started > PATIENCE:
@@ -55,6 +57,7 @@ def mapped(items: Iterable[T], make: Callable[..., Callable[[T], R]], arguments:
 def _spread(
     items: Iterator[T], processes: int, make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...]
 ) -> Iterator[tuple[T, R]]:
+    start_server(["xtoken_core.data.tokenizing"])
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(make, arguments)) as pool:
         ahead: deque[tuple[T, Future[R]]] = deque()

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from xtoken_core.data.documents import Document, read_documents
+from xtoken_core.data.parallel import mapped
 from xtoken_core.data.reading import row_budget
-from xtoken_core.data.rows import NO_TEXT, Row, Side, load_sides
+from xtoken_core.data.rows import Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
-from xtoken_core.data.tokenizing import DocumentTokenizer
+from xtoken_core.data.tokenizing import DocumentTokenizer, outcomes_by
 from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.spec import DataSpec, DistillationSpec
 
@@ -60,7 +61,7 @@ def prepare_rows(
     interval = 0.5 if sys.stderr.isatty() else 15
     stats = Statistics(sides)
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
-        rows = _rows(progress, DocumentTokenizer(sides, spec.data), domains, stats)
+        rows = _rows(progress, sides, spec, domains, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
     result = stats.summary(started=round(started, 1), seconds=round(time.time() - started, 3))
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
@@ -69,17 +70,19 @@ def prepare_rows(
     return result
 
 
-def _rows(documents: Iterable[Document], tokenize: DocumentTokenizer, domains: Sequence[str], stats: Statistics) -> Iterator[Row]:
+def _rows(
+    documents: Iterable[Document], sides: Sequence[Side], spec: DistillationSpec, domains: Sequence[str], stats: Statistics
+) -> Iterator[Row]:
     """The rows of all documents, in order. domains: of each part of the data."""
-    for batch in _batches(documents, BATCH_DOCUMENTS):
-        for document, found in zip(batch, tokenize(batch)):
-            rows = found if isinstance(found, str) else tokenize.rows(document, found)
-            if isinstance(found, str) or isinstance(rows, str):
-                stats.drop(document, str(rows), unusable=isinstance(found, str) and found != NO_TEXT)
+    alone = DocumentTokenizer(sides, spec.data).outcomes
+    for batch, outcomes in mapped(_batches(documents, BATCH_DOCUMENTS), alone, outcomes_by, (spec,)):
+        for document, outcome in zip(batch, outcomes):
+            if outcome.dropped is not None:
+                stats.drop(document, outcome.dropped, unusable=outcome.unusable)
                 continue
-            stats.add(document, cut=len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0]))
+            stats.add(document, cut=outcome.cut)
             place = {"document": document.index, "part": document.part, "domain": domains[document.part]}
-            yield from (place | row for row in rows)
+            yield from (place | row for row in outcome.rows)
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.documents import Document
 from xtoken_core.data.records import Conversation
-from xtoken_core.data.rows import Row, Side, Tokenized, document_rows, tokenize_texts, with_eos
-from xtoken_core.spec import DataSpec
+from xtoken_core.data.rows import NO_TEXT, Row, Side, Tokenized, document_rows, load_sides, tokenize_texts, with_eos
+from xtoken_core.spec import DataSpec, DistillationSpec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a document."""
+
+    rows: Sequence[Row] = ()
+    dropped: str | None = None
+    """Why it has no rows."""
+    unusable: bool = False
+    """It has none because it cannot be read or tokenized, not because nothing is in it."""
+    cut: bool = False
+    """Its only row holds less than all of it."""
 
 
 class DocumentTokenizer:
@@ -40,9 +54,26 @@ class DocumentTokenizer:
                 found.append(text if isinstance(text, str) or not self.data.eos else with_eos(text, self.sides))
         return found
 
+    def outcomes(self, documents: Sequence[Document]) -> list[Outcome]:
+        """What becomes of each document."""
+        return [self._outcome(document, found) for document, found in zip(documents, self(documents))]
+
+    def _outcome(self, document: Document, found: Tokenized | str) -> Outcome:
+        if isinstance(found, str):
+            return Outcome(dropped=found, unusable=found != NO_TEXT)
+        rows = self.rows(document, found)
+        if isinstance(rows, str):
+            return Outcome(dropped=rows)
+        return Outcome(rows, cut=len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0]))
+
     def rows(self, document: Document, tokenized: Tokenized) -> list[Row] | str:
         """The rows of a document, or why it has none. Of a chat only the first is kept: the rest would stand without its template."""
         whole = isinstance(document.content, Conversation)
         sides = self.chats.sides if whole else self.sides
         limits = [self.data.max_length - (side.bos is not None) for side in sides]
         return document_rows(tokenized, limits, sides, whole)
+
+
+def outcomes_by(spec: DistillationSpec) -> Callable[[Sequence[Document]], list[Outcome]]:
+    """What `DocumentTokenizer.outcomes` is, with tokenizers of its own: for another process."""
+    return DocumentTokenizer(load_sides(spec), spec.data).outcomes

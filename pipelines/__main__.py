@@ -22,6 +22,7 @@ for _command in (
     specs.explain,
     specs.schema,
     specs.plan,
+    specs.show,
     specs.tokenizers,
     runs.run,
     runs.compare,

@@ -1,9 +1,10 @@
-"""What concerns a spec only: validate, explain, schema, plan; and tokenizers, the vocabularies that one may name."""
+"""What concerns a spec only: validate, explain, schema, plan, show; and tokenizers, the vocabularies that one may name."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 import click
@@ -62,6 +63,19 @@ def plan(spec: Path, overrides: tuple[str, ...], finished: str | None) -> None:
 
     measured = None if finished is None else Run.load(local_copy(f"{finished.rstrip('/')}/{RUN_FILE}"))
     click.echo(plan_text(planned(DistillationSpec.from_yaml(spec, overrides), measured)))
+
+
+@click.command()
+@SPEC
+@SET
+@click.option("--rows", type=click.IntRange(1, 100), default=3, show_default=True, help="How many.")
+def show(spec: Path, overrides: tuple[str, ...], rows: int) -> None:
+    """Show a few rows as each tokenizer sees them, what is to be learned in colour. $NO_COLOR: in brackets."""
+    from xtoken_core.data.show import shown_rows
+
+    colour = not os.environ.get("NO_COLOR")
+    for text in shown_rows(DistillationSpec.from_yaml(spec, overrides), rows, colour):
+        click.echo(f"{text}\n", color=colour)
 
 
 @click.command()

@@ -19,7 +19,8 @@ from xtoken_core.alignment import align
 from xtoken_core.data.records import Conversation
 from xtoken_core.data.rows import NO_TEXT, Chunks, Side, Tokenized
 from xtoken_core.data.spelling import Speller, Spelling
-from xtoken_core.data.templates import Rendering, Template, Unmapped, Words, words_of
+from xtoken_core.data.templates import Rendering, Template, Unmapped
+from xtoken_core.data.words import Words, words_of
 from xtoken_core.errors import InputError
 from xtoken_core.tokenization import role_pairs
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xtoken_core.data.templates import Rendering, Unmapped, Words
+from xtoken_core.data.templates import Rendering, Unmapped
+from xtoken_core.data.words import Words
 from xtoken_core.tokenization import TokenTable, encode
 from xtoken_core.tokenizer_parts import SPACE, bare_tokenizer
 

@@ -8,7 +8,7 @@ its words went is seen from a second rendering, with a mark before each stretch 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
@@ -17,30 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from xtoken_core.data.records import Conversation, Message, plain_text
+from xtoken_core.data.words import CLOSE, MARK, OPEN, Words, marked
 
 _render: Any = chat_template_utils.render_jinja_template  # transformers has its types wrong
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: no text holds them
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_REASONING = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SPOKEN = ("reasoning_content", "reasoning", "thinking", "content", "tool_calls")
-_UNSAID_KEYS = ("id", "type")
-_FIXED_KEYS = (*_UNSAID_KEYS, "function", "name", "arguments", "parameters", "text", "index")
 
 
 class Unmapped(Exception):
     """Why a conversation cannot be used."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """A stretch of a message's own words, without white space around it."""
-
-    message: int
-    text: str
-    needed: bool
-    """Whether the message would not say the same without it: the last words of its content, the name of a tool."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +106,7 @@ class Template:
 
     def _rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
         text = self.render(conversation)
-        if _OPEN in text or _CLOSE in text:
+        if OPEN in text or CLOSE in text:
             raise Unmapped("it holds characters that Unicode keeps out of texts")
         places = self._places(conversation, words, text)
         turns: list[Turn] = []
@@ -139,22 +124,22 @@ class Template:
         return Rendering(text, places, self._as_the_template_says(conversation, text, turns))
 
     def _understands_parts(self) -> bool:
-        probe = [{"role": "user", "content": [{"type": "text", "text": _OPEN}]}]
+        probe = [{"role": "user", "content": [{"type": "text", "text": OPEN}]}]
         try:
             text = str(self.tokenizer.apply_chat_template(probe, tokenize=False))
         except Exception:  # see `render`
             return False
-        return _OPEN in text and "'text'" not in text and '"text"' not in text
+        return OPEN in text and "'text'" not in text and '"text"' not in text
 
     def _places(self, conversation: Conversation, words: list[Words], text: str) -> dict[int, int]:
         """Where words stand in the text, verbatim: from a rendering with marks in all of them, else in those that are needed."""
         for chosen in (set(range(len(words))), {i for i, w in enumerate(words) if w.needed}):
-            marked = self.render(_marked(conversation, chosen))
-            if _MARK.sub("", marked) != text:
+            rendered = self.render(marked(conversation, chosen))
+            if MARK.sub("", rendered) != text:
                 continue  # the template has looked at a mark
             places: dict[int, list[int]] = {}
             removed = 0
-            for mark in _MARK.finditer(marked):
+            for mark in MARK.finditer(rendered):
                 places.setdefault(int(mark[1]), []).append(mark.start() - removed)
                 removed += len(mark[0])
             return {i: p[0] for i, p in places.items() if len(p) == 1 and text.startswith(words[i].text, p[0])}
@@ -186,14 +171,15 @@ class Template:
 
         That is what a template that knows no prompt for an answer needs.
         """
-        other: Message = {"role": "assistant", "content": _OPEN}
+        other: Message = {"role": "assistant", "content": OPEN}
         try:
             text = self.render(replace(conversation, messages=[*conversation.messages[:number], other]))
         except Unmapped:
             return 0
-        if not text.startswith(prompt) or _OPEN not in text:
+        if not text.startswith(prompt) or OPEN not in text:
             return 0
-        return len(commonprefix([opening, text[len(prompt) : text.index(_OPEN)]]))
+        header = commonprefix([opening, text[len(prompt) : text.index(OPEN)]])
+        return len(header) if header.strip() else 0  # a blank is the model's
 
     def _turn_end(self, conversation: Conversation, number: int, text: str, last: tuple[int, int]) -> int:
         """Behind the token that ends the turn, and else behind what closes the last words."""
@@ -230,72 +216,3 @@ class Template:
             start, end = next(((a, b) for a, b in spans[0] if a < turn.end and turn.start < b), (turn.start, turn.end))
             found.append(Turn(turn.message, start, max(turn.end, end)))
         return found
-
-
-def words_of(conversation: Conversation) -> list[Words]:
-    """All stretches of words, message by message: reasoning, content, and of tool calls names, keys and texts."""
-    found = []
-    for number, message in enumerate(conversation.messages):
-        said = [(field, path, text[start:end]) for field, path, text in _texts(message) for start, end in _stretches(text)]
-        last = max((i for i, (field, _, _) in enumerate(said) if field == "content"), default=-1)
-        for i, (field, path, text) in enumerate(said):
-            is_name = field == "tool_calls" and path in (("name",), ("function", "name"))
-            found.append(Words(number, text, i == last or is_name))
-    return found
-
-
-def _marked(conversation: Conversation, chosen: set[int]) -> Conversation:
-    """The conversation with marks before the chosen words, which are numbered as `words_of` does."""
-    count = iter(range(10**9))
-
-    def marked(text: str) -> str:
-        pieces, done = [], 0
-        for start, _ in _stretches(text):
-            number = next(count)
-            pieces += [text[done:start], f"{_OPEN}{number}{_CLOSE}" if number in chosen else ""]
-            done = start
-        return "".join([*pieces, text[done:]])
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, str):
-            return marked(value)
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        if isinstance(value, Mapping):
-            return {(marked(k) if k not in _FIXED_KEYS else k): v if k in _UNSAID_KEYS else walk(v) for k, v in value.items()}
-        return value
-
-    return Conversation(
-        [m | {field: walk(m[field]) for field in _SPOKEN if field in m} for m in conversation.messages], conversation.tools
-    )
-
-
-def _texts(message: Message) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """(field, keys on the way, text) of every text that a message says, in the order in which `_marked` walks it."""
-
-    def walk(field: str, path: tuple[str, ...], value: Any) -> Iterator[tuple[str, tuple[str, ...], str]]:
-        if isinstance(value, str):
-            yield field, path, value
-        elif isinstance(value, list):
-            for item in value:
-                yield from walk(field, path, item)
-        elif isinstance(value, Mapping):
-            for name, item in value.items():
-                if name not in _FIXED_KEYS:
-                    yield field, (*path, "a key"), name
-                if name not in _UNSAID_KEYS:
-                    yield from walk(field, (*path, name), item)
-
-    for field in _SPOKEN:
-        if field in message:
-            yield from walk(field, (), message[field])
-
-
-def _stretches(text: str) -> Iterator[tuple[int, int]]:
-    """[start, end) of a text's words: without white space around them, apart where tags of reasoning stand between."""
-    done = 0
-    for start, end in [*(m.span() for m in _REASONING.finditer(text)), (len(text), len(text))]:
-        piece = text[done:start]
-        if piece.strip():
-            yield done + len(piece) - len(piece.lstrip()), done + len(piece.rstrip())
-        done = end

@@ -74,7 +74,7 @@ def _rows(spec: DistillationSpec, finished: Run | None) -> int | None:
     counted = finished.prepare.get("train") if finished is not None else None
     width = BYTES_PER_TOKEN if counted is None else counted.bytes / max(counted.student_tokens, 1)
     try:
-        size = sum(storage.size(uri) for uri in storage.expand(spec.data.train))
+        size = sum(storage.size(uri) for uri in storage.expand(spec.data.train_uris))
     except InputError:
         return None
     rows = math.ceil(size / width / spec.data.max_length)

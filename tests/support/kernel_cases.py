@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tests.support.losses_cases import random_batch, random_projection, random_teacher
+from tests.support.losses_cases import MODES, random_batch, random_projection, random_teacher
 from xtoken_core.losses import HiddenLogits, TopKLogits, plain
 from xtoken_core.losses.logits import AveragedLogits, LogitsForm, as_form
 from xtoken_core.losses.resolve import resolve_teachers
@@ -63,6 +63,12 @@ CASES = {
     ),
     "hidden_gold": Case(("gold",), {"uncommon_topk": 6}, hidden=True, coefficients=True, head={"bias": True}, seed=27),
     "hidden_several": Case(("same", "h_kl", "p_kl"), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=28),
+    "partition": Case(("partition_kl", "p_kl"), {"vocab_topk": 12, "temperature": 1.5}, seed=30),
+    "hidden_partition": Case(("partition_kl",), {}, hidden=True, coefficients=True, seed=31),
+    "hidden_partition_late": Case(("same", "partition_kl", "partition_kl"), {}, hidden=True, seed=32),
+    "hidden_partition_capped": Case(
+        ("partition_kl",), {}, hidden=True, coefficients=True, head={"softcap": 5.0, "scale": 0.5, "bias": True}, seed=33
+    ),
     "hidden_averaged": Case(("averaged",), {}, hidden=True, coefficients=True, seed=29),
 }
 
@@ -82,7 +88,7 @@ def build(case: Case):
     student = _formed(logits, generator, case.head) if case.hidden else as_form(logits)
     teachers = []
     for i, mode in enumerate(case.modes):
-        cross = mode in ("p_kl", "gold", "h_kl")
+        cross = mode in MODES
         teacher = random_teacher(case.seed + 7 * i, case.batch, case.length, case.vocab, cross, mode=mode if cross else None)
         if cross and case.top_k_entries != 3:
             w = random_projection(generator, case.vocab, teacher.logits.shape[-1], case.top_k_entries)
@@ -133,7 +139,8 @@ def evaluate(implementation, case: Case, device: torch.device, dtype: torch.dtyp
             weights = projection.weights.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
             if case.learnable:
                 leaves.append(weights.requires_grad_())
-            projection = replace(projection, indices=projection.indices.to(device), weights=weights)
+            cells = projection.cells and projection.cells.to(device)
+            projection = replace(projection, indices=projection.indices.to(device), weights=weights, cells=cells, tables={})
         moved.append(replace(t, logits=_moved(t.logits, device, dtype), projection=projection, **fields))
     for leaf in leaves:
         leaf.requires_grad_()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from xtoken_core.losses import plain
-from xtoken_core.losses.partition_tiles import partition_kl
 from xtoken_core.losses.selection import chunk_rows, next_token_mask
 from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
@@ -33,37 +32,7 @@ def term_sums(
     """See `plain.term_sums`. float64 logits always take the plain path: the kernels compute in float32."""
     logits = student.logits
     fast = _kernels() if logits.device.type == "cuda" and logits.dtype != torch.float64 else None
-    if fast is None:
-        return plain.term_sums(student, teachers, spec, coefficients)
-    return _with_partition_kl(fast.term_sums, student, teachers, spec, coefficients)
-
-
-def _with_partition_kl(
-    term_sums: Callable[..., TermSums],
-    student: StudentBatch,
-    teachers: Sequence[TeacherBatch],
-    spec: LossSpec,
-    coefficients: Coefficients | None,
-) -> TermSums:
-    """`term_sums`, which knows every mode but partition_kl, with the teachers of that mode added."""
-    ours = [i for i, teacher in enumerate(teachers) if teacher.mode == "partition_kl"]
-    if not ours:
-        return term_sums(student, teachers, spec, coefficients)
-    others = [i for i in range(len(teachers)) if i not in ours]
-    rest = None if coefficients is None else Coefficients(coefficients.ce, coefficients.kd[others])
-    sums = term_sums(student, [teachers[i] for i in others], spec, rest)
-    with torch.autocast(student.logits.device.type, enabled=False):
-        found = {i: partition_kl(student, teachers[i], spec) for i in ours} | dict(zip(others, sums.kd))
-    kd = torch.stack([found[i].to(sums.ce.dtype) for i in range(len(teachers))])
-    common, uncommon = (
-        torch.zeros_like(kd, dtype=x.dtype).index_copy(0, torch.tensor(others, device=x.device), x)
-        for x in (sums.common, sums.uncommon)
-    )
-    if coefficients is None:
-        return TermSums(sums.ce, kd, sums.correct, common, uncommon)
-    assert sums.total is not None
-    total = sums.total + (coefficients.kd[ours] * kd[ours]).sum().to(sums.total.dtype)
-    return TermSums(sums.ce, kd.detach(), sums.correct, common, uncommon, total)
+    return (fast or plain).term_sums(student, teachers, spec, coefficients)
 
 
 def valid_chunks(teacher: TeacherBatch, sample_mask: Tensor, spec: LossSpec) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from xtoken_core.losses.selection import chunk_rows, next_token_ids
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
 from xtoken_core.partition import Partition
+from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
 LARGEST_LOG_SHARE = math.log1p(-1e-6)
@@ -21,6 +22,30 @@ def cells_of(teacher: TeacherBatch) -> Partition:
     """The cells of a teacher of mode partition_kl, which `resolve_teachers` has made sure of."""
     assert teacher.projection is not None and teacher.projection.cells is not None
     return teacher.projection.cells
+
+
+@dataclass(frozen=True)
+class CellOrder:
+    """A vocabulary ordered by cell, tokens without one last."""
+
+    ids: Tensor
+    """[V] int64: the id at each place."""
+    place: Tensor
+    """[V] int64: the place of each id."""
+    sizes: Tensor
+    """[cells] int64: tokens of each cell."""
+    cell: Tensor
+    """[kept] int64: the cell at each place that has one."""
+
+
+def cell_order(projection: Projection, side: str, vocab: int) -> CellOrder:
+    """The order of the first `vocab` ids of the `student` or the `teacher`."""
+    assert projection.cells is not None
+    cells, count = getattr(projection.cells, side)[:vocab], projection.cells.num_cells
+    key = torch.where(cells < 0, count, cells)
+    ids = key.argsort(stable=True)
+    sizes = torch.bincount(key, minlength=count + 1)[:count]
+    return CellOrder(ids, ids.argsort(), sizes, key[ids][: int(sizes.sum())])
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,12 @@ class Side:
     def chunk_log_probs(self) -> Tensor:
         """[n]: log-probability of each realised chunk."""
         count = self.cells.shape[1]
-        return self.tokens.new_zeros(count + 1).index_add(0, self.chunk, self.tokens)[:count]
+        return chunk_sums(self.tokens, self.chunk, count)
+
+
+def chunk_sums(tokens: Tensor, chunk: Tensor, count: int) -> Tensor:
+    """[count]: the sum of the rows of each chunk, in float64 on the way, where their order shows in no bit that is left."""
+    return tokens.new_zeros(count + 1, dtype=torch.float64).index_add(0, chunk, tokens.double())[:count].to(tokens.dtype)
 
 
 def compare(student: Side, teacher: Side, cell: Tensor, realised: Tensor, spec: LossSpec) -> Tensor:
@@ -93,19 +123,27 @@ def compare(student: Side, teacher: Side, cell: Tensor, realised: Tensor, spec: 
     target, other = (s, t) if spec.reverse_kl else (t, s)
     first = (target.exp() * (target - other)).sum()
 
-    s_share, t_share = (_log_share(side, cell, realised) for side in (student, teacher))
-    of, target_share, other_share = (student, s_share, t_share) if spec.reverse_kl else (teacher, t_share, s_share)
-    mass = (of.cells.gather(0, cell[None])[0] - of.cells.logsumexp(0)).exp()
-    rest = (1 - target_share.exp()) * (_log1mexp(target_share) - _log1mexp(other_share))
-    second = mass * (target_share.exp() * (target_share - other_share) + rest)
-    return spec.temperature**2 * first + second[realised].sum()
+    own, theirs = (side.cells.gather(0, cell[None])[0] for side in (student, teacher))
+    of = student if spec.reverse_kl else teacher
+    mass = of.cells.gather(0, cell[None])[0] - of.cells.logsumexp(0)
+    second = realised_part(student.chunk_log_probs() - own, teacher.chunk_log_probs() - theirs, mass, realised, spec.reverse_kl)
+    return spec.temperature**2 * first + second
 
 
-def _log_share(side: Side, cell: Tensor, realised: Tensor) -> Tensor:
-    """[n]: the log of the realised chunk's share of its cell's mass; that of a half where there is none."""
-    of_cell = side.cells.gather(0, cell[None])[0]
-    share = (side.chunk_log_probs() - of_cell).clamp(max=LARGEST_LOG_SHARE)
-    return torch.where(realised, share, math.log(0.5))
+def realised_part(student: Tensor, teacher: Tensor, mass: Tensor, realised: Tensor, reverse: bool) -> Tensor:
+    """Sum over the realised ones of n chunks of the KL between {this chunk, the rest of its cell} of both sides.
+
+    Args:
+        student: [n] the log of the chunk's share of its cell; meaningless where not `realised`.
+        teacher: [n] likewise.
+        mass: [n] the log of the cell's probability: the teacher's, with `reverse` the student's.
+        realised: [n] bool.
+        reverse: the KL of the student from the teacher.
+    """
+    s, t = (torch.where(realised, x.clamp(max=LARGEST_LOG_SHARE), math.log(0.5)) for x in (student, teacher))
+    target, other = (s, t) if reverse else (t, s)
+    rest = (1 - target.exp()) * (_log1mexp(target) - _log1mexp(other))
+    return (mass.exp() * (target.exp() * (target - other) + rest))[realised].sum()
 
 
 def _log1mexp(x: Tensor) -> Tensor:

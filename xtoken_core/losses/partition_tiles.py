@@ -7,6 +7,7 @@ mass of a cell a sum of neighbours. Tiles have the vocabulary first, [V, rows]: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,66 +15,48 @@ import torch
 from torch import Tensor
 
 from xtoken_core.losses.logits import HiddenLogits, LogitsForm, as_form
-from xtoken_core.losses.partition import ComparedChunks, Side, compare, compared_chunks
+from xtoken_core.losses.partition import CellOrder, ComparedChunks, Side, cell_order, compare, compared_chunks
 from xtoken_core.losses.selection import FLOOR, next_token_ids
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
-from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
 ROWS = 2048
 """Rows formed at a time, at least one sample's."""
 
 
-@dataclass(frozen=True)
-class CellOrder:
-    """A vocabulary ordered by cell, tokens without one last."""
-
-    ids: Tensor
-    """[V] int64: the id at each place."""
-    place: Tensor
-    """[V] int64: the place of each id."""
-    sizes: Tensor
-    """[cells] int64: tokens of each cell."""
-    cell: Tensor
-    """[kept] int64: the cell at each place that has one."""
+Sums = tuple[Tensor, list[Tensor | None]]
+"""partition_kl of a batch, 0-dim, and its gradient by the student's tensors."""
 
 
-def cell_order(projection: Projection, side: str, vocab: int) -> CellOrder:
-    """The order of the first `vocab` ids of the `student` or the `teacher`."""
-    assert projection.cells is not None
-    cells, count = getattr(projection.cells, side)[:vocab], projection.cells.num_cells
-    key = torch.where(cells < 0, count, cells)
-    ids = key.argsort(stable=True)
-    sizes = torch.bincount(key, minlength=count + 1)[:count]
-    return CellOrder(ids, ids.argsort(), sizes, key[ids][: int(sizes.sum())])
-
-
-def partition_kl(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> Tensor:
+def partition_kl(
+    student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, implementation: Callable[..., Sums] | None = None
+) -> Tensor:
     """Sum over a batch's valid chunks of partition_kl, τ² within, 0-dim in float32 at least.
 
     Differentiable with respect to what the student's logits are made of. A second backward is not supported.
+    implementation: takes what `sum_and_gradients` takes, and answers as it does; None: that one.
     """
-    return _Tiled.apply(student, teacher, spec, *student.logits.tensors)
+    return _Tiled.apply(student, teacher, spec, implementation or sum_and_gradients, *student.logits.tensors)
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, sums: Callable[..., Sums], *tensors: Tensor | None
+    ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        value, gradients = _sum_and_gradients(student, teacher, compared_chunks(student, teacher, spec), spec, wanted)
+        with torch.no_grad():
+            value, gradients = sums(student, teacher, compared_chunks(student, teacher, spec), spec, wanted)
         ctx.save_for_backward(*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors)))
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, None, *(None if g is None else g * upstream[0].to(g.dtype) for g in ctx.saved_tensors)
+        return None, None, None, None, *(None if g is None else g * upstream[0].to(g.dtype) for g in ctx.saved_tensors)
 
 
-@torch.no_grad()
-def _sum_and_gradients(
-    student: StudentBatch, teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec, wanted: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The sum, and its gradient by the student's tensors if `wanted`."""
+def sum_and_gradients(student: StudentBatch, teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec, wanted: bool) -> Sums:
+    """The sum, and its gradient by the student's tensors if `wanted` (else an empty list)."""
     assert teacher.projection is not None and teacher.input_ids is not None
     own_form, other_form = student.logits, as_form(teacher.logits)
     samples, length, vocab = own_form.shape

@@ -23,14 +23,16 @@
     terms.py            one teacher's term, put together
     batch.py            all of a batch, put together
     launch.py           cheaper launches
-    autograd.py         `term_sums`: all of it, differentiable
+    autograd.py         all of it, differentiable
+    partition.py        partition_kl: masses of cells, KL, gradient
+    modes.py            `term_sums`: partition_kl beside the others
 
 Sums are formed in a fixed order: the same inputs give the same bits. Nothing waits for the device, except that from hidden states of more than
 one tile the places of the cuts are fetched once.
 """
 
-from xtoken_core.losses.kernels.autograd import term_sums
 from xtoken_core.losses.kernels.chunks import valid_chunks
+from xtoken_core.losses.kernels.modes import term_sums
 from xtoken_core.losses.kernels.rowsets import counted_tokens
 
 __all__ = ["counted_tokens", "term_sums", "valid_chunks"]

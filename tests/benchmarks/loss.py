@@ -32,6 +32,7 @@ from xtoken_core.losses.resolve import resolve_teachers
 from xtoken_core.losses.selection import chunk_rows, top_columns
 from xtoken_core.losses.tables import common_pairs
 from xtoken_core.losses.types import StudentBatch
+from xtoken_core.partition import Partition
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
@@ -72,6 +73,7 @@ CASES = [
     Case("h_kl", (4096, _S), (4055, _O), None, 22.0),
     Case("same", (4096, _S), (4096, _S), None, 3.0),
     Case("p_kl", (2048, _S), (2017, _Q), _D, 9.0, 0.6),
+    Case("partition_kl", (2048, _S), (2017, _Q), _D),
     Case("gold", (2048, _S), (2017, _Q), _D, 14.0),
     Case("h_kl", (2048, _S), (2017, _Q), _D, 14.0),
     Case("p_kl", (4096, _S), (4055, _Q), _D, 19.0),
@@ -102,7 +104,19 @@ def made_up_projection(student_vocab: int, teacher_vocab: int, device: torch.dev
     inside = torch.arange(4) < count[:, None]
     weights = (0.9 * 0.1 ** torch.arange(4)).expand(student_vocab, 4) * inside
     weights = weights / weights.sum(1, keepdim=True)
-    return Projection(torch.where(inside, pieces, -1).to(device), weights.to(device), teacher_vocab)
+    indices = torch.where(inside, pieces, -1)
+    return Projection(
+        indices.to(device), weights.to(device), teacher_vocab, cells=made_up_cells(indices, teacher_vocab).to(device)
+    )
+
+
+def made_up_cells(indices: Tensor, teacher_vocab: int) -> Partition:
+    """A cell for every teacher's token that some student's token reads as; every other token is in one of them, often in an early one."""
+    g = torch.Generator().manual_seed(7)
+    shared = indices[:, 0].unique()
+    teacher = (torch.rand(teacher_vocab, generator=g).pow(4) * len(shared)).long()
+    teacher[shared] = torch.arange(len(shared))
+    return Partition(teacher[indices[:, 0]], teacher, len(shared))
 
 
 def stored_projection(folder: Path, teacher_vocab: int, device: torch.device) -> Projection | None:

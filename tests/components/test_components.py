@@ -52,7 +52,7 @@ def test_each_step_runs_by_itself(run):
     audit = call("overlap", *spec, "--report", run / "audit.json")
     assert audit.exception is None, audit.output
     modes = json.loads(audit.output.splitlines()[-1])["modes"]
-    assert modes["other"] == "partition_kl"
+    assert modes["other"] == "p_kl"
     assert call("projection", *spec, "--matrices", run / "w").exception is None
     assert call("prepare", *spec, "--rows", run / "rows").exception is None
     training = ("--rows", run / "rows", "--projections", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")

@@ -24,7 +24,8 @@
     batch.py            all of a batch, put together
     launch.py           cheaper launches
     autograd.py         all of it, differentiable
-    partition.py        partition_kl: masses of cells, KL, gradient
+    cell_masses.py      partition_kl: masses of cells
+    partition.py        partition_kl: KL and gradient
     modes.py            `term_sums`: partition_kl beside the others
 
 Sums are formed in a fixed order: the same inputs give the same bits. Nothing waits for the device, except that from hidden states of more than

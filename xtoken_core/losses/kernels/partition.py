@@ -1,8 +1,7 @@
 """partition_kl from hidden states, at τ = 1 and not reversed: masses of cells, their KL, and the gradient by the logits, each in one pass.
 
-As in `partition_tiles`, a tile's logits are [V, columns] with the vocabulary in the order of cells; a column is a row of the batch. Its first
-columns are the rows that predict the chunks' first tokens, in the order of the chunks on both sides; then come the rows that predict further
-tokens of realised chunks. No probabilities are stored: exp(z - m) is formed anew wherever it is needed, m the largest logit of the column.
+A tile's first columns are the rows that predict the chunks' first tokens, in the order of the chunks on both sides; then come the rows that
+predict further tokens of realised chunks.
 """
 
 from __future__ import annotations
@@ -14,80 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.kernels.cell_masses import BLOCK, COLUMNS, CellSide, CellVocabulary
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.logits import HiddenLogits
-from xtoken_core.losses.partition import CellOrder, ComparedChunks, cell_order, chunk_sums, realised_part
-from xtoken_core.losses.selection import FLOOR, next_token_ids
+from xtoken_core.losses.partition import ComparedChunks, chunk_sums, realised_part
+from xtoken_core.losses.selection import FLOOR
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
-from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
-COLUMNS = 64
-"""Columns of a program; a tile has a multiple of it."""
-SEGMENT = 64
-"""Most tokens that one program adds up for a cell; larger cells are several segments."""
 TILE_CHUNKS = 2048
 """Chunks of a tile."""
 _SPLITS = 16
 """Parts into which the cells of a column are split for the KL."""
-_BLOCK = 32
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The cells of a vocabulary, and as one more the tokens that are in none, in pieces of at most SEGMENT tokens, long ones first."""
-
-    start: Tensor
-    """[S] int32: the place of the first token."""
-    size: Tensor
-    """[S] int32."""
-    row: Tensor
-    """[S] int32: where the sum goes: the cell itself, or for its further pieces a row behind all cells, those of one cell together."""
-    rows: int
-    divided: Tensor
-    """int64: the cells of several pieces."""
-    further: Tensor
-    """int64: how many further pieces each of them has."""
-    cell: Tensor
-    """[V] int32: the cell at each place; behind the last cell for a token without one."""
-
-
-def segments(projection: Projection, side: str, vocab: int) -> Segments:
-    """Of the first `vocab` ids of the `student` or the `teacher`."""
-    order = projection.table(cell_order, side, vocab)
-    device = order.sizes.device
-    sizes = torch.cat([order.sizes, order.sizes.new_tensor([vocab - len(order.cell)])]).cpu()
-    pieces = (sizes + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp(min=1)
-    of = torch.repeat_interleave(torch.arange(len(sizes)), pieces)
-    piece = torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of]
-    start = (sizes.cumsum(0) - sizes)[of] + SEGMENT * piece
-    size = (sizes[of] - SEGMENT * piece).clamp(max=SEGMENT)
-    behind = len(sizes) + (piece > 0).cumsum(0) - 1
-    row = torch.where(piece == 0, of, behind)
-    longest = size.argsort(descending=True, stable=True)
-    start, size, row = (x[longest].to(device, torch.int32) for x in (start, size, row))
-    divided = (pieces > 1).nonzero()[:, 0]
-    none = order.cell.new_full((vocab - len(order.cell),), len(order.sizes))
-    cell = torch.cat([order.cell, none]).to(torch.int32)
-    return Segments(start, size, row, len(of), divided.to(device), (pieces[divided] - 1).to(device), cell)
-
-
-@triton.jit
-def _mass_kernel(logits, maxima, start, size, row, mass, count, columns, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """mass[row, column] = Σ exp(z - m) over a segment's tokens."""
-    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = segment < count
-    first = tl.load(start + segment, mask=inside, other=0).to(tl.int64)
-    length = tl.load(size + segment, mask=inside, other=0)
-    highest = tl.load(maxima + column)[None, :]
-    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for k in range(tl.max(length, 0)):
-        at = (first + k)[:, None] * columns + column[None, :]
-        z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
-        total += tl.exp(z - highest)
-    to = tl.load(row + segment, mask=inside, other=0).to(tl.int64)
-    tl.store(mass + to[:, None] * columns + column[None, :], total, mask=inside[:, None])
 
 
 @triton.jit
@@ -161,67 +98,6 @@ def _gradient_kernel(
     tl.store(logits + at, result.to(logits.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One side of a tile."""
-
-    logits: Tensor
-    """[V, columns]."""
-    maxima: Tensor
-    """[columns] float32."""
-    mass: Tensor
-    """[rows, columns] float32: of the cells, then of the tokens in none; what is behind is of no more use."""
-    cells: int
-    place_cell: Tensor
-    """[V] int32: the cell at each place; one past the last for a token in none."""
-    following: Tensor
-    """[columns] int32: the place of the token that each column predicts."""
-    chunk: Tensor
-    """[columns] int64: its realised chunk within the tile; one past the last: none."""
-
-    @property
-    def kept(self) -> Tensor:
-        """[columns]: N, the mass of all cells."""
-        return self.mass[: self.cells].sum(0)
-
-    def scales(self) -> Tensor:
-        """[2, columns]: 1 / Z and Z / N."""
-        kept = self.kept
-        whole = kept + self.mass[self.cells]
-        return torch.stack([1 / whole, whole / kept])
-
-    def log_probs(self) -> Tensor:
-        """[columns]: of the tokens at `following`."""
-        z = self.logits.gather(0, self.following.long()[None])[0].float()
-        return z - self.maxima - (self.kept + self.mass[self.cells]).log()
-
-
-class _Vocabulary:
-    """One side's hidden states and lm_head, its rows in the order of cells."""
-
-    def __init__(self, form: HiddenLogits, projection: Projection, side: str, ids: Tensor):
-        self.vocab = form.shape[2]
-        self.order: CellOrder = projection.table(cell_order, side, self.vocab)
-        self.segments = projection.table(segments, side, self.vocab)
-        self.hidden = form.hidden.detach().flatten(0, 1)
-        self.weight = form.weight.detach()[self.order.ids].to(form.hidden.dtype)
-        self.following = self.order.place[next_token_ids(ids)].flatten()
-
-    def side(self, rows: Tensor, chunk: Tensor) -> _Side:
-        """Of the rows that a tile's columns are."""
-        logits = self.weight @ self.hidden[rows].T
-        maxima, parts = logits.amax(0).float(), self.segments
-        mass = torch.empty(parts.rows, len(rows), dtype=torch.float32, device=rows.device)
-        launch(
-            _mass_kernel, (ceil_div(len(parts.start), _BLOCK), len(rows) // COLUMNS), logits, maxima, parts.start, parts.size, parts.row,
-            mass, len(parts.start), len(rows), BLOCK=_BLOCK, COLUMNS=COLUMNS,
-        )  # fmt: skip
-        cells = len(self.order.sizes)
-        if len(parts.divided):
-            mass[parts.divided] += torch.segment_reduce(mass[cells + 1 :], "sum", lengths=parts.further, axis=0, unsafe=True)
-        return _Side(logits, maxima, mass, cells, parts.cell, self.following[rows].to(torch.int32), chunk)
-
-
 def takes(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> bool:
     """Whether these kernels know the form of both sides' logits, and the options."""
     return (
@@ -241,8 +117,8 @@ def sum_and_gradients(
     form, theirs = student.logits, teacher.logits
     assert isinstance(form, HiddenLogits) and isinstance(theirs, HiddenLogits)
     assert teacher.projection is not None and teacher.input_ids is not None
-    own = _Vocabulary(form, teacher.projection, "student", student.input_ids)
-    other = _Vocabulary(theirs, teacher.projection, "teacher", teacher.input_ids)
+    own = CellVocabulary(form, teacher.projection, "student", student.input_ids)
+    other = CellVocabulary(theirs, teacher.projection, "teacher", teacher.input_ids)
     total = torch.zeros((), device=form.device)
     of_hidden, of_weight = torch.zeros_like(own.hidden), torch.zeros_like(own.weight, dtype=torch.float32)
     for tile in _tiles(chunks):
@@ -301,35 +177,42 @@ def _padded(rows: Tensor, chunk: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(rows, (0, more)), torch.nn.functional.pad(chunk, (0, more), value=tile.high - tile.low)
 
 
-def _compare(own: _Side, other: _Side, cell: Tensor, realised: Tensor, wanted: bool) -> Tensor:
+def _compare(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, wanted: bool) -> Tensor:
     """A tile's sum; its gradient takes the place of the student's logits."""
     count, columns = len(cell), own.logits.shape[1]
     scales = torch.cat([own.scales(), other.scales()])
-    splits = ceil_div(ceil_div(own.cells, _SPLITS), _BLOCK) * _BLOCK
+    splits = ceil_div(ceil_div(own.cells, _SPLITS), BLOCK) * BLOCK
     parts, floored = torch.empty(2, _SPLITS, columns, dtype=torch.float32, device=cell.device)
     launch(
         _kl_kernel, (columns // COLUMNS, _SPLITS), own.mass, other.mass, scales, parts, floored, own.cells, columns, splits,
-        FLOOR=FLOOR, BLOCK=_BLOCK, COLUMNS=COLUMNS,
+        FLOOR=FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
     )  # fmt: skip
     first = parts[:, :count].sum()
-    inverse_s, _, inverse_t, kept_t = scales[:, :count]
-    shares, at = [], torch.arange(count, device=cell.device)
-    with torch.enable_grad():
-        tokens = own.log_probs().requires_grad_()
-        of_cell = (own.mass[cell, at] * inverse_s).clamp(min=FLOOR).log().requires_grad_()
-        their_cell = (other.mass[cell, at] * inverse_t).clamp(min=FLOOR).log()
-        for side, probs, of in ((own, tokens, of_cell), (other, other.log_probs(), their_cell)):
-            shares.append(chunk_sums(probs, side.chunk, count) - of)
-        second = realised_part(*shares, their_cell + kept_t.log(), realised, reverse=False)
-        by_tokens, by_cell = torch.autograd.grad(second, (tokens, of_cell))
+    second, by_tokens, by_cell = _realised(own, other, cell, realised, scales)
     if wanted:
         everywhere = by_tokens + floored.sum(0)
         everywhere[:count] += by_cell
         everywhere[count:] = by_tokens[count:]
         by_cell, realised_cell = (torch.nn.functional.pad(x, (0, columns - count)) for x in (by_cell, cell.to(torch.int32)))
         launch(
-            _gradient_kernel, (ceil_div(own.logits.shape[0], _BLOCK), columns // COLUMNS), own.logits, own.maxima, own.mass, other.mass,
+            _gradient_kernel, (ceil_div(own.logits.shape[0], BLOCK), columns // COLUMNS), own.logits, own.maxima, own.mass, other.mass,
             own.place_cell, scales, realised_cell, by_cell, by_tokens, everywhere, own.following, own.logits.shape[0], own.cells, columns, count,
-            FLOOR=FLOOR, BLOCK=_BLOCK, COLUMNS=COLUMNS,
+            FLOOR=FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
         )  # fmt: skip
-    return first + second.detach()
+    return first + second
+
+
+def _realised(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The realised part of a tile, and its derivatives by the log probabilities of tokens and by the log masses of `cell`."""
+    count = len(cell)
+    inverse_s, _, inverse_t, kept_t = scales[:, :count]
+    at = torch.arange(count, device=cell.device)
+    with torch.enable_grad():
+        tokens = own.log_probs().requires_grad_()
+        of_cell = (own.mass[cell, at] * inverse_s).clamp(min=FLOOR).log().requires_grad_()
+        their_cell = (other.mass[cell, at] * inverse_t).clamp(min=FLOOR).log()
+        share = chunk_sums(tokens, own.chunk, count) - of_cell
+        their_share = chunk_sums(other.log_probs(), other.chunk, count) - their_cell
+        value = realised_part(share, their_share, their_cell + kept_t.log(), realised, reverse=False)
+        by_tokens, by_cell = torch.autograd.grad(value, (tokens, of_cell))
+    return value.detach(), by_tokens, by_cell

@@ -322,7 +322,10 @@ def test_the_entry_point(run):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "valid" in done.stdout
     wrong = subprocess.run([*command, "--set", "training.max_step=3"], capture_output=True, text=True, timeout=300)
-    assert (wrong.returncode, wrong.stderr) == (2, f"{run}/spec.yaml: training.max_step: no such field; did you mean max_steps?\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        f"{run}/spec.yaml: training.max_step: no such field; did you mean max_steps?\n",
+    )
 
 
 def test_validate_and_compile(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tests.support.losses_cases import oracle_case  # noqa: E402
 from xtoken_core.losses import distillation_loss, plain  # noqa: E402
 from xtoken_core.losses.kernels import term_sums, tiles  # noqa: E402
 
-CUDA = torch.device("cuda")
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+CUDA = torch.device("cuda", WORKER % torch.cuda.device_count())
+torch.cuda.set_device(CUDA)
 ORACLE = sorted((Path(__file__).parents[1] / "oracle").glob("*.safetensors"))
 
 LARGE = {

@@ -225,28 +225,28 @@ def _sparse(parts: TileGradient) -> tuple[Sparse, ...]:
     )
 
 
+def _touched(parts: TileGradient, spare: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Lists of touched columns, ranks, and their sizes; without sparse parts nothing reads them, and `spare` stands there."""
+    if parts.touched is None:
+        return spare, spare, 1, 1
+    return parts.touched.token, parts.touched.rank, *parts.touched.token.shape
+
+
 def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGradient, factors: Factors, spec: LossSpec) -> None:
     """Writes the gradient by a tile's raw logits (before scale and cap) of ce * CE + kd · KD.
 
     Args:
-        tile: its logits [n, V] as capped.
+        tile: its logits [n, V] as capped; of all the rows of `student`.
         out: [n, V], whose padding may be overwritten; may be the tile's logits where there are no `parts.common`.
-        student: all its rows.
-        parts: of the terms.
-        factors: of the sums.
+        parts: of the terms; `factors`: of their sums.
         spec: read for `temperature` and `reverse_kl`.
     """
     logits, source, stats = tile.logits, student.source, tile.stats
-    n, vocab = logits.shape
-    rows = part(tile.first, n)
+    (n, vocab), rows = logits.shape, part(tile.first, logits.shape[0])
     sparse = _sparse(parts)
-    limit = readable(logits)
-    if any(readable(p) != limit for _, w in parts.whole for p in w.parts):
-        limit = vocab
-    token = rank = student.targets
-    sets = room = 1
-    if parts.touched is not None:
-        token, rank, (sets, room) = parts.touched.token, parts.touched.rank, parts.touched.token.shape
+    limits = {readable(logits), *(readable(p) for _, w in parts.whole for p in w.parts)}
+    limit = limits.pop() if len(limits) == 1 else vocab
+    token, rank, sets, room = _touched(parts, student.targets)
     programs = min(n * PARTS, PROGRAMS) if sparse else n * PARTS
     launch(
         _gradient_kernel,

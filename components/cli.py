@@ -4,6 +4,7 @@ KFP runs a component's source by itself, in the image of the step: bodies import
 module, and the annotations are real objects (no `from __future__ import annotations` in a component's file).
 """
 
+import errno
 import inspect
 import json
 import os
@@ -27,6 +28,13 @@ from xtoken_core.workflow.views import View
 
 component = partial(dsl.component, base_image=ResourcesSpec().image, install_kfp_package=False)
 """The decorator of every component; a pipeline puts its spec's image in place of the default one."""
+
+
+PATH_ERRORS = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM,
+    errno.EROFS,
+}  # fmt: skip
+"""What is wrong with a place that the user has named, as against with this program."""
 
 
 def command(component: Any) -> click.Command:
@@ -65,6 +73,11 @@ def run_command(cli: click.Command, name: str) -> None:
         sys.exit(2)
     except click.ClickException as e:
         click.echo(f"{name}: {e.format_message()}", err=True)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in PATH_ERRORS or not e.filename:
+            raise
+        click.echo(f"{name}: {e.filename}: {e.strerror}", err=True)
         sys.exit(2)
     except click.Abort:
         sys.exit(130)

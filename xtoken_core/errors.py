@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from xtoken_core.uris import without_keys
+
 ERROR_FILE = "XTOKEN_ERROR_FILE"
 """Environment variable: where a process that stops with one of these errors leaves its line, for the program that started it."""
 
@@ -16,8 +18,11 @@ class InputError(ValueError):
     """Bad input from the user: one line that names the field, file or teacher at fault.
 
     Every command line of the project turns it into that line on stderr and exit code 2; anything else that
-    escapes is a failed run (exit code 1) or a bug.
+    escapes is a failed run (exit code 1) or a bug. Keys in URIs are left out of it.
     """
+
+    def __init__(self, line: str):
+        super().__init__(without_keys(line))
 
 
 class RunError(RuntimeError):

@@ -15,6 +15,7 @@ from xtoken_core import storage
 from xtoken_core.data.mixture import Mixture
 from xtoken_core.data.rows import Row
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
+from xtoken_core.errors import InputError
 from xtoken_core.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -86,11 +87,26 @@ def load_rows(*folders: str | Path) -> Dataset:
     """The rows that `prepare_rows` wrote, memory-mapped, as numpy arrays; those of several shards in document order."""
     import datasets
 
-    parts = [datasets.Dataset.from_file(str(Path(folder) / "rows.arrow")) for folder in folders]
+    parts = [_read_arrow(Path(folder) / "rows.arrow") for folder in folders]
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(parts) > 1:
         rows = rows.select(np.argsort(rows.with_format("numpy")["document"][:], kind="stable"))
     return rows.with_format("numpy")
+
+
+def _read_arrow(path: Path) -> Dataset:
+    """One memory-mapped file of rows, its structure checked. Raises InputError."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        rows = datasets.Dataset.from_file(str(path))
+        rows.data.table.validate(full=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: no rows that prepare wrote") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as e:
+        raise InputError(f"{path}: rows that cannot be read: {' '.join(str(e).split())[:200]}") from None
+    return rows
 
 
 def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows | Mixture:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from xtoken_core.errors import InputError
 from xtoken_core.results.evaluation import Evaluation
-from xtoken_core.results.record import Record
+from xtoken_core.results.record import Record, text_of
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.subject import BEST, LAST, Subject
 from xtoken_core.results.training import LogLine, TrainingSummary, read_log
@@ -95,10 +95,10 @@ class Run(Record):
         """Reads a run.json that `save` wrote. Raises InputError."""
         if not Path(path).exists():
             raise InputError(f"{path}: no such file: not a finished run?")
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_of(path)
         try:
             written_as = json.loads(text).get("format")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             written_as = None
         if written_as != FORMAT:
             raise InputError(f"{path}: not a run.json of format {FORMAT}")

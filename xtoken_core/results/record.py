@@ -27,10 +27,7 @@ class Record(BaseModel):
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Reads a file that `write` wrote. Raises InputError."""
-        try:
-            return cls.parse(Path(path).read_text(encoding="utf-8"), path)
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+        return cls.parse(text_of(path), path)
 
     @classmethod
     def parse(cls, text: str, where: str | Path) -> Self:
@@ -40,5 +37,15 @@ class Record(BaseModel):
         except ValidationError as e:
             first = e.errors()[0]
             raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{where}: not JSON: {e}") from None
+
+
+def text_of(path: str | Path) -> str:
+    """A file's text. Raises InputError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text: {e.reason}") from None

@@ -6,15 +6,20 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from xtoken_core.spec.fields import spec_fields
-from xtoken_core.storage.uris import without_keys
+from xtoken_core.uris import without_keys
 
 _SILENT = {"extra_forbidden", "missing", "keys"}
 """Complaints that do not repeat the value: it says nothing, or is secret."""
+
+
+MOST = 50
+"""Lines of complaint; who has more has one mistake many times."""
 
 
 def complaints(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
@@ -22,11 +27,14 @@ def complaints(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     by_path: dict[tuple[int | str, ...], list[Any]] = {}
     for e in error.errors(include_url=False):
         by_path.setdefault(_path(e["loc"], data), []).append(e)
+    sections = {path[:depth] for path in by_path for depth in range(len(path))}
     lines: list[str] = []
     for path, errors in by_path.items():
-        if any(other[: len(path)] == path != other for other in by_path):  # then others say what is wrong within
+        if path in sections:  # others say what is wrong within
             errors = [e for e in errors if e["loc"] == path and e["type"] != "too_short"]
         lines += _lines(path, errors, model)
+        if len(lines) > MOST:
+            return [*lines[:MOST], f"and more: {error.error_count()} in all"]
     return lines
 
 
@@ -75,11 +83,16 @@ def _reason(path: tuple[int | str, ...], error: Any, model: type[BaseModel]) -> 
     return message.replace("valid tuple", "list").replace("finite number", "number that is finite")
 
 
+@cache
+def _fields(model: type[BaseModel]) -> list[str]:
+    return [field.path.removesuffix("[]") for field in spec_fields(model)]
+
+
 def _meant(path: tuple[int | str, ...], model: type[BaseModel]) -> str:
     """The field of that section that is nearest, else one of that name elsewhere, else what the section has."""
     *section, name = ("[]" if isinstance(key, int) else key for key in path)
     prefix = ".".join(section).replace(".[]", "[]") + "." if section else ""
-    known = [field.path.removesuffix("[]") for field in spec_fields(model)]
+    known = _fields(model)
     here = [field.removeprefix(prefix) for field in known if field.startswith(prefix) and "." not in field[len(prefix) :]]
     elsewhere = [field for field in known if field.rpartition(".")[2] == name]
     close = difflib.get_close_matches(name, here, 1, 0.7) or elsewhere[:1] or difflib.get_close_matches(name, here, 1)

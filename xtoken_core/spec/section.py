@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from xtoken_core.storage.uris import has_keys
+from xtoken_core.uris import has_keys
 
 MAX_STEPS = 10**7
 """Upper bound of steps, rows and whatever is counted like them: beyond it lies a slip of the keyboard."""

@@ -18,7 +18,7 @@ from xtoken_core.storage.reading import (
     remove,
     size,
 )
-from xtoken_core.storage.uris import is_remote, normalize
+from xtoken_core.uris import is_remote, normalize
 
 __all__ = [
     "INCOMPLETE",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xtoken_core.errors import InputError
 from xtoken_core.storage.places import filesystem, reported
 from xtoken_core.storage.reading import INCOMPLETE, size
-from xtoken_core.storage.uris import is_remote
+from xtoken_core.uris import is_remote
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from xtoken_core.errors import InputError
-from xtoken_core.storage.uris import has_keys, is_remote, normalize, without_keys
+from xtoken_core.uris import has_keys, is_remote, normalize, without_keys
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

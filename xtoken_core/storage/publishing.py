@@ -16,7 +16,7 @@ from xtoken_core.storage.ownership import MANIFEST, Manifest
 from xtoken_core.storage.places import filesystem, reported
 from xtoken_core.storage.progress import progress
 from xtoken_core.storage.reading import FILES_AT_ONCE, INCOMPLETE, remove_path
-from xtoken_core.storage.uris import is_remote
+from xtoken_core.uris import is_remote
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

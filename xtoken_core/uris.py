@@ -6,7 +6,7 @@ import os
 import re
 
 _KEYS = re.compile(
-    r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@"
+    r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^/\s]*@"
     r"|(?P<query>[?&](?:[\w-]*(?:signature|credential|token|secret|password|accesskeyid)|sig|key)=)[^&\s]*",
     re.IGNORECASE,
 )

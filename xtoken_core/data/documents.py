@@ -102,7 +102,11 @@ def _line(line: bytes, data: DataSpec) -> Content:
 
 
 def _row(batch: pa.RecordBatch, number: int, data: DataSpec) -> Content:
-    return content_of(batch.slice(number, 1).to_pylist()[0], data)
+    try:
+        record = batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        raise Unusable("not UTF-8 text") from None
+    return content_of(record, data)
 
 
 def _read_txt(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], Content]]]:

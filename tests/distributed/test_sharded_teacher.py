@@ -14,6 +14,7 @@ from xtoken_core.configs import weight_bytes
 from xtoken_core.models import load_model
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import Shards
+from xtoken_core.training.teachers import sharers
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,12 @@ def hands_over_the_whole_models_logits(folder, devices, **tolerance):
 
 def test_every_rank_gets_the_whole_models_logits_of_its_own_samples(tmp_path):
     assert hands_over_the_whole_models_logits(tiny_model(tmp_path / "teacher", 400), ["cpu", "cpu"])
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(10, 1), (11, 1), (12, 8), (88, 8), (89, 64)])
+def test_no_more_ranks_share_a_teacher_than_must(needed, expected):
+    """64 ranks, eight on a host, with room for 11 each."""
+    assert sharers(needed, 11.0, 8, 64) == expected
 
 
 def test_the_size_of_a_model_is_known_before_it_is_loaded(tmp_path):

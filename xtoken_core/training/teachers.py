@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.settings import compute_dtype, training_loss
 
 LARGEST_SHARE = 0.6
-"""Of a GPU's memory: a teacher whose weights take more is sharded over the ranks, where there are several."""
+"""Of a GPU's memory: a teacher whose weights take more is sharded over ranks, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,28 @@ def _setup(
     )
 
 
+def sharers(needed: int, room: float, per_host: int, ranks: int) -> int:
+    """How many ranks share weights of `needed` bytes, where each has `room`: none others (1), those of a host, or all.
+
+    The fewest that can: a forward pass gathers every layer from all of them, and between hosts that is slow.
+    """
+    return next((count for count in (1, per_host) if needed <= room * count), ranks)
+
+
 def _shards(model: str, dtype: torch.dtype, device: torch.device) -> Shards | None:
-    """A meeting point for the teacher's processes on all ranks, if the model is too large for one GPU. All ranks call it."""
+    """A meeting point for the teacher's processes on several ranks, if the model is too large for one GPU. All ranks call it."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1 or device.type != "cuda":
         return None
-    if weight_bytes(model, dtype) <= LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory:
+    room = LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
+    size = sharers(weight_bytes(model, dtype), room, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
+    if size == 1:
         return None
     with socket.socket() as free:
         free.bind(("", 0))
-        address = [f"{os.environ['MASTER_ADDR']}:{free.getsockname()[1]}"]
-    dist.broadcast_object_list(address, src=0)
-    return Shards(address[0], dist.get_rank(), ranks)
+        ports: list[Any] = [None] * ranks
+        dist.all_gather_object(ports, free.getsockname()[1])
+    rank = dist.get_rank()
+    first = rank // size * size  # torchrun numbers the ranks host by host
+    host = os.environ["MASTER_ADDR"] if size == ranks else "localhost"
+    return Shards(f"{host}:{ports[first]}", rank - first, size)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.quality.__main__ import run
 from tests.benchmarks.quality.prepare import prepare_folder
+from tests.benchmarks.quality.report import write_report
+from tests.benchmarks.quality.text import collect
+from tests.benchmarks.quality.work import run
 from tests.support.tiny import texts, tiny_model
 
 
@@ -50,5 +52,20 @@ def test_every_arm_trains_once(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "out" / "cpu.jsonl").read_text().splitlines()]
     assert [line.get("failed") for line in lines] == [None] * 6
     assert all(0 < line["held_out"]["code"] < 20 for line in lines)
+    write_report(folder / "out", folder / "report")
+    table = (folder / "report.md").read_text()
+    assert all(f"| {arm} | 2 |" in table for arm in ("ce", "partition", "first", "reached", "kl")) and "### same" in table
+    assert "<svg" in (folder / "report.svg").read_text()
     kd = {line["key"]: line["curve"][0]["kl_loss"] for line in lines}
     assert kd["cross-partition-0-2"] > kd["cross-first-0-2"] > 0
+
+
+def test_text_keeps_some_packages_out_of_training(tmp_path: Path) -> None:
+    for package in ("networkx", "other"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "code.py").write_text(f"# {package}\n" * 300)
+    (tmp_path / "other" / "tests").mkdir()
+    (tmp_path / "other" / "tests" / "code.py").write_text("# test\n" * 300)
+    found = collect(tmp_path, None, 1, 5)
+    assert found["english"] == [] and len(found["train"]) == len(found["code"]) == 1
+    assert "# other" in found["train"][0] and "# networkx" in found["code"][0]

@@ -207,14 +207,17 @@ def test_a_dead_teacher_ends_the_run(base, values):
     assert f"{TeacherError.__name__}: teachers.1 (same): its process died (SIGKILL" in errors
 
 
-def test_a_packed_row_gives_the_loss_of_its_documents_one_by_one(base, values):
-    spec = DistillationSpec.model_validate(values | {"loss": {"mode": "p_kl", "vocab_topk": 16, "dynamic_scaling": False}})
+@pytest.mark.parametrize("mode", ["p_kl", "partition_kl"])
+def test_a_packed_row_gives_the_loss_of_its_documents_one_by_one(base, values, mode):
+    plain = changed(values, loss={"vocab_topk": 16, "weight_metric": None})
+    plain["teachers"] = [{**teacher, "projection": {}} if "projection" in teacher else teacher for teacher in values["teachers"]]
+    spec = DistillationSpec.model_validate(changed(plain, loss={"mode": mode, "dynamic_scaling": False}))
     rows, collate = load_rows(base / "rows" / "train"), Collator.for_rows(spec, base / "rows" / "train")
     documents = [rows[i] for i in range(4)]
     models = {name: load_model(str(base / name), torch.float64) for name in ("student", "other", "same")}
     w = Projection.load(base / "w.safetensors")
     teachers = [
-        ReadyTeacher("other", setup=None, fingerprint="", mode="p_kl", projection=w),
+        ReadyTeacher("other", setup=None, fingerprint="", mode=mode, projection=w),
         ReadyTeacher("same", setup=None, fingerprint=""),
     ]
     tokenizer = load_tokenizer(str(base / "student"))
@@ -241,6 +244,21 @@ def test_a_packed_row_gives_the_loss_of_its_documents_one_by_one(base, values):
     apart, gradient = loss([collate([document]) for document in documents])
     assert packed == pytest.approx(apart, rel=1e-9)
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-7, atol=1e-10)
+
+
+def test_partition_kl_is_the_same_through_every_transport(base, values):
+    """Hidden states or logits, packed or not: one loss, step by step."""
+    found = {}
+    for transport in ("hidden", "logits"):
+        teachers = [{**teacher, "transport": transport} for teacher in values["teachers"]]
+        teachers[0]["projection"] = {}
+        spec = changed(
+            values | {"teachers": teachers}, loss={"mode": "partition_kl"}, training={"max_steps": 2, "eval_steps": None}
+        )
+        run(spec, base, base / transport)
+        found[transport] = losses(base / transport)
+    for hidden, logits in zip(found["hidden"], found["logits"], strict=True):
+        assert hidden == pytest.approx(logits, rel=1e-5) and hidden[1] > 0
 
 
 def test_a_packed_run_trains(base, values):

@@ -261,6 +261,14 @@ def test_partition_kl_is_the_same_through_every_transport(base, values):
         assert hidden == pytest.approx(logits, rel=1e-5) and hidden[1] > 0
 
 
+def test_a_mode_that_was_worse_than_no_distillation_says_so(base, values, caplog, capsys):
+    teachers = [{**values["teachers"][0], "projection": {}}]
+    spec = changed(values | {"teachers": teachers}, loss={"mode": "h_kl"}, training={"max_steps": 1, "eval_steps": None})
+    run(spec, base, base / "h_kl")
+    assert "teacher other: h_kl made a worse student than no distillation" in caplog.text
+    assert "kd (a score, no distance)" in capsys.readouterr().err
+
+
 def test_a_packed_run_trains(base, values):
     out = base / "packed"
     run(changed(values, data={"packing": True}, training={"max_steps": 1, "global_batch_size": 2, "eval_steps": None}), base, out)

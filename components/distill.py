@@ -14,6 +14,7 @@ def distill(
     more_rows: list = [],  # noqa: B006 - KFP reads the default
     projections: Input[Artifact] = None,
     modes: dict = {},  # noqa: B006 - KFP reads the default
+    scores: list = [],  # noqa: B006 - KFP reads the default
     baseline: bool = False,
     checkpoints: str = "",
 ):
@@ -27,6 +28,7 @@ def distill(
         more_rows: Folders or URIs of the other shards.
         projections: Folder of every W that projections wrote, where a teacher has one.
         modes: Loss mode of each cross-tokenizer teacher by its id, as overlap prints them.
+        scores: Folders or URIs that score wrote, teacher after teacher, of each one a folder per shard of rows.
         baseline: Cross-entropy only, on the same rows in the same order.
         checkpoints: Folder or URI for checkpoints from which an interrupted training resumes; none by default.
     """
@@ -36,15 +38,15 @@ def distill(
     with step("distill-baseline" if baseline else "distill", run):
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
-        from xtoken_core.training.inputs import TrainingInputs
+        from xtoken_core.training.inputs import TrainingInputs, by_teacher
         from xtoken_core.workflow.figures import training_facts, training_figures
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
 
         parsed = View.from_text(spec)
-        own = own_folder(checkpoints, spec, modes, baseline, rows.uri, more_rows, projections.uri if projections else "")
+        own = own_folder(checkpoints, spec, modes, baseline, rows.uri, more_rows, projections.uri if projections else "", scores)
         w = matrices(parsed, projections.path if projections else None)
-        inputs = TrainingInputs((rows.path, *more_rows), modes, w)
+        inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores))
         summary = distill(parsed, inputs, run.path, baseline=baseline, checkpoint_uri=own)
         run.metadata |= training_facts(parsed, summary)
         for name, value in training_figures(summary).items():

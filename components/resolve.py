@@ -12,6 +12,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         ("overlap", str),
         ("projections", str),
         ("prepare", str),
+        ("score", str),
         ("distill", str),
         ("baseline", str),
         ("evaluate_student", str),
@@ -36,6 +37,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         overlap: What overlap reads of the spec, with a digest of what else it reads; so for the other steps.
         projections: What projections reads.
         prepare: What prepare reads.
+        score: What score reads.
         distill: What distill reads.
         baseline: What distill reads for the twin that is trained on cross-entropy only.
         evaluate_student: What evaluate reads for the student and its twin.
@@ -51,7 +53,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
 
     with step("resolve") as times:
         *views, inputs, plan = resolve(spec, overrides, compiled)
-        return (*views, [entry.model_dump() for entry in inputs], plan.model_dump(), times())
+        return (*views, [entry.model_dump(exclude_none=True) for entry in inputs], plan.model_dump(exclude_none=True), times())
 
 
 if __name__ == "__main__":

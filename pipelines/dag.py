@@ -16,6 +16,7 @@ from components.prepare import prepare
 from components.projection import projection
 from components.report import report
 from components.resolve import resolve
+from components.score import score
 from pipelines.cluster import Size, on_cluster
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import shape
@@ -69,7 +70,8 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     ]
     rows, uris = prepared[0]["rows"], [share["uri"] for share in prepared]
 
-    runs = _trainings(compiled, add, views, rows, uris, {"modes": audit["modes"], **matrices})
+    teaching = {"modes": audit["modes"], **matrices, **_scores(compiled, add, views, prepared)}
+    runs = _trainings(compiled, add, views, rows, uris, teaching)
     agreement = {"rows": rows, "modes": audit["modes"], **matrices}
     given: dict[Group, dict[str, Any]] = {
         Group.TEACHERS: {"spec": views["evaluate_teachers"], "after": "overlap"},
@@ -86,6 +88,23 @@ def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
     }
     told = {"tasks": edges, "inputs": views["inputs"], "resolved": views["times"], **({"shards": uris[1:]} if uris[1:] else {})}
     add(report, "report", spec=views["report"], overlap=audit["report"], rows=rows, **told, **runs, **matrices, **results)
+
+
+def _scores(compiled: DistillationSpec, add: Callable[..., Any], views: Any, prepared: list[Any]) -> dict[str, Any]:
+    """Adds a task for each teacher whose scores are computed, and each shard of rows; distill's input, if there are any."""
+    gpus = min(compiled.resources.gpus_per_node, 1)
+    uris = []
+    for teacher in compiled.teachers:
+        if teacher.scores is None or teacher.scores.uri is not None:
+            continue
+        for shard, share in enumerate(prepared):
+            name = f"score-{teacher.id}" if len(prepared) == 1 else f"score-{teacher.id}-{shard}"
+            uris.append(
+                add(score, name, size=Size.EVALUATION, gpus=gpus, spec=views["score"], teacher=teacher.id, rows=share["rows"])[
+                    "uri"
+                ]
+            )
+    return {"scores": uris} if uris else {}
 
 
 def _trainings(

@@ -15,6 +15,9 @@ from xtoken_core.data.rows import Row
 from xtoken_core.results.rows import RowsRecord
 from xtoken_core.spec import DistillationSpec
 
+Scored = Callable[[Sequence[Row]], Any]
+"""From rows that know their place to what stands for a teacher's logits over them."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -78,6 +81,8 @@ class Batch:
     """In the spec's order. The side of a teacher with the student's vocabulary is `student` itself."""
     sample_mask: Tensor
     """float32 [B], 1: the sample counts."""
+    scored: tuple[Any, ...] = ()
+    """In the spec's order what stands for a teacher's logits, of those that are not run; None for the others."""
 
     @property
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,16 +134,19 @@ class Collator:
     and each side has in `packed` what its model reads.
     """
 
-    def __init__(self, columns: Sequence[str | None], pads: dict[str, int]):
-        """columns: per teacher the prefix of its columns, None with the student's vocabulary. pads: filling id per prefix."""
-        self.columns, self.pads = tuple(columns), pads
+    def __init__(self, columns: Sequence[str | None], pads: dict[str, int], scored: Sequence[Scored | None] = ()):
+        """columns: per teacher the prefix of its columns, None with the student's vocabulary. pads: filling id per prefix.
+
+        scored: per teacher what gives its part of `Batch.scored`; None for one that is run.
+        """
+        self.columns, self.pads, self.scored = tuple(columns), pads, tuple(scored)
 
     @classmethod
-    def for_rows(cls, spec: DistillationSpec, folder: str | Path) -> Collator:
+    def for_rows(cls, spec: DistillationSpec, folder: str | Path, scored: Sequence[Scored | None] = ()) -> Collator:
         """The collator of the rows that `prepare_rows` wrote to `folder`."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
-        return cls(columns, pads)
+        return cls(columns, pads, scored)
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:
         """See the class."""
@@ -146,7 +154,9 @@ class Collator:
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         student = self._side(rows, groups, "student")
         teachers = (student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns)
-        return Batch(student, tuple(teachers), torch.ones(len(rows)))
+        known = "row" in rows[0]  # validation rows are not scored
+        scored = tuple(read and read(rows) for read in self.scored) if known else ()
+        return Batch(student, tuple(teachers), torch.ones(len(rows)), scored)
 
     def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:
         """What one side reads."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
+def rows_of_shards(data: DataSpec, folders: Sequence[str], numbered: bool = False) -> Any:
     """The rows to train on, map-style, of the shards in `folders` (paths or URIs of what prepare wrote).
 
     Several shards are streamed. With `max_rows`, `packing` or weights they are fetched first: documents are dealt out to the
@@ -37,16 +37,16 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str]) -> Any:
     statistics = [statistics_of(shard) for shard in shards]
     check_statistics(all_shards(statistics), "data.train")
     if len(shards) == 1 or data.max_rows is not None or data.packing or data.weighted:
-        return training_rows(data, *(storage.local_copy(shard) for shard in shards))
-    return StreamedRows(shards, [counted.rows for counted in statistics])
+        return training_rows(data, *(storage.local_copy(shard) for shard in shards), numbered=numbered)
+    return StreamedRows(shards, [counted.rows for counted in statistics], numbered)
 
 
 class StreamedRows:
     """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile."""
 
-    def __init__(self, shards: Sequence[str], counts: Sequence[int]):
-        """shards: paths or URIs; counts: rows in each."""
-        self.shards = shards
+    def __init__(self, shards: Sequence[str], counts: Sequence[int], numbered: bool = False):
+        """shards: paths or URIs; counts: rows in each; numbered: see `load_rows`."""
+        self.shards, self.numbered = shards, numbered
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._following: dict[int, int] = {}
         self._fetched: dict[int, Future[Dataset]] = {}
@@ -74,8 +74,11 @@ class StreamedRows:
 
     def _fetch(self, shard: int) -> Future[Dataset]:
         if shard not in self._fetched:
-            self._fetched[shard] = self._pool.submit(lambda: load_rows(storage.local_copy(self.shards[shard])))
+            self._fetched[shard] = self._pool.submit(self._load, shard)
         return self._fetched[shard]
+
+    def _load(self, shard: int) -> Dataset:
+        return load_rows(storage.local_copy(self.shards[shard]), first=shard if self.numbered else None)
 
 
 def row_budget(data: DataSpec) -> int:
@@ -83,11 +86,18 @@ def row_budget(data: DataSpec) -> int:
     return (data.max_rows or 0) * (data.max_length if data.packing else 1)
 
 
-def load_rows(*folders: str | Path) -> Dataset:
-    """The rows that `prepare_rows` wrote, memory-mapped, as numpy arrays; those of several shards in document order."""
+def load_rows(*folders: str | Path, first: int | None = None) -> Dataset:
+    """The rows that `prepare_rows` wrote, memory-mapped, as numpy arrays; those of several shards in document order.
+
+    first: number of the first folder's shard; each row then knows its `shard`, and which `row` of it it is.
+    """
     import datasets
 
     parts = [_read_arrow(Path(folder) / "rows.arrow") for folder in folders]
+    if first is not None:
+        for number, part in enumerate(parts):
+            places = {"shard": np.full(len(part), first + number), "row": np.arange(len(part))}
+            parts[number] = datasets.concatenate_datasets([part, datasets.Dataset.from_dict(places)], axis=1)
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(parts) > 1:
         rows = rows.select(np.argsort(rows.with_format("numpy")["document"][:], kind="stable"))
@@ -109,9 +119,12 @@ def _read_arrow(path: Path) -> Dataset:
     return rows
 
 
-def training_rows(data: DataSpec, *folders: str | Path) -> Dataset | PackedRows | Mixture:
-    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so, and by weights."""
-    rows = load_rows(*folders)
+def training_rows(data: DataSpec, *folders: str | Path, numbered: bool = False) -> Dataset | PackedRows | Mixture:
+    """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so, and by weights.
+
+    numbered: rows know their place, see `load_rows`.
+    """
+    rows = load_rows(*folders, first=0 if numbered else None)
     if data.max_rows is not None:
         cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
         rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < row_budget(data)))))

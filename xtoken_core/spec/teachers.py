@@ -33,6 +33,20 @@ class ProjectionSpec(Section):
             yield "learning_rate: only used with learnable: true"
 
 
+class ScoresSpec(Section):
+    """What a teacher says of the rows, computed once by the score step: no teacher runs in the training."""
+
+    top_k: Annotated[int, Field(gt=0, le=2**20)] = Field(64, description="likeliest next tokens stored per token")
+    uri: Uri | None = Field(
+        None, description="scores of another run, made of the same rows", examples=["s3://bucket/run/scores/llama3b"]
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yields what of the section does not go together."""
+        if self.uri is not None and "top_k" in self.model_fields_set:
+            yield "uri: stored scores are taken as they are; top_k only applies to those that are computed"
+
+
 class TeacherSpec(Section):
     """One teacher. Order in the spec fixes its index (teacher_0, teacher_1, ...)."""
 
@@ -55,6 +69,9 @@ class TeacherSpec(Section):
     residency: Literal["auto", "resident", "offload"] = Field(
         "auto", description="whether its weights stay on the GPU between steps"
     )
+    scores: ScoresSpec | None = Field(
+        None, description="{}: run the teacher once over the rows, before training; same-vocabulary teachers only", examples=[{}]
+    )
 
     @property
     def cross_tokenizer(self) -> bool:
@@ -69,5 +86,9 @@ class TeacherSpec(Section):
             yield "transport: topk needs a teacher with the student's vocabulary, and this one has a projection"
         if (self.transport == "topk") != (self.top_k is not None):
             yield "top_k: goes with transport: topk, each needs the other"
+        if self.scores is not None and self.cross_tokenizer:
+            yield "scores: serve a teacher with the student's vocabulary only, and this one has a projection"
+        if self.scores is not None and self.transport != "hidden":
+            yield f"scores: no process hands anything over, so that transport: {self.transport} means nothing"
         if self.mode is not None and not self.cross_tokenizer:
             yield "mode: only means something for a teacher with a projection"

@@ -93,6 +93,12 @@ class DistillationSpec(Section):
         if "weight" in teacher.model_fields_set and not self.fixed_weights:
             reason = "select_teacher" if loss.aggregation == "select_teacher" else "weight_metric"
             yield f"weight: would be ignored, since loss.{reason} sets the weights"
+        if teacher.scores is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
+            yield "scores: serve aggregation: sum with fixed weights only"
+        if teacher.scores is not None and self.resources.nodes > 1:
+            yield "scores: train on one host only, and resources.nodes is more"
+        if teacher.scores is not None and teacher.scores.uri is not None and self.data.shards > 1:
+            yield "scores.uri: stored scores are of one shard of rows, and data.shards is more"
         if loss.aggregation == "averaged_logits":
             if teacher.cross_tokenizer:
                 yield "projection: averaged_logits needs teachers with the student's vocabulary"

@@ -27,6 +27,7 @@ from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.scores import ScoredTeacher
 from xtoken_core.tokenization import load_tokenizer
 from xtoken_core.training.checkpoints import (
     LEARNABLE_FILE,
@@ -41,6 +42,7 @@ from xtoken_core.training.environment import describe_environment
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
+from xtoken_core.training.scored import scored_teachers
 from xtoken_core.training.settings import training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
@@ -96,7 +98,7 @@ def _distill(
     transformers_logging.disable_progress_bar()
     first_rank = os.environ.get("RANK", "0") == "0"
     out_dir.mkdir(parents=True, exist_ok=True)
-    data = _data(spec, inputs)
+    data = _data(spec, inputs, () if baseline else scored_teachers(spec, inputs))
     args = training_arguments(spec, out_dir, len(data.train))
     if first_rank:
         logger.info("precision: %s", _precision(args))
@@ -126,7 +128,8 @@ def _distill(
             if first_rank
             else None
         )
-        pool = stack.enter_context(TeacherPool([teacher.setup for teacher in teachers])) if teachers else None
+        setups = [teacher.setup for teacher in teachers if teacher.setup is not None]
+        pool = stack.enter_context(TeacherPool(setups)) if setups else None
         record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model))
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)
         progress.seconds["setup"] = time.monotonic() - started
@@ -152,11 +155,11 @@ def _load_student(spec: DistillationSpec, checkpoint: Path | None, alone: bool) 
     return replace(loaded, rows=min([loaded.rows, *others]))
 
 
-def _data(spec: DistillationSpec, inputs: TrainingInputs) -> TrainingData:
+def _data(spec: DistillationSpec, inputs: TrainingInputs, scored: Sequence[ScoredTeacher | None]) -> TrainingData:
     first = local_copy(str(inputs.rows[0]))
     return TrainingData(
-        collate=Collator.for_rows(spec, first / "train"),
-        train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows]),
+        collate=Collator.for_rows(spec, first / "train", scored),
+        train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows], numbered=any(scored)),
         validation=load_rows(first / "validation") if spec.data.validation else None,
     )
 

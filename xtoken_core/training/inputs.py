@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
 
 
 @dataclass(frozen=True)
@@ -17,3 +20,17 @@ class TrainingInputs:
     """Loss mode of each cross-tokenizer teacher by id, where neither teacher nor loss fix it."""
     projections: Mapping[str, str | Path] = field(default_factory=dict)
     """File of W of each cross-tokenizer teacher by id."""
+    scores: Mapping[str, tuple[str | Path, ...]] = field(default_factory=dict)
+    """Folders or URIs of the scores of each teacher that has some, by id, one per shard of rows."""
+
+
+def by_teacher(spec: DistillationSpec, scores: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Folders of scores by teacher id: of each teacher whose scores this run computes, one per shard of rows, in the spec's order.
+
+    Raises InputError for another number of folders.
+    """
+    scored = [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None]
+    shards = spec.data.shards
+    if len(scores) != len(scored) * shards:
+        raise InputError(f"scores: {len(scores)} folders were given for {len(scored)} teachers and {shards} shards of rows")
+    return {teacher: tuple(scores[n * shards : (n + 1) * shards]) for n, teacher in enumerate(scored)}

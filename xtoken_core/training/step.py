@@ -15,7 +15,7 @@ from xtoken_core.data.batch import Batch
 from xtoken_core.losses import StepTotals, batch_counts, dynamic_scale, loss_metrics
 from xtoken_core.results.training import TeacherLine
 from xtoken_core.spec import LossSpec
-from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.pool import TeacherPool, TeacherRun
 from xtoken_core.training.student import MicroBatch, Student
 from xtoken_core.training.teachers import ReadyTeacher
 
@@ -55,22 +55,31 @@ class Teaching:
 
     teachers: tuple[ReadyTeacher, ...] = ()
     pool: TeacherPool | None = None
-    """None, with no teachers: cross-entropy alone."""
+    """None: no teacher is run, since there are none or only scores of them."""
 
     def run(self, batches: Sequence[Batch], loss: LossSpec) -> Taught:
         """Runs the teachers over all micro-batches of a step, one teacher after another."""
-        runs = []
-        if self.pool is not None:
-            scored = [teacher.setup.scores is not None for teacher in self.teachers]
-            runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, with_scores in enumerate(scored)])
+        runs = self._run_processes(batches)
         micro_batches, counts = [], []
         for n, batch in enumerate(batches):
-            heard = {t.id: t.batch(run.logits[n], batch.teachers[i]) for i, (t, run) in enumerate(zip(self.teachers, runs))}
-            scores = [torch.tensor(run.scores[n] if run.scores else [0.0, 0.0], dtype=torch.float64) for run in runs]
+            heard = {
+                t.id: t.batch(runs[t.id].logits[n] if t.id in runs else batch.scored[i], batch.teachers[i])
+                for i, t in enumerate(self.teachers)
+            }
+            given = [runs[t.id].scores if t.id in runs else [] for t in self.teachers]
+            scores = [torch.tensor(of[n] if of else [0.0, 0.0], dtype=torch.float64) for of in given]
             counts.append(batch_counts(*batch.masks, list(heard.values()), loss, scores))
             micro_batches.append(MicroBatch(batch, heard))
-        seconds = {teacher.id: run.seconds for teacher, run in zip(self.teachers, runs)}
+        seconds = {t.id: runs[t.id].seconds if t.id in runs else 0.0 for t in self.teachers}
         return Taught(micro_batches, torch.stack(counts).sum(0), seconds)
+
+    def _run_processes(self, batches: Sequence[Batch]) -> dict[str, TeacherRun]:
+        """Runs the teachers that have a process; what each gave, by id."""
+        live = [(i, t.id, t.setup.scores is not None) for i, t in enumerate(self.teachers) if t.setup is not None]
+        if self.pool is None or not live:
+            return {}
+        runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, _, with_scores in live])
+        return {teacher_id: run for (_, teacher_id, _), run in zip(live, runs)}
 
     def check(self) -> None:
         """Raises TeacherError if a teacher has died."""

@@ -35,7 +35,8 @@ class ReadyTeacher:
     """What is fixed of one teacher for a whole training; `batch` adds what changes with every micro-batch."""
 
     id: str
-    setup: TeacherSetup
+    setup: TeacherSetup | None
+    """Of its process; None: its scores are read."""
     fingerprint: str
     """Of its vocabulary."""
     weight: float = 1.0
@@ -49,10 +50,12 @@ class ReadyTeacher:
     """Of `learnable`."""
 
     def batch(self, logits: Logits, side: Side) -> TeacherBatch:
-        """This teacher's view of a micro-batch; logits: what its process handed over of `side`."""
+        """This teacher's view of a micro-batch; logits: what its process handed over of `side`, or what was stored of its documents."""
         chunks = {} if side.chunks is None else vars(side.chunks)
+        if self.setup is not None:
+            logits = side.unpacked(logits) if isinstance(logits, Tensor) else logits.over_positions(side.unpacked)
         return TeacherBatch(
-            logits=side.unpacked(logits) if isinstance(logits, Tensor) else logits.over_positions(side.unpacked),
+            logits=logits,
             input_ids=side.input_ids,
             token_mask=side.token_mask,
             token_bytes=side.token_bytes,
@@ -89,7 +92,8 @@ def _ready(
 ) -> ReadyTeacher:
     weight = teacher.weight if spec.fixed_weights else 1.0
     if teacher.projection is None:
-        setup = _setup(spec, name, teacher, student.rows, student.table.min_rows, device)
+        scored = teacher.scores is not None
+        setup = None if scored else _setup(spec, name, teacher, student.rows, student.table.min_rows, device)
         return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight)
     if teacher.id not in inputs.projections:
         raise InputError(f"{name}: projection: none was given")

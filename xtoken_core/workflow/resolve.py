@@ -40,6 +40,7 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
         "teachers": [t.id for t in spec.teachers],
         **{f"teachers.{t.id}.projection": "a projection" if t.cross_tokenizer else "none" for t in spec.teachers},
         "data.shards": spec.data.shards,
+        "scores": [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None],
         "evaluation.ce_baseline": spec.evaluation.ce_baseline,
         "evaluation": groups(spec),
     }
@@ -52,6 +53,7 @@ class Resolved(NamedTuple):
     overlap: str
     projections: str
     prepare: str
+    score: str
     distill: str
     baseline: str
     evaluate_student: str
@@ -95,6 +97,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         overlap=view(spec, "overlap", versions.of(models)).to_json(),
         projections=view(spec, "projections", versions.of(models)).to_json(),
         prepare=view(spec, "prepare", versions.of(models, [*train, *held_out])).to_json(),
+        score=view(spec, "score", versions.of(models)).to_json(),
         distill=view(spec, "distill", versions.of(models)).to_json(),
         baseline=view(spec, "baseline", versions.of([student])).to_json(),
         evaluate_student=view(spec, "evaluate_student", versions.of(models, texts)).to_json(),

@@ -30,6 +30,12 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     "overlap": {**_TOKENIZERS, "teachers": (*_TOKENIZERS["teachers"], "mode"), "loss": ("mode",)},
     "projections": _TOKENIZERS,
     "prepare": {**_TOKENIZERS, "data": ("*",)},
+    "score": {
+        **_TOKENIZERS,
+        "teachers": (*_TOKENIZERS["teachers"], "scores"),
+        "loss": ("temperature",),
+        "training": ("attention", "precision"),
+    },
     "distill": {
         "student": ("*",),
         "teachers": ("*",),
@@ -68,6 +74,7 @@ def view(spec: DistillationSpec, step: str, content: str = "") -> View:
             if step in (
                 "overlap",
                 "prepare",
+                "score",
                 "evaluate_student",
                 "evaluate_teachers",
                 "baseline",

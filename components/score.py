@@ -1,0 +1,36 @@
+"""Run a teacher once over prepared rows, and store what it says of them."""
+
+from typing import NamedTuple
+
+from kfp.dsl import Artifact, Dataset, Input, Output
+
+from components.cli import component, main
+
+
+@component
+def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset]) -> NamedTuple("Outputs", [("uri", str)]):  # type: ignore[valid-type]
+    """Run one teacher over the training rows, and store the log-probabilities of its likeliest tokens.
+
+    Prints where the scores lie.
+
+    Args:
+        spec: Student, teachers, loss and training are read.
+        teacher: Id of the teacher.
+        scores: Folder for the scores.
+        rows: Folder of rows that prepare wrote, of one shard.
+
+    Returns:
+        uri: Where the scores lie.
+    """
+    from xtoken_core.workflow.step import step
+
+    with step(f"score {teacher}", scores):
+        from xtoken_core.workflow.scoring import score_teacher
+        from xtoken_core.workflow.views import View
+
+        score_teacher(View.from_text(spec), teacher, rows.path, scores.path)
+        return (scores.uri,)
+
+
+if __name__ == "__main__":
+    main(score)

@@ -1,0 +1,40 @@
+"""Teachers of which only scores are there, as the training reads them."""
+
+from __future__ import annotations
+
+from xtoken_core.configs import head_rows
+from xtoken_core.data.reading import load_rows
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.storage import local_copy
+from xtoken_core.teachers.scores import ScoredTeacher, Scores, rows_digest
+from xtoken_core.tokenization import TokenTable
+from xtoken_core.training.inputs import TrainingInputs
+
+
+def shared_rows(spec: DistillationSpec, student: TokenTable) -> int:
+    """Ids that the student and every teacher of its vocabulary have a row of the lm_head for. Raises InputError."""
+    heads = [head_rows(ref) for ref in (spec.student.model, *(t.model for t in spec.teachers if not t.cross_tokenizer))]
+    return min(len(student), *heads)
+
+
+def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[ScoredTeacher | None, ...]:
+    """What stands for each teacher that has scores, in the spec's order; None for those that are run.
+
+    Raises InputError for scores that are not there, or of other rows; of several shards the first is compared, since the others
+    may not have been fetched yet.
+    """
+    found: list[ScoredTeacher | None] = []
+    for index, teacher in enumerate(spec.teachers):
+        if teacher.scores is None:
+            found.append(None)
+            continue
+        name = f"teachers.{index} ({teacher.id}): scores"
+        places = (teacher.scores.uri,) if teacher.scores.uri is not None else inputs.scores.get(teacher.id, ())
+        if len(places) != len(inputs.rows):
+            raise InputError(f"{name}: {len(places)} were given for {len(inputs.rows)} shards of rows")
+        scored = ScoredTeacher([Scores(local_copy(str(place))) for place in places])
+        if scored.settings.rows != rows_digest(load_rows(local_copy(str(inputs.rows[0])) / "train")):
+            raise InputError(f"{name}: {places[0]}: made of other rows than these")
+        found.append(scored)
+    return tuple(found)

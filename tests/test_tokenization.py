@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support import assets
 from xtoken_core.errors import InputError
 from xtoken_core.token_hashes import HASH_BASE, hash_powers
-from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, row_bos
+from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, role_pairs, row_bos
 from xtoken_core.tokenizer_checks import hide_control_pieces
 
 NAMES = ("smollm2", "qwen3", "llama2", "mistral", "gemma3", "claude", "deepseek")
@@ -178,6 +179,22 @@ def test_a_unigram_model_like_t5() -> None:
     table = TokenTable.from_tokenizer(tok)
     assert table.dummy_prefix and table.normalize("a   b  ") == "a b"
     assert [table.decode(ids) for ids in encode(tok, ["a   b  ", " a", "aZb"])] == [b" a b", b" a", b" ab"]
+
+
+def test_what_ends_a_turn_is_paired_before_the_roles() -> None:
+    def ends(table: TokenTable, name: str) -> str | None:
+        return None if table.turn_end is None else assets.tokenizer(name).convert_ids_to_tokens(table.turn_end)
+
+    assert ends(assets.table("qwen3-chat"), "qwen3-chat") == "<|im_end|>" and assets.table("gpt2").turn_end is None
+    assert ends(assets.table("deepseek-v3-chat"), "deepseek-v3-chat") == "<｜end▁of▁sentence｜>"
+    tok = copy.copy(assets.tokenizer("gemma3"))  # whose EOS ends documents only
+    tok.chat_template = assets.tokenizer("gemma3-chat").chat_template
+    gemma, qwen = TokenTable.from_tokenizer(tok), assets.table("qwen3-chat")
+    turn, eos = tok.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+    assert gemma.roles["eos"] == eos and gemma.turn_end == turn
+    assert role_pairs(qwen, gemma)[qwen.roles["eos"]] == turn
+    assert role_pairs(gemma, qwen) == {turn: qwen.roles["eos"], eos: qwen.roles["eos"], 0: qwen.roles["pad"]}
+    assert role_pairs(qwen, assets.table("gemma3"))[qwen.roles["eos"]] == eos  # without a template
 
 
 def test_row_bos() -> None:

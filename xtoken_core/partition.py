@@ -1,7 +1,7 @@
 """Cells: the finest partition of the next text that two vocabularies can both see.
 
 C is the set of byte strings that are ordinary tokens of both vocabularies. The cell of a token, of either side, is the longest element of C
-that its bytes begin with; a special token's is that of the first role (`ROLES`) that it fills on both sides. For tokenizers that take the
+that its bytes begin with; a special token's is that of the token that `role_pairs` gives. For tokenizers that take the
 longest piece, the cell of the next token is a function of the text alone, so the probabilities of the cells are those of one event, whichever
 side they are summed over.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xtoken_core.tokenization import ROLES, TokenTable
+from xtoken_core.tokenization import TokenTable, role_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,9 @@ def build_partition(student: TokenTable, teacher: TokenTable) -> Partition:
     number = {token: cell for cell, token in enumerate(sorted(shared))}
     cells = [[_longest_prefix(token, number) for token in table.tokens] for table in (student, teacher)]
     count = len(number)
-    for role in ROLES:
-        ids = student.roles.get(role), teacher.roles.get(role)
-        if ids[0] is not None and ids[1] is not None and cells[0][ids[0]] == cells[1][ids[1]] == -1:
-            cells[0][ids[0]] = cells[1][ids[1]] = count
+    for own, other in role_pairs(student, teacher).items():
+        if cells[0][own] == cells[1][other] == -1:
+            cells[0][own] = cells[1][other] = count
             count += 1
     return Partition(torch.tensor(cells[0]), torch.tensor(cells[1]), count)
 

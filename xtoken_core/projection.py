@@ -35,7 +35,7 @@ from xtoken_core.projection_files import (
     vocabulary_size,
 )
 from xtoken_core.spec import ProjectionSpec
-from xtoken_core.tokenization import ROLES, TokenTable
+from xtoken_core.tokenization import TokenTable, role_pairs
 from xtoken_core.tokenizer_parts import bare_tokenizer
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def build_projection(
 ) -> Projection:
     """Builds W for a pair of tokenizers, with `exact` and `cells`.
 
-    A special token reads as the teacher's token of the first role in `ROLES` that it fills on both sides; without one
+    A special token reads as the one that `role_pairs` gives: of the first role that it fills on both sides; without one
     its row is empty. So is the row of a byte-fallback or added token that repeats an ordinary one.
     """
     student, teacher = TokenTable.from_tokenizer(student_tok), TokenTable.from_tokenizer(teacher_tok)
@@ -164,10 +164,9 @@ def build_projection(
             for piece, weight in _weigh(row[: spec.top_k]).items():
                 entries[piece][index] = entries[piece].get(index, 0.0) + weight
         entries = [dict(sorted(row.items(), key=lambda e: -e[1])[: spec.top_k]) for row in entries]
-    for role in reversed(ROLES):
-        if role in student.roles and role in teacher.roles:
-            entries[student.roles[role]] = {teacher.roles[role]: 1.0}
-            exact[student.roles[role]] = True
+    for own, other in role_pairs(student, teacher).items():
+        entries[own] = {other: 1.0}
+        exact[own] = True
     indices, weights = _padded(entries, spec.top_k)
     return Projection(indices, weights, len(teacher), exact, build_partition(student, teacher))
 

@@ -27,6 +27,7 @@ from xtoken_core.tokenizer_parts import (
     byte_conventions,
     dummy_prefixes,
     text_normalizer,
+    turn_end,
     vocab_bytes,
 )
 
@@ -57,6 +58,8 @@ class TokenTable:
     """Byte-level BPE; otherwise SentencePiece conventions."""
     normalizer: normalizers.Normalizer | None = None
     """The part of the tokenizer's normaliser that changes text."""
+    turn_end: int | None = None
+    """The id that ends a turn in the tokenizer's chat template: often EOS, but not Gemma's."""
 
     @classmethod
     def from_tokenizer(cls, tok: PreTrainedTokenizerFast) -> TokenTable:
@@ -90,6 +93,7 @@ class TokenTable:
             dummy_after_special,
             byte_level,
             text_normalizer(config["normalizer"]),
+            turn_end(tok, {token.content: i for i, token in added.items() if special[i]}),
         )
 
     def __len__(self) -> int:
@@ -138,7 +142,8 @@ class TokenTable:
 
         A special id beyond (Gemma 3: 262144, which only images use) may lack one.
         """
-        return max([-1, *np.flatnonzero(~self.special)[-1:].tolist(), *self.roles.values()]) + 1
+        ends = [] if self.turn_end is None else [self.turn_end]
+        return max([-1, *np.flatnonzero(~self.special)[-1:].tolist(), *self.roles.values(), *ends]) + 1
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of a sequence of ids put together, an added prefix space included."""
@@ -155,9 +160,16 @@ class TokenTable:
 
 
 def role_pairs(student: TokenTable, teacher: TokenTable) -> dict[int, int]:
-    """The teacher's id for each special token of the student: that of the first role in `ROLES` that both fill."""
-    shared = [role for role in ROLES if role in student.roles and role in teacher.roles]
-    return {student.roles[role]: teacher.roles[role] for role in reversed(shared)}
+    """The teacher's id for each special token of the student that has one.
+
+    It is that of the first role in `ROLES` that both fill. What ends a turn on both sides is paired before all.
+    """
+    ends = [(student.turn_end, teacher.turn_end), *((student.roles.get(role), teacher.roles.get(role)) for role in ROLES)]
+    pairs: dict[int, int] = {}
+    for own, other in ends:
+        if own is not None and other is not None:
+            pairs.setdefault(own, other)
+    return pairs
 
 
 def normalize_for(text: str, tables: Sequence[TokenTable]) -> str:

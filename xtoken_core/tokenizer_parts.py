@@ -137,6 +137,20 @@ def plain_encoding(backend: Tokenizer, specials_as_text: bool) -> Iterator[None]
             backend.enable_truncation(**truncation)
 
 
+def turn_end(tok: PreTrainedTokenizerFast, specials: dict[str, int]) -> int | None:
+    """The id of the special token that the chat template puts behind what an assistant says last; None without one."""
+    answer = "\ufdd0"  # no character, so no template has it
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, said, behind = str(tok.apply_chat_template(chat, tokenize=False)).rpartition(answer)
+    except Exception:  # no template, several, or one that wants other messages
+        return None
+    if not said:
+        return None
+    names = [name for name in specials if name and behind.lstrip().startswith(name)]
+    return specials[max(names, key=len)] if names else None
+
+
 def text_normalizer(config: dict | None) -> normalizers.Normalizer | None:
     """The steps of a normaliser that change text: all but the prefix and the writing of a space as U+2581."""
     writes_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import PackedRows, load_rows, pack, row_lengths, rows_of_shards, training_rows
-from xtoken_core.data.rows import Side, common_cuts, document_rows, spans, tokenize_texts
+from xtoken_core.data.rows import Side, common_cuts, document_rows, empty, spans, tokenize_texts, with_eos
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
@@ -115,6 +116,31 @@ def test_text_that_a_vocabulary_cannot_spell_is_inexact_or_dropped():
     assert mixed.startswith("teacher ascii: ")
     assert document_rows(foreign, [9, 9], both, whole=False) == "teacher ascii: no chunk in common with the student"
     assert plain.chunks[0][2].all()
+
+
+def test_a_document_ends_with_every_sides_eos():
+    [plain] = tokenize_texts([TEXTS[0]], sides())
+    ended = with_eos(plain, sides())
+    for side, before, ids, targets, widths in zip(sides(), plain.ids, ended.ids, ended.targets, ended.widths):
+        assert ids.tolist() == [*before.tolist(), side.table.roles["eos"]] and targets[-1] == 1 and widths[-1] == 0
+    for student, teacher, exact in ended.chunks:
+        assert student[-1] == teacher[-1] == len(exact) - 1 and exact[-1]
+    assert ended.cuts[-1].tolist() == [len(ids) for ids in ended.ids]
+    assert with_eos(empty(3), sides()).ids[0].tolist() == []
+    with_bos = replace(sides()[1].table, roles={"bos": 1, "eos": 0})  # W pairs the student's only special token with BOS
+    other = [
+        replace(sides()[0], table=replace(sides()[0].table, roles={"bos": 50256, "eos": 50256})),
+        replace(sides()[1], table=with_bos),
+    ]
+    [(student, _, _)] = with_eos(tokenize_texts(["a b"], other)[0], other).chunks
+    assert student[-1] == -1
+
+
+def test_an_eos_that_fits_no_more_is_no_row():
+    [document] = tokenize_texts([TEXTS[0]], sides()[:1])
+    size = len(document.ids[0])
+    ended = with_eos(document, sides()[:1])
+    assert [len(row["student_ids"]) for row in document_rows(ended, [size], sides()[:1], whole=False)] == [size]
 
 
 def test_rows_are_the_documents_own_tokens():

@@ -46,14 +46,12 @@ HEAVY_WINGS = {
 LONG_FILES = {"xtoken_core/losses/reference.py", "xtoken_core/data/templates.py"}
 LONG_FUNCTIONS = {
     "components/report.py: report",
-    "xtoken_core/losses/kernels/gradient.py: write_gradient",
     "xtoken_core/losses/reference.py: distillation_loss",
 }
 MANY_PARAMETERS = {
     "pipelines/commands/cluster.py: submit",  # an option each
     "xtoken_core/evaluation/bits_per_byte.py: token_nats",
     "xtoken_core/losses/aggregation.py: distillation_loss",  # a public call
-    "xtoken_core/losses/aggregation.py: loss_sums",
     "xtoken_core/workflow/evaluations.py: evaluate_group",
     "xtoken_core/workflow/trainjob.py: launch",
 }

@@ -19,7 +19,7 @@ from transformers import (
 from xtoken_core.configs import empty_model, model_place, one_line, read_config
 from xtoken_core.errors import InputError
 from xtoken_core.layers import decoder, first_layers
-from xtoken_core.losses.types import HiddenLogits
+from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 log = logging.getLogger(__name__)

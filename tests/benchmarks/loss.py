@@ -194,7 +194,7 @@ def make(case: Case, device: torch.device, dtype: torch.dtype, folder: Path | No
                 projection=w or made_up_projection(v_s, v_t, device),
             )
         ]
-    return (student, ids, ones, torch.ones(1, device=device)), teachers, spec, leaves
+    return (student, ids, ones, torch.ones(1, dtype=torch.bool, device=device)), teachers, spec, leaves
 
 
 def loss_step(batch, teachers: list[TeacherBatch], spec: LossSpec, leaves: list[Tensor]) -> Tensor:

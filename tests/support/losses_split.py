@@ -13,6 +13,7 @@ from tests.support.losses_cases import MODES, random_batch, random_teacher
 from xtoken_core.losses import (
     HiddenLogits,
     StepTotals,
+    StudentBatch,
     TeacherBatch,
     batch_counts,
     distillation_loss,
@@ -109,7 +110,7 @@ def step(spec: LossSpec, micro_batches: Sequence[Sequence[int]], group=None, sca
     parts = [cut(batch, teachers, model, torch.tensor(kept)) for kept in micro_batches]
     totals = StepTotals.from_sums(reduced(batch_counts(*b[1:], t, spec) for b, t in parts), teachers, spec, scale)
     if scale is None:
-        measured = reduced(loss_sums(*b, t, spec, totals) for b, t in parts)
+        measured = reduced(loss_sums(StudentBatch.of(*b), t, spec, totals) for b, t in parts)
         totals = totals.with_scale(dynamic_scale(measured, totals, spec))
     loss, sums = torch.zeros(1, dtype=torch.float64), []
     for student_batch, part in parts:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows
-from xtoken_core.losses import StepTotals, TeacherBatch, batch_counts, loss_metrics, loss_sums
+from xtoken_core.losses import StepTotals, StudentBatch, TeacherBatch, batch_counts, loss_metrics, loss_sums
 from xtoken_core.models import Loaded, final_hidden, head_logits, load
 from xtoken_core.projection import Projection
 from xtoken_core.results.evaluation import Agreement
@@ -63,10 +63,9 @@ def agreement(
             other = head_logits(model, final_hidden(model, theirs.input_ids), other_ids).dense()
             chunks = {} if theirs.chunks is None else vars(theirs.chunks)
             seen = TeacherBatch(other, theirs.input_ids, theirs.token_mask, projection=projection, mode=mode, **chunks)
-            inputs = *batch.masks, [seen], loss
-            part = batch_counts(*inputs)
+            part = batch_counts(*batch.masks, [seen], loss)
             counts += part.cpu()
-            sums += loss_sums(own, *inputs, StepTotals.from_sums(part, [seen], loss)).cpu()
+            sums += loss_sums(StudentBatch.of(own, *batch.masks), [seen], loss, StepTotals.from_sums(part, [seen], loss)).cpu()
             agrees = _same_choice(own.argmax(-1), other.argmax(-1), seen, batch.student.token_mask)
             same, places = same + int(agrees.sum()), places + len(agrees)
         totals = StepTotals.from_sums(counts, [seen], loss)

@@ -5,12 +5,13 @@ from xtoken_core.losses.logits import HiddenLogits, TopKLogits
 from xtoken_core.losses.metrics import dynamic_scale, loss_metrics
 from xtoken_core.losses.scores import teacher_scores
 from xtoken_core.losses.totals import StepTotals, batch_counts
-from xtoken_core.losses.types import TeacherBatch
+from xtoken_core.losses.types import StudentBatch, TeacherBatch
 
 __all__ = [
     "HiddenLogits",
     "LossOutput",
     "StepTotals",
+    "StudentBatch",
     "TeacherBatch",
     "TopKLogits",
     "batch_counts",

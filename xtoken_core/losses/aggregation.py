@@ -64,7 +64,8 @@ def distillation_loss(
         student_logits: [B, T_s, V_s] float32, bfloat16, float16 or float64, or what forms them.
         input_ids: [B, T_s] int64.
         token_mask: [B, T_s], nonzero where the token counts as a target.
-        sample_mask: [B], nonzero where the sample counts.
+        sample_mask: [B], nonzero where the sample counts. Without `totals` numbers that are not whole are looked for, which on a GPU
+            waits for the device; in a mask of booleans there are none.
         teachers: in the spec's order; none: CE alone.
         spec: the loss. `mode: auto` must have been resolved.
         totals: of the global batch that this batch is a part of. The loss is then this part's share: shares add up over
@@ -77,7 +78,7 @@ def distillation_loss(
         totals is None or sample_mask.device.type == "cpu"
     ):  # in training on a GPU the host would wait, and masks are the collator's
         check_sample_mask(sample_mask)
-    student = StudentBatch(as_form(student_logits), input_ids, token_mask, sample_mask)
+    student = StudentBatch.of(student_logits, input_ids, token_mask, sample_mask)
     teachers = resolve_teachers(teachers, input_ids, token_mask, spec)
     check_vocabularies(teachers, student_logits.shape[-1])
     if totals is None:
@@ -99,19 +100,10 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def loss_sums(
-    student_logits: Logits,
-    input_ids: Tensor,
-    token_mask: Tensor,
-    sample_mask: Tensor,
-    teachers: Sequence[TeacherBatch],
-    spec: LossSpec,
-    totals: StepTotals,
-) -> Tensor:
+def loss_sums(student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec, totals: StepTotals) -> Tensor:
     """The sums of `LossOutput.sums` without a loss: for the scale of a first step, when no step before it has left one."""
-    student = StudentBatch(as_form(student_logits), input_ids, token_mask, sample_mask)
-    teachers = resolve_teachers(teachers, input_ids, token_mask, spec)
-    check_vocabularies(teachers, student_logits.shape[-1])
+    teachers = resolve_teachers(teachers, student.input_ids, student.token_mask, spec)
+    check_vocabularies(teachers, student.logits.shape[-1])
     slots, active = _active(teachers, spec, totals)
     return sums_vector(term_sums(student, active, spec), slots, len(teachers))
 

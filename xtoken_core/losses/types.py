@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from xtoken_core.losses.logits import HiddenLogits as HiddenLogits
-from xtoken_core.losses.logits import Logits as Logits
-from xtoken_core.losses.logits import LogitsForm
-from xtoken_core.losses.logits import TopKLogits as TopKLogits
+from xtoken_core.losses.logits import Logits, LogitsForm, as_form
 
 if TYPE_CHECKING:
     from xtoken_core.projection import Projection
@@ -28,6 +25,11 @@ class StudentBatch:
     """[B, T_s], nonzero where the token counts as a target of CE and of the same-vocabulary KD."""
     sample_mask: Tensor
     """[B], nonzero where the sample counts."""
+
+    @classmethod
+    def of(cls, logits: Logits, input_ids: Tensor, token_mask: Tensor, sample_mask: Tensor) -> StudentBatch:
+        """From logits of any kind."""
+        return cls(as_form(logits), input_ids, token_mask, sample_mask)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from xtoken_core.errors import InputError
 from xtoken_core.forking import start_server
-from xtoken_core.losses.types import HiddenLogits, TopKLogits
+from xtoken_core.losses.logits import HiddenLogits, TopKLogits
 from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetup
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
 from xtoken_core.teachers.worker import teacher_main

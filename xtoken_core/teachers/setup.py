@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.errors import RunError
-from xtoken_core.losses.types import HiddenLogits, TopKLogits
+from xtoken_core.losses.logits import HiddenLogits, TopKLogits
 from xtoken_core.spec import LossSpec
 
 Logits = Tensor | HiddenLogits | TopKLogits

@@ -22,7 +22,7 @@ from xtoken_core.compilations import keep_compilations
 from xtoken_core.errors import InputError
 from xtoken_core.layers import decoder_layers
 from xtoken_core.losses import teacher_scores
-from xtoken_core.losses.types import HiddenLogits
+from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
 from xtoken_core.teachers.setup import Inputs, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape, remove_traces

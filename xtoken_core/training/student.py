@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from xtoken_core.data.batch import Batch
 from xtoken_core.layers import decoder_layers, prune_layers
-from xtoken_core.losses import StepTotals, TeacherBatch, distillation_loss, loss_sums
+from xtoken_core.losses import StepTotals, StudentBatch, TeacherBatch, distillation_loss, loss_sums
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.models import Loaded, final_hidden, head_logits, load_model
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
@@ -56,12 +56,12 @@ class Student(nn.Module):
         ):  # hidden states leave the norm in float32, a Linear would take them in bf16
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         logits = head_logits(self.model, hidden, self.rows)
+        masks = micro_batch.batch.masks
         teachers = [self._with_learned(i, teacher) for i, teacher in micro_batch.teachers.items()]
-        arguments = logits, *micro_batch.batch.masks, teachers, self.loss
         with torch.autocast(hidden.device.type, enabled=False):
             if not with_loss:
-                return {"sums": loss_sums(*arguments, totals)}
-            out = distillation_loss(*arguments, totals=totals)
+                return {"sums": loss_sums(StudentBatch.of(logits, *masks), teachers, self.loss, totals)}
+            out = distillation_loss(logits, *masks, teachers, self.loss, totals=totals)
         idle = sum((p.log_weights.sum() for p in self.learnable.values()), torch.zeros((), device=hidden.device))
         return {"loss": out.loss + 0 * idle, "sums": out.sums}  # DDP waits for a gradient of every parameter, used or not
 

@@ -18,6 +18,7 @@ from xtoken_core.data.batch import Side
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
+from xtoken_core.losses.logits import as_form
 from xtoken_core.models import Loaded
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, TeacherSpec
@@ -53,7 +54,7 @@ class ReadyTeacher:
         """This teacher's view of a micro-batch; logits: what its process handed over of `side`, or what was stored of its documents."""
         chunks = {} if side.chunks is None else vars(side.chunks)
         if self.setup is not None:
-            logits = side.unpacked(logits) if isinstance(logits, Tensor) else logits.over_positions(side.unpacked)
+            logits = as_form(logits).over_positions(side.unpacked)
         return TeacherBatch(
             logits=logits,
             input_ids=side.input_ids,

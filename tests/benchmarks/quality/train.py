@@ -17,7 +17,7 @@ from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
 from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher
 from xtoken_core.layers import prune_layers
-from xtoken_core.losses import StepTotals, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
+from xtoken_core.losses import StepTotals, StudentBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
 from xtoken_core.models import final_hidden, head_logits, load_model
 
 WARMUP = 20
@@ -83,7 +83,7 @@ class Bench:
             masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
             totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
             logits = head_logits(self.model, self.hidden(batch["input_ids"]), self.vocabulary)
-            nats += float(loss_sums(logits, *masks, [], spec, totals)[0])
+            nats += float(loss_sums(StudentBatch.of(logits, *masks), [], spec, totals)[0])
             size += int((batch["token_bytes"] * batch["token_mask"])[:, 1:].sum())
         return nats / math.log(2) / size
 
@@ -119,7 +119,9 @@ def train(bench: Bench, job: Job) -> dict[str, Any]:
         if spec.dynamic_scaling:
             if scale is None:
                 totals = totals.with_scale(1.0)
-                totals = totals.with_scale(dynamic_scale(loss_sums(logits, *masks, teachers, spec, totals), totals, spec))
+                totals = totals.with_scale(
+                    dynamic_scale(loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals), totals, spec)
+                )
             totals = totals.with_scale(totals.scale * _ratio(arm, step, job.steps))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
         out.loss.backward()

@@ -47,10 +47,12 @@ def test_kernels_agree_with_plain_path(name):
     compare(CASES[name], torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several"])
+@pytest.mark.parametrize("name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition"])
 def test_tiles_change_nothing(name, monkeypatch):
-    """Cut into tiles of a few rows, never through a chunk."""
-    from xtoken_core.losses.kernels import tiles
+    """Cut into tiles of a few rows, never through a chunk; cells of several segments."""
+    from xtoken_core.losses.kernels import cell_masses, partition, tiles
 
     monkeypatch.setattr(tiles, "TILE_ROWS", 5)
+    monkeypatch.setattr(partition, "TILE_CHUNKS", 3)
+    monkeypatch.setattr(cell_masses, "SEGMENT", 1)
     compare(CASES[name], torch.device("cpu"), torch.float32)

@@ -76,6 +76,21 @@ def test_tiles_change_nothing(monkeypatch):
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
 
 
+def test_the_numbers_of_chunks_change_nothing():
+    batch, teacher = random_batch(5, 4, 6, 7), random_teacher(4, 4, 6, 7, cross=True)
+    number = torch.randperm(teacher.chunk_valid.shape[1], generator=torch.Generator().manual_seed(1))
+    place = number.argsort()
+    other = replace(
+        teacher,
+        student_chunk_id=torch.where(teacher.student_chunk_id < 0, -1, number[teacher.student_chunk_id]),
+        teacher_chunk_id=torch.where(teacher.teacher_chunk_id < 0, -1, number[teacher.teacher_chunk_id]),
+        chunk_valid=teacher.chunk_valid[:, place],
+        chunk_exact=teacher.chunk_exact[:, place],
+    )
+    one, two = (distillation_loss(*batch, [t], KD).loss for t in (teacher, other))
+    assert one.item() == pytest.approx(two.item(), rel=1e-12) and one > 0
+
+
 def test_what_no_cell_holds_counts_on_neither_side():
     """Tokens without a cell may have any probability."""
     p = torch.randn(1, 3, 3, dtype=torch.float64)

@@ -73,7 +73,7 @@ def compared_chunks(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec
     first = chunk_rows(teacher, student.sample_mask, spec.model_copy(update={"chunk_distribution": "first"}))
     every = chunk_rows(teacher, student.sample_mask, spec.model_copy(update={"chunk_distribution": "mean"}))
     chunks = first.valid.nonzero().squeeze(1)
-    student_row, teacher_row = ((rows >= 0).nonzero().squeeze(1) for rows in (first.student, first.teacher))
+    student_row, teacher_row = (_by_chunk(rows) for rows in (first.student, first.teacher))
     cell = cells.student[next_token_ids(student.input_ids).flatten()[student_row]]
     same = cell == cells.teacher[next_token_ids(teacher.input_ids).flatten()[teacher_row]]
     several = (every.student_size > 1) | (every.teacher_size > 1)
@@ -84,6 +84,12 @@ def compared_chunks(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec
     return ComparedChunks(
         student_row, teacher_row, number[every.student], number[every.teacher], torch.where(realised, cell, 0), realised
     )
+
+
+def _by_chunk(row_chunk: Tensor) -> Tensor:
+    """The rows that have a chunk, in the order of the chunks."""
+    rows = (row_chunk >= 0).nonzero().squeeze(1)
+    return rows[row_chunk[rows].argsort(stable=True)]
 
 
 @dataclass(frozen=True)

@@ -156,9 +156,8 @@ def _tiles(chunks: ComparedChunks) -> list[_Tile]:
     bounds = torch.arange(0, count + TILE_CHUNKS, TILE_CHUNKS, device=chunks.cell.device).clamp(max=count)
     sides = []
     for first, chunk in ((chunks.student_row, chunks.student_chunk), (chunks.teacher_row, chunks.teacher_chunk)):
-        others = (chunk.index_fill(0, first, count) < count).nonzero()[
-            :, 0
-        ]  # rows of realised chunks that predict no first token
+        others = (chunk.index_fill(0, first, count) < count).nonzero()[:, 0]  # of realised chunks, behind the first tokens
+        others = others[chunk[others].argsort(stable=True)]
         sides.append((first, chunk, others, torch.searchsorted(chunk[others], bounds)))
     ends = torch.stack([bounds, *(side[3] for side in sides)]).tolist()
     tiles = []

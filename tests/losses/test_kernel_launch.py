@@ -107,7 +107,7 @@ def test_kernels_compile_for_an_h100(pytestconfig):
     """In a process of its own, since this one may have Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cache = pytestconfig.cache.mkdir("triton")  # keyed by the kernels' sources: what has not changed is compiled once
-    command = [sys.executable, "-m", "tests.support.kernel_compile", "p_kl", "same", "gold", "hidden_several"]
+    command = [sys.executable, "-m", "tests.support.kernel_compile", "p_kl", "same", "gold", "hidden_several", "hidden_partition"]
     done = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 30

@@ -25,6 +25,7 @@ for _command in (
     specs.show,
     specs.tokenizers,
     runs.run,
+    runs.status,
     runs.compare,
     cluster.compile_,
     cluster.submit,

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
-import re
 import signal
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import yaml
 from kfp import components, local
 
 from pipelines.compiling import compile_spec, documents
+from pipelines.progress import Progress
+from pipelines.status import Status
 from pipelines.steps import warm_steps
 from pipelines.warm import servers
 from xtoken_core import storage
@@ -75,8 +72,10 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             enable_caching=True,
             cache_root=str(runs / ".cache"),
         )
-        progress = Progress(raw, len(pipeline["root"]["dag"]["tasks"]))
-        progress.say(f"{spec.name}: {progress.tasks} steps; everything they print: {os.path.relpath(log)}")
+        status = Status.of_this_process(spec.name, log, len(pipeline["root"]["dag"]["tasks"]))
+        progress = Progress(raw, status)
+        progress.say(f"{spec.name}: {status.tasks} steps; everything they print: {os.path.relpath(log)}")
+        progress.say(f"curves of the training: tensorboard --logdir {os.path.relpath(root)}")
         try:
             with progress.following():
                 run()
@@ -84,10 +83,10 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             left = left_error(f"{scratch}/error")
             if isinstance(left, InputError):
                 raise left from None
-            if not progress.current:
+            if not progress.status.task:
                 raise
             why = left or "the step failed; its last lines are above"
-            raise RunFailed(f"{progress.current}: {why} (log: {os.path.relpath(log)})") from e
+            raise RunFailed(f"{progress.status.task}: {why} (log: {os.path.relpath(log)})") from e
     return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
 
 
@@ -113,6 +112,15 @@ def ended_by_sigterm(name: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def kept(spec: DistillationSpec) -> str:
+    """What an interrupted run has kept, and how it goes on."""
+    every = spec.training.save_steps
+    training = (
+        f"training from its last checkpoint, of every {every} steps" if every else "training anew: training.save_steps is not set"
+    )
+    return f"{spec.name}: interrupted; the same command goes on: finished steps are kept, {training}"
+
+
 def answer(spec: DistillationSpec, run: Run) -> str:
     """Did it help? The table that ends a run, and where things lie."""
     uri = spec.output.uri.rstrip("/")
@@ -134,68 +142,6 @@ def for_this_machine(compiled: str) -> dict[str, Any]:
     for executor in pipeline["deploymentSpec"]["executors"].values():
         executor["container"].pop("resources", None)
     return pipeline
-
-
-class Progress(io.TextIOBase):
-    """Stands in for stdout while KFP runs: everything goes to a log file, and what a person wants to see on the terminal."""
-
-    def __init__(self, raw: IO[str], tasks: int):
-        self.raw, self.tasks, self.out = raw, tasks, sys.stdout
-        self.current, self.begun, self.count, self.inside, self.line = "", 0.0, 0, False, ""
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Takes over stdout and KFP's messages."""
-        handler = logging.StreamHandler(self)  # for the one message that KFP gives no handler to: that of its cache
-        handler.addFilter(lambda record: "cache hit" in record.getMessage())
-        logger = logging.getLogger()
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
-            with contextlib.redirect_stdout(self), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-
-    def write(self, text: str) -> int:
-        """Takes text as it comes, and handles each line when it is complete."""
-        self.raw.write(text)
-        self.raw.flush()
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines:
-            self._handle(re.sub(r"\x1b\[\d*m", "", line))
-        return len(text)
-
-    def say(self, line: str) -> None:
-        """Prints one line on the terminal."""
-        self.out.write(line + "\n")
-        self.out.flush()
-
-    def _handle(self, line: str) -> None:
-        message = re.sub(r"^\d\d:\d\d:\d\d\.\d{3} - \w+ - ", "", line)
-        if found := re.match(r"Task (\S+) cache hit", message):
-            self._begin(found[1])
-            self.say(f"{self._place()} {found[1]}: unchanged, its earlier result is used")
-        elif found := re.match(r"Executing task '(\S+)'", message):
-            self._begin(found[1])
-            self.say(f"{self._place()} {found[1]}")
-        elif found := re.match(r"Task '(\S+)' finished with status (\w+)", message):
-            verb = "done" if found[2] == "SUCCESS" else "failed"
-            self.say(f"{self._place()} {found[1]}: {verb} after {time.time() - self.begun:.1f} s")
-            self.inside = False
-        elif re.fullmatch(r"    [\w -]+: (started|done in [\d.]+ s)", line):  # around them, KFP speaks (see `workflow.step`)
-            self.inside = line.endswith("started")
-        elif self.inside and line.strip():
-            self.say("      " + re.sub(r"\[KFP Executor [^\]]*\]: ", "", line))
-
-    def _begin(self, task: str) -> None:
-        self.current, self.begun, self.count, self.inside = task, time.time(), self.count + 1, False
-
-    def _place(self) -> str:
-        return f"[{self.count:>{len(str(self.tasks))}}/{self.tasks}]"
 
 
 @contextlib.contextmanager

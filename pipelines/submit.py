@@ -136,6 +136,20 @@ def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str
         time.sleep(seconds)
 
 
+def last_runs(cluster: Cluster, count: int = 10) -> list[str]:
+    """A line for each of the last runs: its name, its state, and the tasks that are at work. Raises InputError."""
+    client = cluster.client()
+    with cluster.reported():
+        runs = client.list_runs(page_size=count, sort_by="created_at desc", namespace=cluster.namespace).runs or []
+        found = [client.get_run(run.run_id) for run in runs]
+    lines = []
+    for run in found:
+        tasks = (run.run_details and run.run_details.task_details) or []
+        working = [task.display_name for task in tasks if task.state == "RUNNING"]
+        lines.append(f"{run.display_name}: {run.state}" + (f", at work: {', '.join(working)}" if working else ""))
+    return lines
+
+
 def _version(
     client: kfp.Client, name: str, version: str, compiled: str, namespace: str | None, say: Callable[[str], None]
 ) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from types import ModuleType
 from typing import TextIO
 
 import psutil
@@ -32,11 +34,23 @@ def fork(target: Callable[..., object], *arguments: object) -> tuple[ForkServerP
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_forked, args=(theirs, dict(os.environ), target, arguments))
-    process.start()
+    with _no_main():
+        process.start()
     theirs.close()
     output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8", errors="replace")
     ours.close()
     return process, output
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Hides the main module: Python would import it again in the copy, and a script without a guard would run twice."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _forked(output: Connection, environment: dict[str, str], target: Callable[..., object], arguments: Sequence[object]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.commands.options import RUNS, SET, SPEC
+from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOKEN
 from xtoken_core.spec import DistillationSpec
 
 
@@ -17,7 +17,7 @@ from xtoken_core.spec import DistillationSpec
 @RUNS
 def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     """Run a spec on this machine, through KFP's local runner."""
-    from pipelines.local import RunFailed, answer, ended_by_sigterm, run_locally
+    from pipelines.local import RunFailed, answer, ended_by_sigterm, kept, run_locally
 
     parsed = DistillationSpec.from_yaml(spec, overrides)
     try:
@@ -26,7 +26,28 @@ def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     except RunFailed as e:
         click.echo(str(e), err=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(f"\n{kept(parsed)}", err=True)
+        sys.exit(130)
     click.echo(f"\n{answer(parsed, finished)}")
+
+
+@click.command()
+@RUNS
+@ENDPOINT
+@NAMESPACE
+@TOKEN
+def status(runs: Path, endpoint: str | None, namespace: str | None, existing_token: str | None) -> None:
+    """Tell how runs fare: those of this machine, or with an endpoint the last ones there."""
+    from pipelines.status import statuses, told
+
+    if endpoint is None:
+        lines = [told(found) for found in statuses(runs)]
+        click.echo("\n".join(lines) or f"{runs}: no runs")
+    else:
+        from pipelines.submit import Cluster, last_runs
+
+        click.echo("\n".join(last_runs(Cluster(endpoint, namespace, existing_token))) or f"{endpoint}: no runs")
 
 
 @click.command()

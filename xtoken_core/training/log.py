@@ -27,6 +27,7 @@ class RunLog:
         self._max_steps, self._kd_name = max_steps, kd_name
         self._bar = tqdm(total=max_steps, initial=resumed_from or 0, desc="distil", unit="step", disable=not sys.stderr.isatty())
         self._last_line = 0.0
+        self._first: tuple[int, float] | None = None
         for line in kept:
             self.write(line)
 
@@ -45,8 +46,19 @@ class RunLog:
             self._last_line = time.monotonic()
             self.say(
                 f"step {line.step}/{self._max_steps}  loss {line.loss:.3f}  ce {line.ce:.3f}  {self._kd_name} {line.kd:.3f}  "
-                f"{line.tokens_per_second:,.0f} tokens/s"
+                f"{line.tokens_per_second:,.0f} tokens/s{self._left(line.step)}"
             )
+
+    def _left(self, step: int) -> str:
+        """The time left at the pace of this process's steps; the first one also pays for what comes once."""
+        if step >= self._max_steps:
+            return ""
+        if self._first is None:
+            self._first = (step, time.monotonic())
+            return ""
+        begun, when = self._first
+        pace = (time.monotonic() - when) / max(1, step - begun)
+        return f"  {tqdm.format_interval(pace * (self._max_steps - step))} left"
 
     def say(self, message: str) -> None:
         """Prints one line."""

@@ -53,10 +53,9 @@ class ReadyTeacher:
     def batch(self, logits: Logits, side: Side) -> TeacherBatch:
         """This teacher's view of a micro-batch; logits: what its process handed over of `side`, or what was stored of its documents."""
         chunks = {} if side.chunks is None else vars(side.chunks)
-        if self.setup is not None:
-            logits = as_form(logits).over_positions(side.unpacked)
+        form = as_form(logits) if self.setup is None else as_form(logits).over_positions(side.unpacked)
         return TeacherBatch(
-            logits=logits,
+            logits=form,
             input_ids=side.input_ids,
             token_mask=side.token_mask,
             token_bytes=side.token_bytes,

@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from xtoken_core.errors import InputError
-from xtoken_core.storage import local_copy
+from xtoken_core.storage import local_copy, normalize
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DEQUANTISED = ("fp8", "mxfp4")
@@ -23,7 +23,7 @@ MOST_LAYERS = 10_000
 
 def model_place(ref: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds a whole model, downloaded if it lies at a URI, and the name of its GGUF there. Raises InputError."""
-    path = Path(str(local_copy(ref)) if "://" in ref else ref)
+    path = Path(str(local_copy(ref)) if "://" in ref else normalize(ref))
     if not path.exists() and not _HUB_ID.fullmatch(ref):
         raise InputError(f"{ref}: cannot load the model: no such file or folder")
     if path.suffix == ".gguf":

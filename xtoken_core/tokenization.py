@@ -18,6 +18,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from xtoken_core.errors import InputError
+from xtoken_core.storage import local_copy, normalize
 from xtoken_core.token_hashes import content_hashes
 from xtoken_core.tokenizer_checks import check_merges, hide_control_pieces
 from xtoken_core.tokenizer_parts import (
@@ -219,16 +220,12 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> PreTrainedTokeni
     has them. Raises InputError that names the reference, also for a tokenizer that has lost its merges or scores.
     """
     ref = tokenizer or model
-    path = ref
-    if "://" in ref:
-        from xtoken_core.storage import local_copy
-
-        path = str(local_copy(ref))
+    path = str(local_copy(ref)) if "://" in ref else normalize(ref)
     try:
         if path.endswith(".gguf"):
-            tok = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
+            tok = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name, trust_remote_code=False)
         else:
-            tok = AutoTokenizer.from_pretrained(path)
+            tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # transformers raises a dozen kinds, from OSError to KeyError
         raise InputError(f"{ref}: cannot load a tokenizer: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}") from None
     if not isinstance(tok, PreTrainedTokenizerFast):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.tiny import tiny_model, tiny_run
-from tests.support.weed import Weed
+from tests.support.weed import KEYS, Weed
 from xtoken_core import storage
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows, rows_of_shards
@@ -26,6 +26,11 @@ from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import progress
 
 MIB = 2**20
+
+SECRETS = {
+    name: f"planted-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "KF_PIPELINES_TOKEN")
+}
+"""What a user's environment may hold, and nothing may repeat."""
 
 
 pytestmark = pytest.mark.slow
@@ -269,9 +274,14 @@ def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     spec = in_bucket(s3, *run)
     spec["output"]["uri"] = "s3://bucket/out"
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    done = call("pipelines", "run", tmp_path / "spec.yaml", "--runs", tmp_path / "runs")
+    done = call("pipelines", "run", tmp_path / "spec.yaml", "--runs", tmp_path / "runs", **SECRETS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "s3://bucket/out/report.html" in done.stdout
+    written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    written |= s3.cat(s3.find("bucket/out")) | {"terminal": (done.stdout + done.stderr).encode()}
+    assert len(written) > 100
+    secrets = [secret.encode() for secret in (*SECRETS.values(), KEYS["AWS_SECRET_ACCESS_KEY"])]
+    assert [name for name, data in written.items() if any(secret in data for secret in secrets)] == []
     assert {path.split("/")[2] for path in s3.find("bucket/out")} == {
         "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections", "serving"
     }  # fmt: skip

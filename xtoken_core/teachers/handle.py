@@ -37,7 +37,7 @@ class Teacher:
         start_server(["xtoken_core.teachers.worker"])
         context = mp.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, setup, os.getpid())
+        arguments = (theirs, setup, os.getpid(), dict(os.environ))
         self._process = context.Process(target=teacher_main, args=arguments, name=setup.name, daemon=True)
         self._process.start()
         theirs.close()  # so that reading ends when the teacher does

@@ -171,8 +171,13 @@ def end_with(student: int) -> None:
     os._exit(0)
 
 
-def teacher_main(pipe: Connection, setup: TeacherSetup, student: int) -> None:
-    """Serves commands until it is told to close or the student, a process id, is gone. The body of a teacher process."""
+def teacher_main(pipe: Connection, setup: TeacherSetup, student: int, environment: dict[str, str]) -> None:
+    """Serves commands until it is told to close or the student, a process id, is gone. The body of a teacher process.
+
+    `environment`: the student's, where the server that this process is forked from may have another.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
     keep_compilations()

@@ -232,6 +232,17 @@ def _touched(parts: TileGradient, spare: Tensor) -> tuple[Tensor, Tensor, int, i
     return parts.touched.token, parts.touched.rank, *parts.touched.token.shape
 
 
+def _teachers(parts: TileGradient) -> dict[str, tuple[int, ...]]:
+    """Of the kernel's constants those that tell of the teachers, in its order."""
+    return {
+        "SLOTS": tuple(p.position.shape[1] for _, _, p, _ in parts.sparse),
+        "PROJECTED": tuple(x for *_, x in parts.sparse),
+        "SPARSE": tuple(i for i, *_ in parts.sparse),
+        "WHOLE": tuple(i for i, _ in parts.whole),
+        "COMMON": tuple(i for i, _ in parts.common),
+    }
+
+
 def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGradient, factors: Factors, spec: LossSpec) -> None:
     """Writes the gradient by a tile's raw logits (before scale and cap) of ce * CE + kd · KD.
 
@@ -283,11 +294,7 @@ def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGra
         REVERSE=spec.reverse_kl,
         CAPPED=source.cap is not None,
         SCALED=factors.both is not None,
-        SLOTS=tuple(p.position.shape[1] for _, _, p, _ in parts.sparse),
-        PROJECTED=tuple(x for *_, x in parts.sparse),
-        SPARSE=tuple(i for i, *_ in parts.sparse),
-        WHOLE=tuple(i for i, _ in parts.whole),
-        COMMON=tuple(i for i, _ in parts.common),
+        **_teachers(parts),
         PARTS=PARTS,
         BLOCK=BLOCK,
         FEW=FEW,

@@ -27,6 +27,7 @@ from xtoken_core.report.answer import answer_table
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import CHECKPOINTS
+from xtoken_core.workflow.step import RUNNER
 
 QUIET = {
     "PYTHONUNBUFFERED": "1",
@@ -61,7 +62,7 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
     with (
         tempfile.TemporaryDirectory() as scratch,
         log.open("w", encoding="utf-8") as raw,
-        _environment({**QUIET, ERROR_FILE: f"{scratch}/error", CHECKPOINTS: str(runs / "checkpoints")}),
+        _environment({**QUIET, ERROR_FILE: f"{scratch}/error", RUNNER: str(os.getpid()), CHECKPOINTS: str(runs / "checkpoints")}),
         warm_steps(),
     ):
         pipeline = for_this_machine(compile_spec(spec))

@@ -18,6 +18,7 @@ from transformers import (
 
 from xtoken_core.configs import empty_model, model_place, one_line, read_config
 from xtoken_core.errors import InputError
+from xtoken_core.finite import check_weights
 from xtoken_core.layers import decoder, first_layers
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.tokenization import TokenTable, load_tokenizer
@@ -53,7 +54,7 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "a
     """Loads a causal language model onto the CPU, in eval mode.
 
     `ref` is a hub id, a local folder, a .gguf file, or an fsspec URI of either. `attention: auto` is sdpa where the model has
-    it, else eager; which it is, is logged. Raises InputError, also for weights that are not all there, a head that
+    it, else eager; which it is, is logged. Raises InputError, also for weights that are not all there or not finite, a head that
     `head_logits` does not know (`check_head`), and where rows are to be `packed`, a model that mixes their documents
     (`check_packing`).
     """
@@ -72,6 +73,7 @@ def load_model(ref: str, dtype: torch.dtype = torch.float32, attention: str = "a
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{ref}: cannot load the model: weights {what}: {min(names)}{more}")
     model = (_plain_copy(model, attention) if gguf else model).eval()
+    check_weights(model, ref)
     if attention == "flash_attention_2":  # runs on GPUs alone, the checks on the CPU
         model.set_attn_implementation("sdpa")
     with first_layers(model), one_line(ref):  # all of a large model would take minutes on a CPU
@@ -144,6 +146,8 @@ def check_head(model: PreTrainedModel, who: str) -> None:
     """Proves on a few tokens that `head_logits` gives the model's own logits; InputError for heads of another form."""
     ids = torch.arange(4, device=model.device)[None]
     own = model(input_ids=ids, use_cache=False).logits
+    if not own.isfinite().all():
+        raise InputError(f"{who}: its logits are not finite")
     if not _same(own, head_logits(model, final_hidden(model, ids), own.shape[-1]).dense(), model.dtype):
         raise InputError(
             f"{who}: {type(model).__name__} does more after its final hidden states than lm_head, scale and soft cap"

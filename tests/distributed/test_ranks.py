@@ -83,7 +83,7 @@ def test_two_ranks_resume(base, values, alone, sharding):
     if not (out / "checkpoints" / "checkpoint-2").exists():
         on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     unbroken = losses(out)
-    for left in (out / "checkpoints").glob("checkpoint-3/distillation.json"):
+    for left in (out / "checkpoints").glob("checkpoint-3/checksums.json"):
         left.unlink()
     on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2

@@ -71,7 +71,7 @@ class Started:
     def kill_after_a_checkpoint(self, out: Path) -> None:
         """SIGKILL, as soon as the checkpoint of step 2 is there."""
         deadline = time.monotonic() + 200
-        while not (out / "checkpoints" / "checkpoint-2" / "distillation.json").exists():
+        while not (out / "checkpoints" / "checkpoint-2" / "checksums.json").exists():
             assert self.process.is_alive() and time.monotonic() < deadline
             time.sleep(0.005)
         self.process.kill()

@@ -82,6 +82,8 @@ class TrainingSummary(Record):
     steps: int
     tokens: int
     seconds: float
+    skipped_steps: int = 0
+    """Without an update, since their numbers were not finite."""
     best_step: int | None = None
     best_validation_bits_per_byte: float | None = None
     last_validation_bits_per_byte: float | None = None

@@ -51,6 +51,12 @@ class TrainingSpec(Section):
     log_steps: PositiveInt = Field(1, description="log this often")
     eval_steps: PositiveInt | None = Field(None, description="validate this often; default: only at the end")
     save_steps: PositiveInt | None = Field(None, description="checkpoint this often; default: never")
+    skip_nonfinite: NonNegativeInt = Field(
+        0, description="steps whose loss or gradients are not finite that are skipped, counted and told; one more ends the run"
+    )
+    timeout: PositiveFloat = Field(
+        600.0, description="seconds without a sign of life from a teacher after which the run ends; three times that for a rank"
+    )
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False), LIST_OF_ONE] = Field(
         ("tensorboard",), description="trackers; their servers and credentials come from the environment (WANDB_*, MLFLOW_*)"
     )

@@ -7,8 +7,10 @@ through the shared buffers of `transport`, never through the pipe.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any
@@ -22,6 +24,13 @@ from xtoken_core.losses.logits import HiddenLogits, TopKLogits
 from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetup
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
 from xtoken_core.teachers.worker import teacher_main
+
+logger = logging.getLogger(__name__)
+
+WARNING_SECONDS = 30.0
+"""Of silence, after which a line says so, and again after as many."""
+LOADING_SECONDS = 3600.0
+"""In which a teacher has to load its model: it gives no sign of life meanwhile."""
 
 
 class Teacher:
@@ -44,13 +53,13 @@ class Teacher:
 
     def wait_ready(self) -> None:
         """Waits until the model is loaded. Raises InputError or TeacherError with the teacher's last words."""
-        self.info = self._reply()
+        self.info = self._reply("load its model", max(LOADING_SECONDS, self.setup.timeout))
 
     def call(self, command: str, *arguments: Any) -> dict[str, Any]:
         """Sends a command (a method of TeacherServer) and waits for the result, with `started` and `ended` (monotonic s)."""
         with contextlib.suppress(OSError):  # dead: its reply says why
             self._pipe.send((command, arguments))
-        return self._reply()
+        return self._reply(command, self.setup.timeout)
 
     def run(self, inputs: Sequence[Inputs]) -> tuple[list[Logits], dict[str, Any]]:
         """Runs micro-batches through the teacher. The outputs are valid until `release`."""
@@ -73,7 +82,7 @@ class Teacher:
     def check(self) -> None:
         """Raises TeacherError if the process is no longer alive."""
         if not self._process.is_alive():
-            self._reply()
+            self._answer(*self._received())
 
     def close(self) -> None:
         """Ends the process and unmaps its buffers. Harmless when repeated."""
@@ -92,24 +101,39 @@ class Teacher:
         if self._process.pid is not None:
             remove_traces(self._process.pid)
 
-    def _reply(self) -> dict[str, Any]:
-        wait([self._pipe, self._process.sentinel])
-        kind: str = "dead"
-        result: Any = ""
-        try:
-            if self._pipe.poll():
-                kind, result = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            pass
+    def _reply(self, task: str, limit: float) -> dict[str, Any]:
+        """Waits for the answer to a command; `limit`: seconds that may pass without a sign of life."""
+        heard, warning = time.monotonic(), WARNING_SECONDS
+        while (silence := time.monotonic() - heard) < limit:
+            if silence >= warning:
+                told = (self.setup.name, silence, task, limit)
+                logger.warning("%s: no sign of life for %.0f s while it has to %s; the run ends after %g s", *told)
+                warning += WARNING_SECONDS
+            if wait([self._pipe, self._process.sentinel], min(warning, limit) - silence):
+                kind, result = self._received()
+                if kind != "alive":
+                    return self._answer(kind, result)
+                heard, warning = time.monotonic(), WARNING_SECONDS
+        self._process.kill()
+        raise TeacherError(f"{self.setup.name}: no sign of life for {limit:g} s while it had to {task}")
+
+    def _answer(self, kind: str, result: Any) -> dict[str, Any]:
         if kind == "bad input":
             raise InputError(f"{self.setup.name}: {result}")
         if kind == "failed":
             raise TeacherError(f"{self.setup.name}: {result}")
-        if kind == "dead":
-            self._process.join(5)
-            raise TeacherError(f"{self.setup.name}: its process died ({_cause(self._process.exitcode)})")
         self._inbox.receive(result.pop("handles", {}))
-        return result
+        answer: dict[str, Any] = result
+        return answer
+
+    def _received(self) -> tuple[str, Any]:
+        """The next message of the process. Raises TeacherError where it has died."""
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            if self._pipe.poll():
+                kind, result = self._pipe.recv()
+                return kind, result
+        self._process.join(5)
+        raise TeacherError(f"{self.setup.name}: its process died ({_cause(self._process.exitcode)})")
 
     def _outputs(self, shapes: list[Shape]) -> list[Logits]:
         dtype, rows, tensors = self.setup.dtype, self.info["rows"], self._inbox.tensors

@@ -29,6 +29,8 @@ class TeacherRun:
     """Per micro-batch, (sum, count) of the teacher's score; empty where the loss needs none."""
     seconds: float
     """Onload, run and offload."""
+    finite: bool
+    """Whether every number of `logits` is."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class TeacherPool:
         if not teacher.resident:
             self._note(teacher, "offload", teacher.call("offload"))
         seconds = self.events[-1].ended - self.events[first].started
-        return TeacherRun(logits, result["scores"], seconds)
+        return TeacherRun(logits, result["scores"], seconds, result["finite"])
 
     def _note(self, teacher: Teacher, what: str, result: dict[str, Any]) -> None:
         self.events.append(Event(teacher.setup.name, what, result["started"], result["ended"]))

@@ -51,6 +51,8 @@ class TeacherSetup:
     """Whether torch.compile makes its layers faster."""
     packed: bool = False
     """Whether its rows hold several documents."""
+    timeout: float = 600.0
+    """Seconds without a sign of life after which it counts as hanging."""
     shards: Shards | None = None
     """Set where the weights are spread over the teachers of all ranks."""
     scores: LossSpec | None = None

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from xtoken_core.compilations import keep_compilations
 from xtoken_core.errors import InputError
+from xtoken_core.finite import largest
 from xtoken_core.layers import decoder_layers
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.logits import HiddenLogits
@@ -35,11 +36,12 @@ ROOM = 16384
 class TeacherServer:
     """A loaded teacher. Its public methods are the commands of the pipe; each returns what the reply holds."""
 
-    def __init__(self, setup: TeacherSetup):
+    def __init__(self, setup: TeacherSetup, alive: Callable[[], None]):
+        """alive: gives the student a sign of life."""
         logging.disable_progress_bar()
         if setup.device.type == "cuda":
             torch.cuda.set_device(setup.device)  # what FSDP moves weights to, and where kernels are launched
-        self.setup = setup
+        self.setup, self._alive = setup, alive
         self.model = load_model(setup.model, setup.dtype, setup.attention, setup.packed).requires_grad_(False)
         self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.model)
         self.outbox = Outbox(setup.device)
@@ -90,7 +92,7 @@ class TeacherServer:
 
     @torch.no_grad()
     def run(self, micro_batches: Sequence[Inputs]) -> dict[str, Any]:
-        """Runs all micro-batches into the buffers: `shapes` per micro-batch, `scores` [n][2], `working_bytes` on a GPU."""
+        """Runs all micro-batches into the buffers: `shapes` per micro-batch, `finite`, `scores` [n][2], `working_bytes` on a GPU."""
         device, transport = self.setup.device, self.setup.transport
         width = {"hidden": self.model.config.get_text_config().hidden_size, "logits": self.rows, "topk": self.setup.top_k}[
             transport
@@ -101,7 +103,7 @@ class TeacherServer:
             indices = self.outbox.tensors("indices", shapes, torch.int32)
         else:
             outputs = self.outbox.tensors(transport, shapes, self.setup.dtype)
-        scores = []
+        scores, extremes = [], []
         for n, (inputs, hidden) in enumerate(self._hidden(micro_batches)):
             logits = head_logits(self.model, hidden, self.rows)
             if self.setup.scores is not None:
@@ -114,7 +116,10 @@ class TeacherServer:
                 values, ids = logits.dense().topk(outputs[n].shape[-1])
                 outputs[n].copy_(values)
                 indices[n].copy_(ids)
-        result = {"shapes": shapes, "scores": [s.tolist() for s in scores], "handles": self.outbox.announce()}
+            extremes.append(largest([outputs[n]]))
+            self._alive()
+        finite = bool(torch.stack(extremes).isfinite().all())
+        result = {"shapes": shapes, "finite": finite, "scores": [s.tolist() for s in scores], "handles": self.outbox.announce()}
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the student may read as soon as it has the reply
             result["working_bytes"] = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -183,7 +188,7 @@ def teacher_main(pipe: Connection, setup: TeacherSetup, student: int, environmen
     keep_compilations()
     threading.Thread(target=end_with, args=(student,), daemon=True).start()
     try:
-        server = TeacherServer(setup)
+        server = TeacherServer(setup, alive=lambda: pipe.send(("alive", None)))
         pipe.send(("done", _stamped(time.monotonic(), server.describe())))
         while (message := pipe.recv())[0] != "close":
             command, arguments = message

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from xtoken_core.checksums import FILE as CHECKSUMS
+from xtoken_core.checksums import damage, seal, write_whole
 from xtoken_core.errors import InputError
+from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import folders, local_copy, publish, remove
+from xtoken_core.storage import folders, is_remote, local_copy, normalize, publish, remove
 from xtoken_core.training.inputs import TrainingInputs
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "distillation.json"
-"""Written last into a checkpoint: one without it is not complete."""
+"""`Progress`, in every checkpoint. The checksums are written last: a checkpoint without them is not complete."""
 
 LEARNABLE_FILE = "learnable.safetensors"
+
+KEPT = 2
+"""Checkpoints that are kept: should the newest be damaged, there is the one before."""
 
 
 @dataclass
@@ -31,6 +39,8 @@ class Progress:
     """Dynamic scaling's factor for the next step, from the last step's sums."""
     tokens: int = 0
     """Student tokens trained on so far, over all ranks."""
+    skipped: int = 0
+    """Steps without an update, since their numbers were not finite."""
     best_step: int | None = None
     best_bits_per_byte: float | None = None
     last_bits_per_byte: float | None = None
@@ -40,15 +50,49 @@ class Progress:
     """By phase, of this rank."""
 
 
-def check_inputs(folder: Path, spec: DistillationSpec, inputs: TrainingInputs, baseline: bool) -> None:
-    """Notes in `folder` what its checkpoints are made with. Raises InputError if it holds some of another training."""
+@contextmanager
+def owned(*places: str | Path | None) -> Iterator[None]:
+    """Within, no other run on this machine may use these folders for checkpoints. Raises InputError where one does.
+
+    A lock ends with the process that holds it, however that ends. Places behind a URI are not locked.
+    """
+    held = []
+    try:
+        for place in places:
+            if place is None or is_remote(str(place)):
+                continue
+            folder = Path(normalize(str(place)))
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / ".lock").open("a", encoding="utf-8")
+            held.append(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{folder}: another run that goes on just now keeps its checkpoints there") from None
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+NEUTRAL = {"timeout", "skip_nonfinite", "log_steps", "save_steps", "report_to"}
+"""Fields of the training section that change nothing about the student: with others of them a training goes on."""
+
+
+def training_identity(spec: DistillationSpec, inputs: TrainingInputs, baseline: bool) -> str:
+    """What a training's checkpoints are made with: the part of the spec that it reads, and the loss modes."""
     fields = spec.model_dump(mode="json", include={"student", "teachers", "loss", "data", "training"})
-    digest = hashlib.sha256(json.dumps([fields, dict(inputs.modes), baseline], sort_keys=True).encode()).hexdigest()
-    note = folder / "inputs.sha256"
-    if any(folder.glob(f"checkpoint-*/{STATE_FILE}")) and note.exists() and note.read_text() != digest:
+    fields["training"] = {name: value for name, value in fields["training"].items() if name not in NEUTRAL}
+    return identity(fields, dict(inputs.modes), baseline)
+
+
+def check_inputs(folder: Path, own: str) -> None:
+    """Notes in `folder` the identity of its checkpoints. Raises InputError if it holds some of another training."""
+    note = folder / "identity"
+    if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")) and note.exists() and note.read_text() != own:
         raise InputError(f"{folder}: holds checkpoints of another spec; remove them, or choose another folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest)
+    note.write_text(own)
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -62,14 +106,52 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def latest_checkpoint(folder: Path, uri: str | None) -> Path | None:
-    """The newest complete checkpoint, in `folder` or kept at `uri`."""
-    local = [str(path.parent) for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    kept = [name for name in folders(uri) if name.rsplit("/", 1)[1].startswith("checkpoint-")] if uri else []
-    newest = max([*local, *kept], key=step_of, default=None)
-    if newest is None:
-        return None
-    logger.info("resuming from %s", newest)
-    return Path(newest) if newest in local else local_copy(newest)
+    """The newest checkpoint that is whole, in `folder` or kept at `uri`; of a damaged one the log says so."""
+    for name in sorted([*_local(folder), *_kept(uri)], key=step_of, reverse=True):
+        checkpoint = local_copy(name)
+        if (damaged := damage(checkpoint)) is None:
+            logger.info("resumes at step %d, from %s", step_of(name), name)
+            return checkpoint
+        logger.warning("%s is damaged (%s is not as it was written); the one before is used", name, damaged)
+    logger.info("no checkpoint found in %s%s", uri or folder, _others(uri))
+    return None
+
+
+def checkpoint_of_step(folder: Path, uri: str | None, step: int) -> Path:
+    """The checkpoint that the first rank goes on from, as this rank's host has it."""
+    names = [name for name in (*_local(folder), *_kept(uri)) if step_of(name) == step]
+    return local_copy(names[0])
+
+
+def _local(folder: Path) -> list[str]:
+    return [str(path.parent) for path in folder.glob(f"checkpoint-*/{CHECKSUMS}")]
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """The newest complete checkpoint in `folder`, for messages; `none` without one."""
+    return max(_local(folder), key=step_of, default="none")
+
+
+def _others(uri: str | None) -> str:
+    """Names the checkpoints of other settings beside `uri`."""
+    if uri is None:
+        return ""
+    root, _, own = uri.rstrip("/").rpartition("/")
+    others = [name for name in folders(root) if name.rsplit("/", 1)[1] != own and _kept(name)] if root else []
+    return "".join(f"; {name} holds some of other settings" for name in others)
+
+
+def _kept(uri: str | None) -> list[str]:
+    """The checkpoints at `uri`, oldest first."""
+    found = [name for name in folders(uri) if name.rsplit("/", 1)[1].startswith("checkpoint-")] if uri else []
+    return sorted(found, key=step_of)
+
+
+def drop_damaged(folder: Path, used: Path | None) -> None:
+    """Removes what a run that goes on from `used` will write again: later checkpoints, which are damaged, and unfinished ones."""
+    for path in folder.glob("checkpoint-*"):
+        if used is None or step_of(path) > step_of(used) or not (path / CHECKSUMS).exists():
+            shutil.rmtree(path)
 
 
 def restore(checkpoint: Path | None, out_dir: Path) -> None:
@@ -90,21 +172,15 @@ def restore(checkpoint: Path | None, out_dir: Path) -> None:
 
 
 def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: str | None) -> None:
-    """Adds to a checkpoint what lies beside it, notes the progress last, and keeps it at `uri` in place of older ones."""
+    """Adds to a checkpoint what lies beside it, seals it, and keeps it at `uri` in place of older ones."""
     best, log = out_dir / "best", out_dir / "log.jsonl"
     if best.exists():  # with the checkpoint, in case the run goes on elsewhere
-        shutil.rmtree(folder / "best", ignore_errors=True)  # of a run that was killed while it saved
+        shutil.rmtree(folder / "best", ignore_errors=True)
         shutil.copytree(best, folder / "best", copy_function=os.link)
     shutil.copy(log, folder / log.name)
-    partial = folder / f"{STATE_FILE}.partial"  # so that the file is there whole or not at all
-    partial.write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    partial.rename(folder / STATE_FILE)
+    write_whole(folder / STATE_FILE, json.dumps(asdict(progress)))
+    seal(folder)
     if uri is not None:
-        _keep(folder, uri)
-
-
-def _keep(folder: Path, uri: str) -> None:
-    older = [name for name in folders(uri) if name.rsplit("/", 1)[1].startswith("checkpoint-")]
-    publish(folder, f"{uri.rstrip('/')}/{folder.name}")
-    for name in older:
-        remove(name)
+        publish(folder, f"{uri.rstrip('/')}/{folder.name}")
+        for name in _kept(uri)[:-KEPT]:
+            remove(name)

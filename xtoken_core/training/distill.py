@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -33,10 +34,14 @@ from xtoken_core.training.checkpoints import (
     LEARNABLE_FILE,
     Progress,
     check_inputs,
+    checkpoint_of_step,
+    drop_damaged,
     latest_checkpoint,
     load_progress,
+    owned,
     restore,
     step_of,
+    training_identity,
 )
 from xtoken_core.training.environment import describe_environment
 from xtoken_core.training.inputs import TrainingInputs
@@ -75,6 +80,7 @@ def distill(
     Raises:
         InputError: something named in the message does not fit.
         TeacherError: a teacher process failed.
+        NonFiniteError: the numbers of the training are no longer finite.
     """
     keep_compilations()
     arguments = (spec, inputs, Path(out_dir), baseline, checkpoint_uri)
@@ -94,16 +100,21 @@ def _distill(
     spec: DistillationSpec, inputs: TrainingInputs, out_dir: Path, baseline: bool, checkpoint_uri: str | None
 ) -> TrainingSummary:
     """Trains in this process, which is one of the ranks if there are several."""
-    started = time.monotonic()
-    transformers_logging.disable_progress_bar()
-    first_rank = os.environ.get("RANK", "0") == "0"
     out_dir.mkdir(parents=True, exist_ok=True)
+    with owned(out_dir / "checkpoints", checkpoint_uri) if _is_first_rank() else contextlib.nullcontext():
+        return _train(spec, inputs, out_dir, baseline, checkpoint_uri)
+
+
+def _train(
+    spec: DistillationSpec, inputs: TrainingInputs, out_dir: Path, baseline: bool, checkpoint_uri: str | None
+) -> TrainingSummary:
+    started, first_rank = time.monotonic(), _is_first_rank()
+    transformers_logging.disable_progress_bar()
     data = _data(spec, inputs, () if baseline else scored_teachers(spec, inputs))
     args = training_arguments(spec, out_dir, len(data.train))
     if first_rank:
         logger.info("precision: %s", _precision(args))
-        check_inputs(out_dir / "checkpoints", spec, inputs, baseline)
-    checkpoint = latest_checkpoint(out_dir / "checkpoints", checkpoint_uri)
+    checkpoint = _checkpoint(out_dir / "checkpoints", checkpoint_uri, training_identity(spec, inputs, baseline), args.device)
     if first_rank:
         restore(checkpoint, out_dir)
     progress = Progress() if checkpoint is None else load_progress(checkpoint)
@@ -130,7 +141,8 @@ def _distill(
         )
         setups = [teacher.setup for teacher in teachers if teacher.setup is not None]
         pool = stack.enter_context(TeacherPool(setups)) if setups else None
-        record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model))
+        skip = spec.training.skip_nonfinite
+        record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model), skip)
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)
         progress.seconds["setup"] = time.monotonic() - started
         with _plainly():
@@ -142,6 +154,23 @@ def _distill(
             shutil.copytree(out_dir / "last", out_dir / "best", copy_function=os.link)
         summary.write(out_dir / "summary.json")
     return summary
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _checkpoint(folder: Path, uri: str | None, own: str, device: torch.device) -> Path | None:
+    """The checkpoint to go on from, which the first rank decides. All ranks call it."""
+    found = None
+    if _is_first_rank():
+        check_inputs(folder, own)
+        found = latest_checkpoint(folder, uri)
+        drop_damaged(folder, found)
+    chosen = [None if found is None else step_of(found)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, src=0, device=device)
+    return found if found is not None or chosen[0] is None else checkpoint_of_step(folder, uri, chosen[0])
 
 
 def _load_student(spec: DistillationSpec, checkpoint: Path | None, alone: bool) -> Loaded:
@@ -174,6 +203,7 @@ def _summary(trainer: DistillationTrainer, resumed_from: int | None, seconds: fl
     return TrainingSummary(
         steps=trainer.state.global_step,
         tokens=progress.tokens,
+        skipped_steps=progress.skipped,
         seconds=seconds,
         resumed_from=resumed_from,
         best_step=progress.best_step,

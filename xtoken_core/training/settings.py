@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
+from xtoken_core.training.checkpoints import KEPT
 
 
 def training_loss(spec: DistillationSpec, baseline: bool) -> LossSpec:
@@ -65,12 +66,13 @@ def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> Trai
         fsdp_config={"version": 2} if sharded else None,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
+        ddp_timeout=math.ceil(3 * training.timeout),  # three times: a rank may wait for the first one's uploads
         eval_strategy="steps" if spec.data.validation else "no",
         eval_steps=training.eval_steps or steps,
         eval_on_start=bool(spec.data.validation),
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or steps,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         report_to="none",  # see `trackers`
         disable_tqdm=True,
         remove_unused_columns=False,

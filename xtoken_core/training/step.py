@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,8 @@ class Taught:
     """`batch_counts`, summed over the micro-batches."""
     seconds: Mapping[str, float]
     """By teacher: onload, run and offload."""
+    finite: Mapping[str, bool]
+    """By teacher: whether all that it handed over is."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Teaching:
             counts.append(batch_counts(*batch.masks, list(heard.values()), loss, scores))
             micro_batches.append(MicroBatch(batch, heard))
         seconds = {t.id: runs[t.id].seconds if t.id in runs else 0.0 for t in self.teachers}
-        return Taught(micro_batches, torch.stack(counts).sum(0), seconds)
+        finite = {t.id: runs[t.id].finite if t.id in runs else True for t in self.teachers}
+        return Taught(micro_batches, torch.stack(counts).sum(0), seconds, finite)
 
     def _run_processes(self, batches: Sequence[Batch]) -> dict[str, TeacherRun]:
         """Runs the teachers that have a process; what each gave, by id."""
@@ -102,7 +106,11 @@ class Step:
     tokens: Tensor
     """0-dim int64: the student's tokens on this rank."""
     teacher_seconds: Mapping[str, float]
+    finite: Mapping[str, bool]
+    """By teacher: whether what it handed over to this rank is."""
     clock: Clock
+    skipped: bool = False
+    """Whether the weights stay as they are, since the numbers are not finite."""
     sums: Tensor = field(init=False)
     """`LossOutput.sums` of the micro-batches so far."""
 
@@ -113,6 +121,21 @@ class Step:
     def add(self, sums: Tensor) -> None:
         """Adds a micro-batch's sums."""
         self.sums = self.sums + sums
+
+    def fault(self) -> str:
+        """Whose numbers are not finite, over all ranks, which all call this."""
+        device, ids = self.sums.device, list(self.finite)
+        broken = over_ranks(torch.tensor([not self.finite[name] for name in ids], dtype=torch.float64), device).tolist()
+        ce, _, *rest = over_ranks(self.sums.clone(), device).tolist()
+        for name, count in zip(ids, broken):
+            if count:
+                return f"teacher {name}: its outputs are not finite"
+        if not math.isfinite(ce):
+            return "student: its loss is not finite"
+        for name, kd in zip(ids, rest[::3]):
+            if not math.isfinite(kd):
+                return f"student: its divergence from teacher {name} is not finite"
+        return "student: its gradients are not finite"
 
     def finish(self, loss: LossSpec) -> StepResult:
         """Ends the step: its sums over all ranks, which all call this."""
@@ -174,7 +197,7 @@ def begin_step(
             sums = [student(m, totals, with_loss=False)["sums"] for m in taught.micro_batches]
         totals = totals.with_scale(dynamic_scale(over_ranks(torch.stack(sums).sum(0), device), totals, student.loss))
     tokens = torch.stack([batch.student.attention_mask.sum() for batch in batches]).sum()
-    return Step(taught.micro_batches, totals, tokens, taught.seconds, clock)
+    return Step(taught.micro_batches, totals, tokens, taught.seconds, taught.finite, clock)
 
 
 def over_ranks(sums: Tensor, device: torch.device) -> Tensor:

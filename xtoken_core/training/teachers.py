@@ -142,6 +142,7 @@ def _setup(
         threads=torch.get_num_threads(),
         compile=spec.training.compile and device.type == "cuda",
         packed=spec.data.packing,
+        timeout=spec.training.timeout,
         shards=_shards(teacher.model, dtype, device),
         scores=training_loss(spec, baseline=False) if scored else None,
     )

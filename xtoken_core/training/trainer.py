@@ -6,6 +6,7 @@ from sums over all ranks, and only then runs the student: micro-batch by micro-b
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import time
@@ -25,7 +26,8 @@ from xtoken_core.data.reading import Shuffled
 from xtoken_core.models import save_model
 from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
-from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint
+from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
+from xtoken_core.training.finite import NonFiniteError, all_finite, all_weights, gradients
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.saving import save_finished
 from xtoken_core.training.sharding import between_micro_batches, configure
@@ -59,6 +61,8 @@ class RunRecord:
     """Folder or URI where checkpoints are kept as well."""
     dtype: torch.dtype = torch.float32
     """Of the saved student's weights: its source's. Checkpoints keep what is trained, in float32."""
+    skip_nonfinite: int = 0
+    """Steps that may be skipped since their numbers are not finite."""
 
 
 class DistillationTrainer(Trainer):
@@ -87,7 +91,7 @@ class DistillationTrainer(Trainer):
             data_collator=data.collate,  # type: ignore[arg-type]  # a Batch in place of a dict
             train_dataset=self.train_rows,
             eval_dataset=data.validation,
-            callbacks=[_StepEnd(self), *callbacks],
+            callbacks=[_Steps(self), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         configure(self.accelerator, model)
@@ -122,13 +126,31 @@ class DistillationTrainer(Trainer):
         self.step.add(out["sums"])
         return out["loss"] * self.args.world_size
 
+    def check_step(self) -> None:
+        """Before the optimizer's step: one whose numbers are not finite is skipped, or ends the run. Raises NonFiniteError."""
+        assert self.step is not None
+        if all_finite([self.step.sums, *gradients(self.student)], self.args.device):
+            return
+        number, fault, progress = self.state.global_step + 1, self.step.fault(), self.record.progress
+        progress.skipped += 1
+        if progress.skipped > self.record.skip_nonfinite:
+            raise self._not_finite(number, fault)
+        if self.record.log is not None:
+            self.record.log.say(f"step {number}: skipped ({progress.skipped} of {self.record.skip_nonfinite}), {fault}")
+        self.step.skipped = True
+        for parameter in self.student.parameters():  # the optimizer passes over those without a gradient
+            parameter.grad = None
+
+    def _not_finite(self, step: int, fault: str) -> NonFiniteError:
+        return NonFiniteError(f"step {step}: {fault}; last good checkpoint: {newest_checkpoint(Path(str(self.args.output_dir)))}")
+
     def finish_step(self) -> None:
         """After the optimizer's step: the sums of all ranks become metrics and the next step's scale."""
         assert self.step is not None
         self.teaching.release()
-        self.result, self.step = self.step.finish(self.student.loss), None
-        progress = self.record.progress
-        if self.teaching.teachers:
+        step, self.step = self.step, None
+        self.result, progress = step.finish(self.student.loss), self.record.progress
+        if self.teaching.teachers and not step.skipped:
             progress.scale = self.result.scale
         progress.tokens += self.result.tokens
         for phase, seconds in self.result.seconds.items():
@@ -164,6 +186,8 @@ class DistillationTrainer(Trainer):
         size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
         batches = shares(self.data.validation, size, rank, ranks, self.data.collate)
         found = validate(self.student, batches, args.device)
+        if not math.isfinite(found.bits_per_byte):
+            raise self._not_finite(step, "student: its validation is not finite")
         value = record.progress.last_bits_per_byte = found.bits_per_byte
         metrics = {"validation_bits_per_byte": value, "validation_accuracy": found.accuracy}
         if record.log is not None:
@@ -190,8 +214,9 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_student(self, folder: Path) -> None:
-        """Saves the student so that it appears in `folder` whole or not at all. All ranks call it."""
+        """Saves the student so that it appears in `folder` whole or not at all. All ranks call it. Raises NonFiniteError."""
         started = time.monotonic()
+        self._check_weights()
         partial = folder.with_name(f"{folder.name}.partial")
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # gathered from the shards
         if self.args.should_save:
@@ -203,6 +228,10 @@ class DistillationTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         self.record.progress.seconds["save"] += time.monotonic() - started
+
+    def _check_weights(self) -> None:
+        if not all_finite(all_weights(self.student), self.args.device):
+            raise self._not_finite(self.state.global_step, "student: its weights are not finite")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -230,6 +259,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.monotonic()
+        self._check_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -241,9 +271,12 @@ class DistillationTrainer(Trainer):
         """The student was made from the checkpoint in the first place."""
 
 
-class _StepEnd(TrainerCallback):
+class _Steps(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.check_step()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.trainer.finish_step()

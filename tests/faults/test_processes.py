@@ -1,0 +1,98 @@
+"""Processes that hang, die or lose whom they work for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import tiny_model
+from tests.teachers.test_teachers import micro_batches, setup
+from xtoken_core.errors import InputError, RunError, errors_left_in, leave_error, left_error
+from xtoken_core.teachers import handle
+from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.setup import TeacherError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("teacher"), 400)
+
+
+def test_a_teacher_that_hangs_is_told_and_then_ends_the_run(folder, monkeypatch, caplog, fault):
+    """SIGSTOP: so looks a hung driver, a frozen container, a host that swaps."""
+    teachers = [setup(folder, "teachers.0 (one)"), setup(folder, "teachers.1 (two)", timeout=1.5)]
+    last_words = r"^teachers\.1 \(two\): no sign of life for 1\.5 s while it had to run$"
+    with pytest.raises(TeacherError, match=last_words) as told, TeacherPool(teachers) as pool:
+        pool.run([micro_batches((1, 4))] * 2)
+        monkeypatch.setattr(handle, "WARNING_SECONDS", 0.4)
+        os.kill(pool.teachers[1]._process.pid, signal.SIGSTOP)
+        with caplog.at_level(logging.WARNING, "xtoken_core"):
+            pool.run([micro_batches((1, 4))] * 2)
+    assert len(caplog.messages) == 3
+    assert all(line.startswith("teachers.1 (two): no sign of life for ") for line in caplog.messages)
+    assert pool.teachers[1]._process.exitcode == -signal.SIGKILL
+    fault("a teacher is stopped", "a line every 30 s, the end after training.timeout, by name", told.value)
+
+
+def test_a_teacher_that_works_long_gives_signs_of_life(folder, monkeypatch, caplog):
+    monkeypatch.setattr(handle, "WARNING_SECONDS", 5.0)
+    with TeacherPool([setup(folder, timeout=5.0)]) as pool, caplog.at_level(logging.WARNING, "xtoken_core"):
+        assert len(pool.run([micro_batches(*[(1, 4)] * 50)])[0].logits) == 50
+    assert caplog.messages == []
+
+
+CHILD = """
+import os, sys, time
+from xtoken_core.processes import end_with
+end_with(int(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_runner_that_is_killed_takes_its_steps_along(how, fault):
+    runner = subprocess.Popen(["sleep", "60"])
+    step = subprocess.Popen([sys.executable, "-c", CHILD, str(runner.pid)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert step.stdout.readline() == "ready\n"
+    runner.send_signal(how)
+    runner.wait()
+    assert step.wait(30) == -signal.SIGTERM
+    fault(f"{how.name} for the runner of a step", "the step ends", "ended by SIGTERM")
+
+
+def test_a_step_that_outlived_its_runner_before_it_could_watch_ends_too():
+    runner = subprocess.Popen(["true"])
+    runner.wait()
+    assert subprocess.run([sys.executable, "-c", CHILD, str(runner.pid)], cwd=ROOT, timeout=30).returncode == -signal.SIGTERM
+
+
+def test_the_first_error_of_several_processes_is_the_one_that_is_left(tmp_path):
+    with errors_left_in(tmp_path / "error"):
+        assert left_error(tmp_path / "error") is None
+        leave_error(RunError("step 3: the first"))
+        leave_error(InputError("the second"))
+    left = left_error(tmp_path / "error")
+    assert isinstance(left, RunError) and str(left) == "step 3: the first"
+    assert [path.name for path in tmp_path.iterdir()] == ["error"]
+
+
+def test_a_teacher_that_dies_while_the_student_waits_ends_the_run_in_seconds(folder, fault):
+    last_words = r"^teachers\.0 \(one\): its process died \(SIGKILL"
+    with pytest.raises(TeacherError, match=last_words) as told, TeacherPool([setup(folder)]) as pool:
+        os.kill(pool.teachers[0]._process.pid, signal.SIGSTOP)
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -KILL {pool.teachers[0]._process.pid}"])
+        started = time.monotonic()
+        pool.run([micro_batches((1, 4))])
+    killer.wait()
+    assert time.monotonic() - started < 60
+    fault("a teacher is killed while the student waits for it", "the end in seconds, by name", told.value)

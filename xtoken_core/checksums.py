@@ -1,0 +1,73 @@
+"""Proof that the files of a folder are as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FILE = "checksums.json"
+"""In the folder that it describes: {name: [bytes, SHA-256]}."""
+
+
+def seal(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Writes what is in `folder` (below `names`, or everything) to the disk for good, and then its checksums.
+
+    Files that reach the disk after their checksums were noted would be found damaged, never taken for whole.
+    """
+    files = _files(folder, names)
+    for path in (*files, *sorted({path.parent for path in files})):
+        _sync(path)
+    text = json.dumps(dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files), strict=True)), indent=1)
+    write_whole(folder / FILE, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, also after a power cut."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder: the name of a file that is missing or not as it was written, or None."""
+    try:
+        known: dict[str, list[int | str]] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        files = [folder / name for name in known]
+    except (OSError, ValueError, TypeError):
+        return FILE
+    for path, (size, _) in zip(files, known.values(), strict=True):  # the cheap look first
+        if not path.is_file() or path.stat().st_size != size:
+            return path.relative_to(folder).as_posix()
+    pairs = zip(known.items(), _digests(files), strict=True)
+    return next((name for (name, before), now in pairs if before != now), None)
+
+
+def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:
+    tops = [folder] if names is None else [folder / name for name in names]
+    found = (path for top in tops for path in ([top] if top.is_file() else top.rglob("*")))
+    return sorted(path for path in found if path.is_file() and path != folder / FILE)
+
+
+def _digests(files: list[Path]) -> list[list[int | str]]:
+    """[bytes, SHA-256] of each file; several are read at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_digest, files))
+
+
+def _digest(path: Path) -> list[int | str]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -33,27 +33,25 @@ def distill(
         checkpoints: Folder or URI for checkpoints from which an interrupted training resumes; none by default.
     """
     from xtoken_core.workflow.step import step
-    from xtoken_core.workflow.versions import own_folder
 
     with step("distill-baseline" if baseline else "distill", run):
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
         from xtoken_core.training.inputs import TrainingInputs, by_teacher
         from xtoken_core.workflow.figures import training_facts, training_figures
+        from xtoken_core.workflow.versions import own_folder
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
 
         parsed = View.from_text(spec)
-        own = own_folder(checkpoints, spec, modes, baseline, rows.uri, more_rows, projections.uri if projections else "", scores)
         w = matrices(parsed, projections.path if projections else None)
         inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores))
-        summary = distill(parsed, inputs, run.path, baseline=baseline, checkpoint_uri=own)
+        own = own_folder(checkpoints, parsed, inputs, baseline, [rows.uri, projections.uri if projections else "", *scores])
+        summary = distill(parsed, inputs, run.path, baseline, own)
         run.metadata |= training_facts(parsed, summary)
         for name, value in training_figures(summary).items():
             metrics.log_metric(name, value)
-        for leftover in (f"{run.path}/checkpoints", own):  # the state of optimizers, of no use from here on
-            if leftover:
-                remove(leftover)
+        remove(f"{run.path}/checkpoints")  # those of `checkpoints` stay until the run is published
 
 
 if __name__ == "__main__":

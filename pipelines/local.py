@@ -22,10 +22,12 @@ from pipelines.status import Status
 from pipelines.steps import warm_steps
 from pipelines.warm import servers
 from xtoken_core import storage
-from xtoken_core.errors import ERROR_FILE, InputError, left_error
+from xtoken_core.checksums import FILE as CHECKSUMS
+from xtoken_core.errors import ERROR_FILE, InputError, RunError, left_error
 from xtoken_core.report.answer import answer_table
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.publish import check_whole
 from xtoken_core.workflow.resolve import CHECKPOINTS
 from xtoken_core.workflow.step import RUNNER
 
@@ -73,6 +75,7 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             enable_caching=True,
             cache_root=str(runs / ".cache"),
         )
+        _forget_damaged(root)
         status = Status.of_this_process(spec.name, log, len(pipeline["root"]["dag"]["tasks"]))
         progress = Progress(raw, status)
         progress.say(f"{spec.name}: {status.tasks} steps; everything they print: {os.path.relpath(log)}")
@@ -89,6 +92,15 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             why = left or "the step failed; its last lines are above"
             raise RunFailed(f"{progress.status.task}: {why} (log: {os.path.relpath(log)})") from e
     return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
+
+
+def _forget_damaged(root: Path) -> None:
+    """Removes what earlier runs have trained and what is no longer as they wrote it: KFP's cache then makes it again."""
+    for sealed in root.glob(f"*/*/*/{CHECKSUMS}"):
+        try:
+            check_whole(sealed.parent)
+        except RunError as e:
+            print(e, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

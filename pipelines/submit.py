@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import tempfile
@@ -22,6 +21,7 @@ import urllib3
 from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution
 from pipelines.compiling import compile_spec, documents
 from xtoken_core.errors import InputError
+from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow.resolve import check_ranks, shape
 
@@ -92,7 +92,7 @@ def submit(
     fits = shape(spec) == shape(changed) and spec.name == changed.name
     parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
     compiled = compile_spec(spec if fits else changed)
-    digest = hashlib.sha256(json.dumps(documents(compiled), sort_keys=True).encode()).hexdigest()[:12]
+    digest = identity(documents(compiled), length=12)
     client = cluster.client()
     with cluster.reported():
         version = _version(client, changed.name, f"{changed.name}-{digest}", compiled, cluster.namespace, say)

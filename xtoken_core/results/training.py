@@ -82,6 +82,8 @@ class TrainingSummary(Record):
     steps: int
     tokens: int
     seconds: float
+    checkpoints: str | None = None
+    """Where its checkpoints are kept until the run is published."""
     skipped_steps: int = 0
     """Without an update, since their numbers were not finite."""
     best_step: int | None = None

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from xtoken_core.checksums import seal
 from xtoken_core.compilations import keep_compilations
 from xtoken_core.configs import head_rows, stored_dtype
 from xtoken_core.data.batch import Collator
@@ -153,6 +154,7 @@ def _train(
         if not (out_dir / "best").exists():  # no validation: the last is the best there is
             shutil.copytree(out_dir / "last", out_dir / "best", copy_function=os.link)
         summary.write(out_dir / "summary.json")
+        seal(out_dir, ("best", "last", "log.jsonl", "summary.json"))
     return summary
 
 
@@ -203,6 +205,7 @@ def _summary(trainer: DistillationTrainer, resumed_from: int | None, seconds: fl
     return TrainingSummary(
         steps=trainer.state.global_step,
         tokens=progress.tokens,
+        checkpoints=trainer.record.checkpoint_uri,
         skipped_steps=progress.skipped,
         seconds=seconds,
         resumed_from=resumed_from,

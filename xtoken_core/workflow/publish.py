@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import yaml
 
 from xtoken_core import storage
+from xtoken_core.checksums import damage
 from xtoken_core.data.statistics import all_shards, statistics_of
-from xtoken_core.errors import blamed
+from xtoken_core.errors import RunError, blamed
 from xtoken_core.report.card import model_card
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
+from xtoken_core.results.training import TrainingSummary
 from xtoken_core.results.vocabulary import OverlapReport
 from xtoken_core.results.workflow import ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
@@ -74,8 +76,13 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
 
     Published: student/best and student/last (Hugging Face folders), report.html, run.json (what the report was made from),
     spec.yaml, logs/, projections/, serving/ (for KServe and vLLM).
-    Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written.
+    The checkpoints that it took go afterwards, since nothing can be lost any more.
+    Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written, and RunError
+    where what training wrote is damaged.
     """
+    trainings = [artifact.path for artifact in (parts.run, parts.baseline) if artifact]
+    for path in trainings:
+        check_whole(path)
     counted = [statistics_of(f"{shard}/train") for shard in (parts.rows.path, *parts.shards)]
     held_out = [statistics_of(f"{parts.rows.path}/validation")] if spec.data.validation else []
     times = parts.times() | {f"prepare-{n}": StepTimes(started=c.started, seconds=c.seconds) for n, c in enumerate(counted)}
@@ -108,6 +115,9 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         with blamed("output.uri"):
             storage.check_place(spec.output.uri, spec.name, spec.output.replace)
             storage.publish(folder, spec.output.uri)
+    for path in trainings:
+        if checkpoints := TrainingSummary.read(f"{path}/summary.json").checkpoints:
+            storage.remove(checkpoints)
     return run
 
 
@@ -130,6 +140,13 @@ def _write_serving(spec: DistillationSpec, folder: Path) -> None:
     (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
     if service := inference_service(spec, student):
         (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises RunError, and removes the folder, unless what training wrote is as it was written: then the next run makes it again."""
+    if damaged := damage(Path(path)):
+        storage.remove(str(path))
+        raise RunError(f"{path}: {damaged} is not as training wrote it; it was removed, and another run makes it again")
 
 
 def _step_times(metadata: Mapping[str, Any]) -> StepTimes:

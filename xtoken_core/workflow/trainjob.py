@@ -7,7 +7,6 @@ variables) and read rows and projections from, and publish the run to, URIs that
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import signal
 import sys
@@ -16,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, RunError
+from xtoken_core.identity import identity
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
 from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
@@ -28,7 +28,7 @@ PATIENCE = 60
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
-class TrainJobError(Exception):
+class TrainJobError(RunError):
     """The job failed; its pods' log says why."""
 
 
@@ -53,7 +53,7 @@ def launch(
                 f"resources.nodes: several hosts cannot all reach {uri}; use a pipeline root that is a URI or on a resources.pvc"
             )
     command = worker_command(rows, normalize(run_uri), modes, projections, baseline, checkpoints)
-    key = hashlib.sha256("\0".join([spec, resources, *command]).encode()).hexdigest()[:12]
+    key = identity(json.loads(spec), json.loads(resources), command, length=12)
     run_job(manifest(f"xtoken-distill-{key}", spec, given, command))
 
 

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from xtoken_core import storage
 from xtoken_core.data.hub import hub_dataset
 from xtoken_core.errors import InputError
+from xtoken_core.identity import identity
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import StudentSpec, TeacherSpec
+from xtoken_core.training.checkpoints import training_identity
+from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow.licences import licence_of
+from xtoken_core.workflow.views import View
 
 
-def digest(*values: Any) -> str:
-    """Of JSON values; the order of a dict's keys, which KFP changes between processes, does not count."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+def own_folder(root: str, spec: View, inputs: TrainingInputs, baseline: bool, uris: Sequence[str]) -> str | None:
+    """The folder of `root` for checkpoints of one training only, so that nothing is resumed under other inputs; None without a root.
 
-
-def own_folder(root: str, *inputs: Any) -> str | None:
-    """The folder of `root` that belongs to one set of inputs (JSON values) only, so that nothing is resumed under others; None without a root."""
-    return f"{root.rstrip('/')}/{digest(*inputs)}" if root else None
+    uris: where its rows and W are, which the names of their copies on this machine may not tell.
+    """
+    if not root:
+        return None
+    shards = [str(row) for row in inputs.rows[1:]]
+    return f"{root.rstrip('/')}/{identity(training_identity(spec, inputs, baseline), spec.content, shards, list(uris))}"
 
 
 class Versions:
@@ -45,7 +48,7 @@ class Versions:
             if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
                 parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
         parts += [self._lookup(field, uri, corpus_version) for field, uri in texts]
-        return digest(*parts)
+        return identity(*parts)
 
     def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
         found = next((entry.version for entry in self.known if entry.uri == uri), None)

@@ -56,7 +56,9 @@ def test_a_model_with_such_weights_is_bad_input(base, values, tmp_path, fault, w
         | {"teachers": [teacher | ({"model": str(model)} if teacher["id"] == who else {}) for teacher in values["teachers"]]}
     )
     by = "" if who == "student" else rf"teachers\.\d \({who}\): "
-    with pytest.raises(InputError, match=rf"^{by}{model}: its weights hold numbers that are not finite, in .*norm\.weight$") as told:
+    with pytest.raises(
+        InputError, match=rf"^{by}{model}: its weights hold numbers that are not finite, in .*norm\.weight$"
+    ) as told:
         run(spec, base, tmp_path / "out")
     fault(f"{number} in the weights of {who}", "bad input that names model and weight", told.value)
 

@@ -61,12 +61,11 @@ def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> Trai
         ddp_backend=None if cuda or ranks == 1 else "gloo",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # no buffer changes
-        ddp_timeout=900,
+        ddp_timeout=math.ceil(1.5 * training.timeout),  # more than a teacher of another rank may take
         fsdp=True if sharded else None,  # type: ignore[arg-type]
         fsdp_config={"version": 2} if sharded else None,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
-        ddp_timeout=math.ceil(3 * training.timeout),  # three times: a rank may wait for the first one's uploads
         eval_strategy="steps" if spec.data.validation else "no",
         eval_steps=training.eval_steps or steps,
         eval_on_start=bool(spec.data.validation),

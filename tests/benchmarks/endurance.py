@@ -1,7 +1,7 @@
 """Long runs of tiny models: killed again and again, and watched for what grows. One JSON line, and with --out the curve as a file.
 
-    python -m tests.benchmarks.endurance kills --kills 50     # SIGKILL at random moments of one run, each resumed; weights as of an unbroken run
-    python -m tests.benchmarks.endurance flat --steps 2000    # memory, open files and shared memory of student and teacher, by step
+python -m tests.benchmarks.endurance kills --kills 50     # SIGKILL at random moments of one run, each resumed; weights as of an unbroken run
+python -m tests.benchmarks.endurance flat --steps 2000    # memory, open files and shared memory of student and teacher, by step
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@
     ranks.py            gold, h_kl: sorted uncommon columns
     counting.py         its steps
     gradient.py         the one pass that writes the gradient of all terms
+    tile_gradient.py    what the terms leave for it
     gradient_parts.py   what each teacher adds to it
     sources.py          logits from hidden states, and gradients back
     totals.py           sums over rows and chunks

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from xtoken_core.losses.kernels.batch import Batch
-from xtoken_core.losses.kernels.gradient import Factors, TileGradient
+from xtoken_core.losses.kernels.gradient import Factors
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.rows import Tile, empty_rows
 from xtoken_core.losses.kernels.sources import HiddenGradients
+from xtoken_core.losses.kernels.tile_gradient import TileGradient
 from xtoken_core.losses.kernels.totals import weighted_total
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums

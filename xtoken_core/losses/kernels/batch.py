@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from xtoken_core.losses.kernels.chunks import chunk_rows
-from xtoken_core.losses.kernels.gradient import Factors, TileGradient, write_gradient
+from xtoken_core.losses.kernels.gradient import Factors, write_gradient
 from xtoken_core.losses.kernels.projected import SparseGradient
 from xtoken_core.losses.kernels.rows import RowStats, Tile, room, row_stats
 from xtoken_core.losses.kernels.rowsets import counted_rows
 from xtoken_core.losses.kernels.sources import Source, StudentRows
 from xtoken_core.losses.kernels.terms import ProjectedTerm, Term, WithinTerm, make_term
+from xtoken_core.losses.kernels.tile_gradient import TileGradient
 from xtoken_core.losses.kernels.tiles import Cuts, TileRows, whole_batch
 from xtoken_core.losses.kernels.totals import batch_totals
 from xtoken_core.losses.kernels.touched import Placed, Touched, mark, placed_entries, touched_tokens

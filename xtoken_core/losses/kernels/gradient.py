@@ -6,7 +6,6 @@ it. So logits are read once, and the gradient may take their place, unless a gol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,14 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.common import CommonGradient
-from xtoken_core.losses.kernels.gradient_parts import Sparse, dense_part, sparse_part
+from xtoken_core.losses.kernels.gradient_parts import dense_part, sparse_part
 from xtoken_core.losses.kernels.launch import launch
-from xtoken_core.losses.kernels.projected import SparseGradient
 from xtoken_core.losses.kernels.rows import Tile, part, readable
 from xtoken_core.losses.kernels.sources import StudentRows
-from xtoken_core.losses.kernels.touched import Placed, Touched
-from xtoken_core.losses.kernels.whole import WholeGradient
+from xtoken_core.losses.kernels.tile_gradient import TileGradient
 from xtoken_core.spec import LossSpec
 
 PROGRAMS = 6336
@@ -195,18 +191,6 @@ def _gradient_kernel(
                     half = 1 - half
 
 
-@dataclass(frozen=True)
-class TileGradient:
-    """The gradients that the terms left for a tile, each with the term's number among the teachers."""
-
-    sparse: list[tuple[int, SparseGradient, Placed, bool]] = field(default_factory=list)
-    """The last: p_kl (projected by W) or same vocabulary."""
-    whole: list[tuple[int, WholeGradient]] = field(default_factory=list)
-    common: list[tuple[int, CommonGradient]] = field(default_factory=list)
-    touched: Touched | None = None
-    """The columns of `sparse`."""
-
-
 class Factors(NamedTuple):
     """What the sums are multiplied by, on the device, floats of any size."""
 
@@ -216,31 +200,6 @@ class Factors(NamedTuple):
     """[n], by teacher."""
     both: Tensor | None = None
     """0-dim, of all; None: 1."""
-
-
-def _sparse(parts: TileGradient) -> tuple[Sparse, ...]:
-    return tuple(
-        Sparse(s.values, s.owner, s.share, s.slope, s.active, s.values.shape[1], p.number, p.position, p.weight)
-        for _, s, p, _ in parts.sparse
-    )
-
-
-def _touched(parts: TileGradient, spare: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """Lists of touched columns, ranks, and their sizes; without sparse parts nothing reads them, and `spare` stands there."""
-    if parts.touched is None:
-        return spare, spare, 1, 1
-    return parts.touched.token, parts.touched.rank, *parts.touched.token.shape
-
-
-def _teachers(parts: TileGradient) -> dict[str, tuple[int, ...]]:
-    """Of the kernel's constants those that tell of the teachers, in its order."""
-    return {
-        "SLOTS": tuple(p.position.shape[1] for _, _, p, _ in parts.sparse),
-        "PROJECTED": tuple(x for *_, x in parts.sparse),
-        "SPARSE": tuple(i for i, *_ in parts.sparse),
-        "WHOLE": tuple(i for i, _ in parts.whole),
-        "COMMON": tuple(i for i, _ in parts.common),
-    }
 
 
 def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGradient, factors: Factors, spec: LossSpec) -> None:
@@ -254,10 +213,10 @@ def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGra
     """
     logits, source, stats = tile.logits, student.source, tile.stats
     (n, vocab), rows = logits.shape, part(tile.first, logits.shape[0])
-    sparse = _sparse(parts)
+    sparse = parts.sparse_arguments()
     limits = {readable(logits), *(readable(p) for _, w in parts.whole for p in w.parts)}
     limit = limits.pop() if len(limits) == 1 else vocab
-    token, rank, sets, room = _touched(parts, student.targets)
+    token, rank, sets, room = parts.touched_or(student.targets)
     programs = min(n * PARTS, PROGRAMS) if sparse else n * PARTS
     launch(
         _gradient_kernel,
@@ -294,7 +253,7 @@ def write_gradient(tile: Tile, out: Tensor, student: StudentRows, parts: TileGra
         REVERSE=spec.reverse_kl,
         CAPPED=source.cap is not None,
         SCALED=factors.both is not None,
-        **_teachers(parts),
+        **parts.constants(),
         PARTS=PARTS,
         BLOCK=BLOCK,
         FEW=FEW,

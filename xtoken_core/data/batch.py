@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class Batch:
     """In the spec's order. The side of a teacher with the student's vocabulary is `student` itself."""
     sample_mask: Tensor
     """float32 [B], 1: the sample counts."""
+    taught: tuple[Tensor | None, ...] = ()
+    """In the spec's order, bool [B]: the samples of the domains that a teacher teaches; None, or none at all: all."""
     scored: tuple[Any, ...] = ()
     """In the spec's order what stands for a teacher's logits, of those that are not run; None for the others."""
 
@@ -134,19 +136,27 @@ class Collator:
     and each side has in `packed` what its model reads.
     """
 
-    def __init__(self, columns: Sequence[str | None], pads: dict[str, int], scored: Sequence[Scored | None] = ()):
+    def __init__(
+        self,
+        columns: Sequence[str | None],
+        pads: dict[str, int],
+        scored: Sequence[Scored | None] = (),
+        domains: Sequence[Collection[str] | None] = (),
+    ):
         """columns: per teacher the prefix of its columns, None with the student's vocabulary. pads: filling id per prefix.
 
-        scored: per teacher what gives its part of `Batch.scored`; None for one that is run.
+        scored: per teacher what gives its part of `Batch.scored`; None for one that is run. domains: per teacher those that it
+        teaches; None: all.
         """
         self.columns, self.pads, self.scored = tuple(columns), pads, tuple(scored)
+        self.domains = tuple(domains) or (None,) * len(self.columns)
 
     @classmethod
     def for_rows(cls, spec: DistillationSpec, folder: str | Path, scored: Sequence[Scored | None] = ()) -> Collator:
         """The collator of the rows that `prepare_rows` wrote to `folder`."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
-        return cls(columns, pads, scored)
+        return cls(columns, pads, scored, [teacher.domains for teacher in spec.teachers])
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:
         """See the class."""
@@ -156,7 +166,8 @@ class Collator:
         teachers = (student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns)
         known = "row" in rows[0]  # validation rows are not scored
         scored = tuple(read and read(rows) for read in self.scored) if known else ()
-        return Batch(student, tuple(teachers), torch.ones(len(rows)), scored)
+        taught = tuple(None if d is None else torch.tensor([str(row["domain"]) in d for row in rows]) for d in self.domains)
+        return Batch(student, tuple(teachers), torch.ones(len(rows)), taught, scored)
 
     def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:
         """What one side reads."""

@@ -54,7 +54,9 @@ def term_sums(
     for teacher in teachers:
         parts = zero, zero
         if teacher.projection is None:
-            value = _same_vocabulary(logits, log_probs[spec.temperature], teacher, counted, spec)
+            assert teacher.token_mask is not None
+            taught = next_token_mask(teacher.token_mask, student.sample_mask)
+            value = _same_vocabulary(logits, log_probs[spec.temperature], teacher, taught, spec)
         elif teacher.mode == "partition_kl":
             value = partition_kl(student, teacher, spec)
         elif teacher.mode == "p_kl":

@@ -160,7 +160,9 @@ def teacher_loss(
     """KD_i of one teacher, and details of it for the metrics."""
     z_t = _float64(teacher.logits)[..., : _vocabulary(teacher)]
     if teacher.projection is None:
-        return same_vocabulary(z, z_t, targets, top_columns(z_t, masks.token_mask, spec), spec), {}
+        own = masks.token_mask if teacher.token_mask is None else teacher.token_mask
+        taught = [(b, t) for b, t in targets if own[b, t + 1] != 0]
+        return same_vocabulary(z, z_t, taught, top_columns(z_t, own, spec), spec), {}
     mode = teacher.mode or spec.mode
     if mode == "auto":
         raise ValueError("mode: auto is resolved before the loss")

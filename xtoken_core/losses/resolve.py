@@ -30,7 +30,8 @@ def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Te
     if teacher.projection is None:
         if spec.aggregation == "averaged_logits" and not logits.complete:
             raise InputError(f"{name}: aggregation: averaged_logits needs full logits, not their top k")
-        return replace(teacher, logits=logits, input_ids=input_ids, token_mask=token_mask, mode=None)
+        own = token_mask if teacher.token_mask is None else teacher.token_mask
+        return replace(teacher, logits=logits, input_ids=input_ids, token_mask=own, mode=None)
     mode = teacher.mode or spec.mode
     if mode == "auto":
         raise InputError(f"{name}: mode: auto is resolved before the loss, by the overlap step")

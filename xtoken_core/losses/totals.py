@@ -54,7 +54,12 @@ def batch_counts(
         if score is None and score_metric(spec) is not None:
             assert teacher.input_ids is not None and teacher.token_mask is not None
             score = teacher_scores(teacher.logits, teacher.input_ids, teacher.token_mask, sample_mask, spec, teacher.token_bytes)
-        count = tokens if teacher.projection is None else valid_chunks(teacher, sample_mask, spec).double()[None]
+        if teacher.projection is not None:
+            count = valid_chunks(teacher, sample_mask, spec).double()[None]
+        elif teacher.token_mask is token_mask or teacher.token_mask is None:
+            count = tokens
+        else:
+            count = counted_tokens(teacher.token_mask, sample_mask).double()[None]
         parts += [count, nothing if score is None else score.to(device, torch.float64)]
     return torch.cat(parts)
 

@@ -37,7 +37,7 @@ class TeacherBatch:
     """One teacher's view of the student's batch.
 
     Cross-tokenizer: everything is set. Same vocabulary: `projection` is None, positions are the student's, and all but
-    `logits` may be None. Chunk ids are of the token at that position (not shifted), -1 outside chunks.
+    `logits` may be None; a `token_mask` of its own says where it teaches. Chunk ids are of the token at that position (not shifted), -1 outside chunks.
     """
 
     logits: Logits

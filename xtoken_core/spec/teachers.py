@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from xtoken_core.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Uri
+from xtoken_core.spec.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Strings, Uri
 
 Mode = Literal["partition_kl", "p_kl", "h_kl", "gold"]
 
@@ -68,6 +68,9 @@ class TeacherSpec(Section):
     top_k: PositiveInt | None = Field(None, description="logits per position handed over by transport topk", examples=[64])
     residency: Literal["auto", "resident", "offload"] = Field(
         "auto", description="whether its weights stay on the GPU between steps"
+    )
+    domains: Strings | None = Field(
+        None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]
     )
     scores: ScoresSpec | None = Field(
         None, description="{}: run the teacher once over the rows, before training; same-vocabulary teachers only", examples=[{}]

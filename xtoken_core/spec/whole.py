@@ -93,6 +93,10 @@ class DistillationSpec(Section):
         if "weight" in teacher.model_fields_set and not self.fixed_weights:
             reason = "select_teacher" if loss.aggregation == "select_teacher" else "weight_metric"
             yield f"weight: would be ignored, since loss.{reason} sets the weights"
+        if unknown := set(teacher.domains or ()) - {part.domain for part in self.data.parts}:
+            yield f"domains: {min(unknown)} is not the domain of a part of data.train"
+        if teacher.domains is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
+            yield "domains: serve aggregation: sum with fixed weights only"
         if teacher.scores is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
             yield "scores: serve aggregation: sum with fixed weights only"
         if teacher.scores is not None and self.resources.nodes > 1:

@@ -12,7 +12,7 @@ from xtoken_core.losses.kernels.chunks import chunk_rows
 from xtoken_core.losses.kernels.gradient import Factors, write_gradient
 from xtoken_core.losses.kernels.projected import SparseGradient
 from xtoken_core.losses.kernels.rows import RowStats, Tile, room, row_stats
-from xtoken_core.losses.kernels.rowsets import counted_rows
+from xtoken_core.losses.kernels.rowsets import Counted, counted_rows
 from xtoken_core.losses.kernels.sources import Source, StudentRows
 from xtoken_core.losses.kernels.terms import ProjectedTerm, Term, WithinTerm, make_term
 from xtoken_core.losses.kernels.tile_gradient import TileGradient
@@ -50,7 +50,8 @@ class Batch:
         counted = counted_rows(student.input_ids, student.token_mask, student.sample_mask)
         chunks = [None if t.projection is None else chunk_rows(t, student.sample_mask, spec) for t in teachers]
         cuts = Cuts(source.rows, chunks) if _forms_logits(source, teachers) else None
-        terms = [make_term(t, c, counted, source.vocab, length, spec) for t, c in zip(teachers, chunks, strict=True)]
+        taught = [_taught(student, teacher, counted) for teacher in teachers]
+        terms = [make_term(*given, source.vocab, length, spec) for given in zip(teachers, chunks, taught, strict=True)]
         active = counted.counted
         for pair in chunks:
             active = active if pair is None else active | pair[0].active
@@ -104,6 +105,13 @@ class Batch:
         """See `batch_totals`."""
         sums = [term.sums() for term in self.terms]
         return batch_totals(self.rows.counted, self.rows.targets, self.stats, sums, self.spec.temperature)
+
+
+def _taught(student: StudentBatch, teacher: TeacherBatch, counted: Counted) -> Counted:
+    """The student's rows that count for a teacher of its vocabulary: all that count, or where the teacher's own mask says."""
+    if teacher.projection is not None or teacher.token_mask is None or teacher.token_mask is student.token_mask:
+        return counted
+    return counted_rows(student.input_ids, teacher.token_mask, student.sample_mask)
 
 
 def _forms_logits(student: Source, teachers: Sequence[TeacherBatch]) -> bool:

@@ -16,7 +16,7 @@ from xtoken_core.spec import LossSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: teachers' modes (`same`, `top_k`, `averaged`, p_kl, gold, h_kl), options of the loss, and how logits come."""
+    """One batch: teachers' modes (`same`, `same_part` of the samples, `top_k`, `averaged`, p_kl, gold, h_kl), options of the loss, and how logits come."""
 
     modes: tuple[str, ...]
     options: dict = field(default_factory=dict)
@@ -43,6 +43,8 @@ CASES = {
     "same": Case(("same",), {"vocab_topk": 12}, seed=8),
     "same_reverse_temperature": Case(("same",), {"vocab_topk": 12, "reverse_kl": True, "temperature": 2.0}, seed=9),
     "same_whole": Case(("same",), {"vocab_topk": 1000, "temperature": 2.0}, seed=10),
+    "same_part": Case(("same_part", "p_kl", "same"), {"vocab_topk": 12}, batch=3, seed=40),
+    "same_part_whole": Case(("same_part",), {"vocab_topk": 1000, "temperature": 2.0}, seed=41),
     "top_k": Case(("top_k",), {"vocab_topk": 20, "temperature": 1.3}, seed=11),
     "averaged": Case(("averaged",), {"temperature": 1.3}, seed=12),
     "averaged_reverse": Case(("averaged",), {"reverse_kl": True}, seed=13),
@@ -96,6 +98,8 @@ def build(case: Case):
             teacher = replace(teacher, projection=w)
         if case.hidden and mode != "top_k":
             teacher = replace(teacher, logits=_formed(teacher.logits, generator, {}))
+        if mode == "same_part":
+            teacher = replace(teacher, token_mask=mask * (torch.arange(case.batch) % 2 == 0)[:, None])
         if mode == "top_k":
             values, indices = teacher.logits.topk(8)
             teacher = replace(teacher, logits=TopKLogits(values, indices, case.vocab))

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import click
 
 from components.cli import run_command
-from pipelines.commands import cluster, runs, specs
+from pipelines.commands import cluster, runs, specs, sweeps
 
 
 @click.group()
@@ -29,6 +29,7 @@ for _command in (
     runs.compare,
     cluster.compile_,
     cluster.submit,
+    sweeps.sweep,
 ):
     cli.add_command(_command)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from kfp import compiler
 
-from pipelines.dag import build_pipeline
+from pipelines.dag import build_pipeline, build_sweep
 from xtoken_core.spec import DistillationSpec
 
 ROOT = Path(__file__).parent
@@ -18,9 +19,18 @@ SPECS, COMPILED = ROOT / "specs", ROOT / "compiled"
 
 def compile_spec(spec: DistillationSpec) -> str:
     """The compiled pipeline as YAML: the same text for the same spec."""
+    return _compiled(build_pipeline(spec))
+
+
+def compile_sweep(variants: Mapping[str, DistillationSpec]) -> str:
+    """The compiled pipeline of a sweep (see `pipelines.sweeps`) as YAML."""
+    return _compiled(build_sweep(variants))
+
+
+def _compiled(pipeline: Any) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "pipeline.yaml"
-        compiler.Compiler().compile(build_pipeline(spec), str(path))
+        compiler.Compiler().compile(pipeline, str(path))
         return path.read_text(encoding="utf-8")
 
 

@@ -1,13 +1,17 @@
 """A spec as a Kubeflow pipeline: its tasks, one by one, unrolled over the teachers when it is compiled."""
 
+from __future__ import annotations
+
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl
 from kfp.dsl.pipeline_channel import PipelineChannel
 
+from components.compare import compare
 from components.distill import distill
 from components.evaluate import evaluate
 from components.launch import launch
@@ -21,10 +25,23 @@ from pipelines.cluster import Size, on_cluster
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import shape
 from xtoken_core.workflow.subjects import Group, groups
+from xtoken_core.workflow.views import view
 
-NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report")
+NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report", "compare")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
 training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
+
+RETRIED = (
+    "distill",
+    "distill-baseline",
+    "evaluate-student-before",
+    "evaluate-student-after",
+    "evaluate-baseline",
+    "evaluate-teachers",
+    "report",
+    "compare",
+)
+"""Tasks that are tried again where they fail."""
 
 PARAMETERS = """Distills a student.
 
@@ -45,52 +62,96 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
     """The pipeline of a spec. Its parameters, `spec` (JSON; this one by default) and `overrides`, are checked by its first task."""
 
     def pipeline(spec: str = compiled.to_json(), overrides: str = ""):
-        _add_tasks(compiled, spec, overrides)
+        tasks = Tasks(compiled)
+        views = _resolved(tasks, compiled, spec, overrides)
+        shared = _shared(tasks, compiled, views)
+        before = _evaluated(tasks, compiled, Group.BEFORE, views, **shared.agreement)
+        _trained(tasks, compiled, views, shared, before | _twin(tasks, compiled, views, shared))
 
     pipeline.__doc__ = PARAMETERS
+    return _pipeline(pipeline, compiled, _description(compiled))
+
+
+def build_sweep(variants: Mapping[str, DistillationSpec]) -> Any:
+    """The pipeline of a sweep (see `pipelines.sweeps`): what all share once, then a training and a report of each, then their comparison.
+
+    Its parameter `overrides` changes all of them.
+    """
+    first = next(iter(variants.values()))
+
+    def pipeline(overrides: str = ""):
+        tasks = Tasks(first)
+        views = _resolved(tasks, first, first.to_json(), overrides)
+        shared = _shared(tasks, first, views)
+        common = _common(tasks, variants, views, shared)
+        for label, spec in variants.items():
+            own = tasks.of(label)
+            own_views = _resolved(own, spec, spec.to_json(), overrides)
+            results = dict(common)
+            if "evaluated_before" not in results:
+                results |= _evaluated(own, spec, Group.BEFORE, own_views, **shared.agreement)
+            if "baseline" not in results:
+                results |= _twin(own, spec, own_views, shared)
+            _trained(own, spec, own_views, shared, results)
+        last = [f"report-{label}" for label in variants]
+        tasks.add(compare, "compare", after=last, runs=[spec.output.uri for spec in variants.values()])
+
+    pipeline.__doc__ = PARAMETERS
+    return _pipeline(pipeline, first, f"{_description(first)} {len(variants)} variants.")
+
+
+def _pipeline(function: Callable[..., None], compiled: DistillationSpec, description: str) -> Any:
     kept = dsl.PipelineConfig(ttl_seconds_after_finished=compiled.resources.ttl_seconds_after_finished)
-    return dsl.pipeline(pipeline, name=compiled.name, description=_description(compiled), pipeline_config=kept)
+    return dsl.pipeline(function, name=compiled.name, description=description, pipeline_config=kept)
 
 
-def _add_tasks(compiled: DistillationSpec, spec: Any, overrides: Any) -> None:
-    edges: list[dict[str, Any]] = []
-    add = _adder(compiled, edges)
-    views = add(resolve, "resolve", spec=spec, overrides=overrides, compiled=json.dumps(shape(compiled)))
-    audit = add(overlap, "overlap", spec=views["overlap"])
+@dataclass(frozen=True)
+class Shared:
+    """What every training and evaluation of a workflow reads."""
 
+    views: Any
+    """Of the workflow's first task."""
+    audit: Any
+    rows: Any
+    """Of the first shard."""
+    uris: list[Any]
+    """Of the rows of all shards."""
+    matrices: dict[str, Any]
+    """`projections`, where a teacher has one."""
+    teachers: dict[str, Any]
+    """The teachers' evaluation, where they are evaluated."""
+    scores: dict[str, Any]
+    """`scores`, where a teacher has some computed."""
+
+    @property
+    def agreement(self) -> dict[str, Any]:
+        """What the agreement with the teachers takes."""
+        return {"rows": self.rows, "modes": self.audit["modes"], **self.matrices}
+
+
+def _resolved(tasks: Tasks, compiled: DistillationSpec, spec: Any, overrides: Any) -> Any:
+    return tasks.add(resolve, "resolve", spec=spec, overrides=overrides, compiled=json.dumps(shape(compiled)))
+
+
+def _shared(tasks: Tasks, compiled: DistillationSpec, views: Any) -> Shared:
+    """Adds what needs no training."""
+    audit = tasks.add(overlap, "overlap", spec=views["overlap"])
     matrices = {}
     if any(teacher.cross_tokenizer for teacher in compiled.teachers):
-        built = add(projection, "projections", after="overlap", spec=views["projections"])
+        built = tasks.add(projection, "projections", after=["overlap"], spec=views["projections"])
         matrices = {"projections": built["matrices"]}
     shares = range(compiled.data.shards)
     names = ["prepare"] if compiled.data.shards == 1 else [f"prepare-{shard}" for shard in shares]
     prepared = [
-        add(prepare, name, after="overlap", size=Size.HEAVY, spec=views["prepare"], shard=shard)
+        tasks.add(prepare, name, after=["overlap"], size=Size.HEAVY, spec=views["prepare"], shard=shard)
         for name, shard in zip(names, shares)
     ]
-    rows, uris = prepared[0]["rows"], [share["uri"] for share in prepared]
-
-    teaching = {"modes": audit["modes"], **matrices, **_scores(compiled, add, views, prepared)}
-    runs = _trainings(compiled, add, views, rows, uris, teaching)
-    agreement = {"rows": rows, "modes": audit["modes"], **matrices}
-    given: dict[Group, dict[str, Any]] = {
-        Group.TEACHERS: {"spec": views["evaluate_teachers"], "after": "overlap"},
-        Group.BEFORE: {"spec": views["evaluate_student"], **agreement},
-        Group.AFTER: {"spec": views["evaluate_student"], "run": runs["run"], **agreement},
-        Group.BASELINE: {"spec": views["evaluate_student"], "run": runs.get("baseline")},
-    }
-    gpus = min(compiled.resources.gpus_per_node, 1)
-    results = {
-        REPORT_INPUTS[group]: add(
-            evaluate, f"evaluate-{group}", size=Size.EVALUATION, gpus=gpus, group=str(group), **given[group]
-        )["results"]
-        for group in groups(compiled)
-    }
-    told = {"tasks": edges, "inputs": views["inputs"], "resolved": views["times"], **({"shards": uris[1:]} if uris[1:] else {})}
-    add(report, "report", spec=views["report"], overlap=audit["report"], rows=rows, **told, **runs, **matrices, **results)
+    teachers = _evaluated(tasks, compiled, Group.TEACHERS, views, after=["overlap"])
+    scores = _scores(tasks, compiled, views, prepared)
+    return Shared(views, audit, prepared[0]["rows"], [share["uri"] for share in prepared], matrices, teachers, scores)
 
 
-def _scores(compiled: DistillationSpec, add: Callable[..., Any], views: Any, prepared: list[Any]) -> dict[str, Any]:
+def _scores(tasks: Tasks, compiled: DistillationSpec, views: Any, prepared: list[Any]) -> dict[str, Any]:
     """Adds a task for each teacher whose scores are computed, and each shard of rows; distill's input, if there are any."""
     gpus = min(compiled.resources.gpus_per_node, 1)
     uris = []
@@ -99,56 +160,113 @@ def _scores(compiled: DistillationSpec, add: Callable[..., Any], views: Any, pre
             continue
         for shard, share in enumerate(prepared):
             name = f"score-{teacher.id}" if len(prepared) == 1 else f"score-{teacher.id}-{shard}"
-            uris.append(
-                add(score, name, size=Size.EVALUATION, gpus=gpus, spec=views["score"], teacher=teacher.id, rows=share["rows"])[
-                    "uri"
-                ]
-            )
+            given = {"spec": views["score"], "teacher": teacher.id, "rows": share["rows"]}
+            uris.append(tasks.add(score, name, size=Size.EVALUATION, gpus=gpus, **given)["uri"])
     return {"scores": uris} if uris else {}
 
 
-def _trainings(
-    compiled: DistillationSpec, add: Callable[..., Any], views: Any, rows: Any, uris: list[Any], teaching: dict[str, Any]
-) -> dict[str, Any]:
-    """Adds the training, and that of the twin where the spec wants one; what they write, by the report's input."""
+def _common(tasks: Tasks, variants: Mapping[str, DistillationSpec], views: Any, shared: Shared) -> dict[str, Any]:
+    """Adds what else the variants of a sweep have in common: the student before, and the twin, where nothing that differs concerns it."""
+    first, *others = variants.values()
+
+    def same(step: str) -> bool:
+        return all(view(other, step) == view(first, step) for other in others)
+
+    results = {}
+    if same("evaluate_student"):
+        results |= _evaluated(tasks, first, Group.BEFORE, views, **shared.agreement)
+        if same("baseline"):
+            results |= _twin(tasks, first, views, shared)
+    return results
+
+
+def _evaluated(tasks: Tasks, compiled: DistillationSpec, group: Group, views: Any, **inputs: Any) -> dict[str, Any]:
+    """Adds the evaluation of a group, if the spec has it; its results by the report's input."""
+    if group not in groups(compiled):
+        return {}
+    spec = views["evaluate_teachers" if group is Group.TEACHERS else "evaluate_student"]
+    size = {"size": Size.EVALUATION, "gpus": min(compiled.resources.gpus_per_node, 1)}
+    done = tasks.add(evaluate, f"evaluate-{group}", spec=spec, group=str(group), **size, **inputs)
+    return {REPORT_INPUTS[group]: done["results"]}
+
+
+def _twin(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared) -> dict[str, Any]:
+    """Adds the twin's training and evaluation, if the spec wants one; what they write, by the report's input."""
+    if not compiled.evaluation.ce_baseline:
+        return {}
+    given = _training(compiled, views, shared)
+    run = tasks.add(name="distill-baseline", spec=views["baseline"], baseline=True, **given)["run"]
+    return {"baseline": run} | _evaluated(tasks, compiled, Group.BASELINE, views, run=run)
+
+
+def _trained(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, results: dict[str, Any]) -> None:
+    """Adds the training, its evaluation and the report; `results`: what else the report reads, by its inputs."""
+    given = _training(compiled, views, shared)
+    taught = {"modes": shared.audit["modes"], **shared.matrices, **shared.scores}
+    run = tasks.add(name="distill", spec=views["distill"], **given, **taught)["run"]
+    after = _evaluated(tasks, compiled, Group.AFTER, views, run=run, **shared.agreement)
+    shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
+    told = {"tasks": tasks.edges, "inputs": views["inputs"], "resolved": shared.views["times"], **shards}
+    read = {"overlap": shared.audit["report"], "rows": shared.rows, "run": run, **shared.matrices, **shared.teachers}
+    tasks.add(report, "report", spec=views["report"], **told, **read, **after, **results)
+
+
+def _training(compiled: DistillationSpec, views: Any, shared: Shared) -> dict[str, Any]:
+    """The component that trains, with the inputs of student and twin alike."""
+    checkpoints = {"checkpoints": views["checkpoints"]}
     if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
-        given = {"component": launch, "rows": uris, "resources": compiled.resources.model_dump_json()}
-    else:
-        given = {"component": distill, "size": Size.HEAVY, "gpus": compiled.resources.gpus_per_node, "rows": rows}
-        given |= {"more_rows": uris[1:]} if uris[1:] else {}
-    given["checkpoints"] = views["checkpoints"]
-    runs = {"run": add(name="distill", spec=views["distill"], **given, **teaching)["run"]}
-    if compiled.evaluation.ce_baseline:
-        runs["baseline"] = add(name="distill-baseline", spec=views["baseline"], baseline=True, **given)["run"]
-    return runs
+        resources = compiled.resources.model_dump_json()
+        return {"component": launch, "rows": shared.uris, "resources": resources, **checkpoints}
+    more = {"more_rows": shared.uris[1:]} if shared.uris[1:] else {}
+    size = {"size": Size.HEAVY, "gpus": compiled.resources.gpus_per_node}
+    return {"component": distill, "rows": shared.rows, **size, **more, **checkpoints}
 
 
-def _adder(compiled: DistillationSpec, edges: list[dict[str, Any]]) -> Callable[..., Any]:
-    """Returns a function that adds a task under its own name, set up for the cluster, and notes its edges in `edges`."""
-    tasks: dict[str, dsl.PipelineTask] = {}
+class Tasks:
+    """The tasks of a workflow, each under its own name and set up for the cluster; `edges` tells a report what waits for what."""
+
+    def __init__(self, compiled: DistillationSpec):
+        self._resources, self._label = compiled.resources, ""
+        self._tasks: dict[str, dsl.PipelineTask] = {}
+        self._plain: dict[str, str] = {}
+        """Names as one run's report has them, by those of the workflow."""
+        self.edges: list[dict[str, Any]] = []
+
+    def of(self, label: str) -> Tasks:
+        """The tasks so far, to which those of one variant of a sweep are added, under names that end in its label."""
+        own = copy.copy(self)
+        own._label, own.edges = label, list(self.edges)
+        return own
 
     def add(
-        component: Any, name: str, *, after: str = "", size: Size = Size.SMALL, gpus: int | None = None, **inputs: Any
+        self,
+        component: Any,
+        name: str,
+        *,
+        after: Sequence[str] = (),
+        size: Size = Size.SMALL,
+        gpus: int | None = None,
+        **inputs: Any,
     ) -> Any:
-        upstream = [after] if after else []
+        """Adds a task, which also waits for those of `after`; returns its outputs."""
         given = [item for value in inputs.values() for item in (value if isinstance(value, list) else [value])]
-        upstream += [item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name]
-        edges.append(
-            {"name": name, "after": [task for task in tasks if task in upstream and task != "resolve"] or list(tasks)[:1]}
-        )
+        upstream = {*after, *(item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name)}
+        waited = dict.fromkeys(self._plain[task] for task in self._tasks if task in upstream)
+        if name not in [edge["name"] for edge in self.edges]:
+            told = [task for task in waited if task != "resolve"]
+            self.edges.append({"name": name, "after": told or ["resolve"] if self.edges else []})
+        full = f"{name}-{self._label}" if self._label else name
         named = copy.deepcopy(component)
-        named.component_spec.name = name  # KFP would number the tasks of one component: projection, projection-2
-        task = tasks[name] = named(**inputs)
-        if after:
-            task.after(tasks[after])
+        named.component_spec.name = full  # KFP would number the tasks of one component: evaluate, evaluate-2
+        task = self._tasks[full] = named(**inputs)
+        self._plain[full] = name
+        task.after(*(self._tasks[other] for other in after))
         if name in NEVER_CACHED:
             task.set_caching_options(False)
         # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
         # waits in the cache for another run); from training on, pre-emption.
-        on_cluster(task, compiled.resources, size, gpus, retried="distill" in tasks)
+        on_cluster(task, self._resources, size, gpus, retried=name in RETRIED)
         return task.outputs
-
-    return add
 
 
 def _description(spec: DistillationSpec) -> str:

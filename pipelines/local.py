@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import psutil
 import yaml
 from kfp import components, local
 
-from pipelines.compiling import compile_spec, documents
+from components.distill import distill
+from pipelines.compiling import compile_spec, compile_sweep, documents
 from pipelines.progress import Progress
 from pipelines.status import Status
 from pipelines.steps import warm_steps
@@ -41,8 +42,6 @@ QUIET = {
 }
 """Environment of the steps: their lines arrive as they are printed; libraries' bars become a line now and then, and only where it takes long."""
 
-TRAINING = ("distill", "distill-baseline")
-
 GRACE = 10.0
 """Seconds that the processes of a run have to end in by themselves."""
 
@@ -57,8 +56,19 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
     `runs`: folder for intermediate results, logs and the cache: a step whose spec, files and code are as in an earlier run
     is not run again. Raises InputError where a step finds bad input, RunFailed where one fails.
     """
+    _run(spec.name, lambda: compile_spec(spec), runs)
+    return Run.published(spec.output.uri)
+
+
+def sweep_locally(variants: Mapping[str, DistillationSpec], runs: Path) -> list[Run]:
+    """Runs a sweep's pipeline here and returns its runs; raises as `run_locally`."""
+    _run(next(iter(variants.values())).name, lambda: compile_sweep(variants), runs)
+    return [Run.published(spec.output.uri) for spec in variants.values()]
+
+
+def _run(name: str, compiled: Callable[[], str], runs: Path) -> None:
     runs = runs.absolute()
-    root = runs / spec.name
+    root = runs / name
     root.mkdir(parents=True, exist_ok=True)
     log = root / f"{datetime.now():%Y-%m-%d-%H-%M-%S}.log"
     with (
@@ -67,7 +77,7 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
         _environment({**QUIET, ERROR_FILE: f"{scratch}/error", RUNNER: str(os.getpid()), CHECKPOINTS: str(runs / "checkpoints")}),
         warm_steps(),
     ):
-        pipeline = for_this_machine(compile_spec(spec))
+        pipeline = for_this_machine(compiled())
         run = components.load_component_from_text(yaml.safe_dump(pipeline))
         local.init(
             local.SubprocessRunner(use_venv=False),
@@ -76,9 +86,9 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
             cache_root=str(runs / ".cache"),
         )
         _forget_damaged(root)
-        status = Status.of_this_process(spec.name, log, len(pipeline["root"]["dag"]["tasks"]))
+        status = Status.of_this_process(name, log, len(pipeline["root"]["dag"]["tasks"]))
         progress = Progress(raw, status)
-        progress.say(f"{spec.name}: {status.tasks} steps; everything they print: {os.path.relpath(log)}")
+        progress.say(f"{name}: {status.tasks} steps; everything they print: {os.path.relpath(log)}")
         progress.say(f"curves of the training: tensorboard --logdir {os.path.relpath(root)}")
         try:
             with progress.following():
@@ -91,7 +101,6 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
                 raise
             why = left or "the step failed; its last lines are above"
             raise RunFailed(f"{progress.status.task}: {why} (log: {os.path.relpath(log)})") from e
-    return Run.load(storage.local_copy(f"{spec.output.uri.rstrip('/')}/run.json"))
 
 
 def _forget_damaged(root: Path) -> None:
@@ -148,11 +157,12 @@ def for_this_machine(compiled: str) -> dict[str, Any]:
     there is no pre-emption, for which a step would have to be tried again.
     """
     pipeline: dict[str, Any] = documents(compiled)[0]
+    executors = pipeline["deploymentSpec"]["executors"]
     for name, task in pipeline["root"]["dag"]["tasks"].items():
         task.pop("retryPolicy", None)
-        if name in TRAINING:
+        if executors[f"exec-{name}"]["container"]["args"][-1] == distill.python_func.__name__:
             task["cachingOptions"] = {"enableCache": True}
-    for executor in pipeline["deploymentSpec"]["executors"].values():
+    for executor in executors.values():
         executor["container"].pop("resources", None)
     return pipeline
 

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +19,7 @@ import kfp_server_api
 import urllib3
 
 from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution
-from pipelines.compiling import compile_spec, documents
+from pipelines.compiling import compile_spec, compile_sweep, documents
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
@@ -79,32 +79,60 @@ def submit(
     change the workflow itself are compiled in.
     """
     spec, changed = DistillationSpec.from_yaml(path), DistillationSpec.from_yaml(path, overrides)
-    if caution := image_caution(changed.resources.image):
-        if changed.resources.image == ResourcesSpec().image:
-            raise InputError(f"{path}: {caution}")
+    _check(path, changed, say)
+    if not pipeline_root and (caution := root_caution(changed)):
         say(caution)
-    if caution := output_caution(changed):
-        raise InputError(f"{path}: {caution}")
-    check_ranks(changed)
-    for caution in (retry_caution(changed), None if pipeline_root else root_caution(changed)):
-        if caution:
-            say(caution)
     fits = shape(spec) == shape(changed) and spec.name == changed.name
     parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
     compiled = compile_spec(spec if fits else changed)
+    return _start(changed, compiled, cluster, say, parameters, experiment, pipeline_root)
+
+
+def submit_sweep(
+    path: Path, variants: Mapping[str, DistillationSpec], cluster: Cluster, say: Callable[[str], None] = print
+) -> tuple[kfp.Client, str]:
+    """Starts a sweep (see `pipelines.sweeps`) of the spec at `path`; returns the client and the run's id. Raises InputError."""
+    first = next(iter(variants.values()))
+    _check(path, first, say)
+    return _start(first, compile_sweep(variants), cluster, say, {})
+
+
+def _check(path: Path, spec: DistillationSpec, say: Callable[[str], None]) -> None:
+    """Raises InputError for what would be lost on a cluster, and says what to be careful about."""
+    if caution := image_caution(spec.resources.image):
+        if spec.resources.image == ResourcesSpec().image:
+            raise InputError(f"{path}: {caution}")
+        say(caution)
+    if caution := output_caution(spec):
+        raise InputError(f"{path}: {caution}")
+    check_ranks(spec)
+    if caution := retry_caution(spec):
+        say(caution)
+
+
+def _start(
+    spec: DistillationSpec,
+    compiled: str,
+    cluster: Cluster,
+    say: Callable[[str], None],
+    parameters: dict[str, str],
+    experiment: str | None = None,
+    pipeline_root: str | None = None,
+) -> tuple[kfp.Client, str]:
+    """Starts a run of a compiled pipeline, whose version is named by its content."""
     digest = identity(documents(compiled), length=12)
     client = cluster.client()
     with cluster.reported():
-        version = _version(client, changed.name, f"{changed.name}-{digest}", compiled, cluster.namespace, say)
-        found = client.create_experiment(experiment or changed.name, namespace=cluster.namespace)
+        version = _version(client, spec.name, f"{spec.name}-{digest}", compiled, cluster.namespace, say)
+        found = client.create_experiment(experiment or spec.name, namespace=cluster.namespace)
         run = client.run_pipeline(
             experiment_id=found.experiment_id,
-            job_name=f"{changed.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
+            job_name=f"{spec.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
             pipeline_id=version.pipeline_id,
             version_id=version.pipeline_version_id,
             params=parameters,
             pipeline_root=pipeline_root,
-            service_account=changed.resources.service_account,
+            service_account=spec.resources.service_account,
         )  # prints a link to the run
     return client, run.run_id
 

@@ -18,6 +18,7 @@ from xtoken_core.results.training import LogLine, TrainingSummary, read_log
 from xtoken_core.results.vocabulary import OverlapReport, ProjectionStats
 from xtoken_core.results.workflow import ReadInput, Task
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.storage import RUN_FILE, local_copy
 
 FORMAT = 2
 """Version of run.json."""
@@ -103,6 +104,11 @@ class Run(Record):
         if written_as != FORMAT:
             raise InputError(f"{path}: not a run.json of format {FORMAT}")
         return cls.parse(text, path)
+
+    @classmethod
+    def published(cls, uri: str) -> Self:
+        """The run that is published at `uri`, a spec's `output.uri`. Raises InputError."""
+        return cls.load(local_copy(f"{uri.rstrip('/')}/{RUN_FILE}"))
 
     def save(self, path: str | Path) -> None:
         """Writes run.json, from which `load` restores the run."""

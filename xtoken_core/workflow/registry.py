@@ -14,7 +14,6 @@ from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.subject import BEFORE, BEST, TWIN_BEST, TWIN_LAST
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.output import BetterThan, RegistrySpec
-from xtoken_core.storage import RUN_FILE, local_copy
 
 if TYPE_CHECKING:
     from model_registry import ModelRegistry
@@ -96,7 +95,7 @@ def _rival(rule: str | BetterThan, run: Run) -> tuple[Evaluation | None, str]:
 
 def _earlier(rule: BetterThan) -> Run:
     try:
-        return Run.load(local_copy(f"{rule.better_than.rstrip('/')}/{RUN_FILE}"))
+        return Run.published(rule.better_than)
     except InputError as e:
         raise InputError(f"output.promote_if.better_than: {e}") from None
 

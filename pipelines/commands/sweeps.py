@@ -1,0 +1,63 @@
+"""sweep: the same spec with fields of its training at several values."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOKEN, write_text
+
+
+@click.command()
+@SPEC
+@SET
+@click.option(
+    "--over", multiple=True, required=True, metavar="KEY=A,B,...", help="Values of a field; of several, every combination."
+)
+@RUNS
+@click.option("--page", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The comparison.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Only compile, to this file.")
+@click.option("--submit", "submitted", is_flag=True, help="Run on a cluster, and not on this machine.")
+@ENDPOINT
+@NAMESPACE
+@TOKEN
+def sweep(
+    spec: Path,
+    overrides: tuple[str, ...],
+    over: tuple[str, ...],
+    runs: Path,
+    page: Path,
+    output: Path | None,
+    submitted: bool,
+    endpoint: str | None,
+    namespace: str | None,
+    existing_token: str | None,
+) -> None:
+    """Run a spec with some fields of its training at several values, as one workflow that shares everything but training.
+
+    Each run is published under its values at output.uri; one page puts them side by side.
+    """
+    from pipelines.compiling import compile_sweep
+    from pipelines.sweeps import variants
+
+    found = variants(spec, overrides, over)
+    if output is not None:
+        write_text(output, compile_sweep(found))
+        click.echo(f"{output}: written: {', '.join(found)}")
+    elif submitted:
+        from pipelines.submit import Cluster, submit_sweep
+
+        submit_sweep(spec, found, Cluster(endpoint, namespace, existing_token), click.echo)
+    else:
+        from pipelines.local import RunFailed, ended_by_sigterm, sweep_locally
+        from xtoken_core.report.compare import write_comparison
+
+        try:
+            with ended_by_sigterm("sweep"):
+                finished = sweep_locally(found, runs)
+        except RunFailed as e:
+            click.echo(str(e), err=True)
+            sys.exit(1)
+        click.echo(f"{write_comparison(finished, page)}: {len(finished)} runs compared")

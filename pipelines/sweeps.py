@@ -1,0 +1,77 @@
+"""Sweeps: the same spec with some fields of its training at several values each, as one workflow that shares everything else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+from xtoken_core.workflow.resolve import shape
+from xtoken_core.workflow.views import view
+
+SHARED = ("overlap", "projections", "prepare", "score", "evaluate_teachers")
+"""Steps that a sweep has once."""
+
+MOST = 64
+"""Variants of a sweep, whose tasks one workflow has to hold."""
+
+
+def variants(path: Path, overrides: Sequence[str], over: Sequence[str]) -> dict[str, DistillationSpec]:
+    """The specs of a sweep by label, every combination of the values; `over` holds `dotted.key=value,value,...`.
+
+    Each publishes under its label at the spec's `output.uri`. Raises InputError for a field whose values would change more than training.
+    """
+    axes = [_axis(text) for text in over]
+    found: dict[str, DistillationSpec] = {}
+    for values in itertools.product(*(values for _, values in axes)):
+        changes = [f"{key}={json.dumps(value)}" for (key, _), value in zip(axes, values)]
+        label = _label([key for key, _ in axes], values)
+        spec = DistillationSpec.from_yaml(path, [*overrides, *changes])
+        uri = f"{spec.output.uri.rstrip('/')}/{label}"
+        if label in found:
+            raise InputError(f"--over: {label}: stands for two of its combinations")
+        found[label] = DistillationSpec.from_yaml(path, [*overrides, *changes, f"output.uri={uri}"])
+    if len(found) < 2 or len(found) > MOST:
+        raise InputError(f"--over: {len(found)} combinations; a sweep has 2 to {MOST}")
+    check_shared(found, [key for key, _ in axes])
+    return found
+
+
+def check_shared(specs: Mapping[str, DistillationSpec], keys: Sequence[str]) -> None:
+    """Raises InputError where the variants do not share all but training."""
+    first, *others = specs.values()
+    fields = ", ".join(keys)
+    for other in others:
+        if shape(other) != shape(first):
+            raise InputError(f"--over: {fields}: changes the tasks of the workflow, which the runs of a sweep share")
+        for step in SHARED:
+            if (step != "score" or computes_scores(first)) and view(other, step) != view(first, step):
+                raise InputError(f"--over: {fields}: changes what the {step} step reads, which the runs of a sweep share")
+
+
+def computes_scores(spec: DistillationSpec) -> bool:
+    """Whether a run has score steps."""
+    return any(teacher.scores is not None and teacher.scores.uri is None for teacher in spec.teachers)
+
+
+def _axis(text: str) -> tuple[str, list[object]]:
+    key, equals, values = text.partition("=")
+    try:
+        parsed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        parsed = None
+    if not equals or not key or not parsed:
+        raise InputError(f"--over: {text}: KEY=VALUE,VALUE,... is wanted")
+    return key, parsed
+
+
+def _label(keys: Sequence[str], values: Sequence[object]) -> str:
+    """A name for tasks and folders, as kd-weight-0-5."""
+    parts = [f"{key.rpartition('.')[2]}-{json.dumps(value)}" for key, value in zip(keys, values)]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -122,9 +122,6 @@ def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str
             if path.exists() and os.environ.get("RANK", "0") == "0":  # of the processes of a torchrun, the one that writes
                 storage.publish(path, value)
             shutil.rmtree(path.parent, ignore_errors=True)
-    for artifact in arguments.values():
-        if isinstance(artifact, dsl.Metrics) and artifact.uri:  # which KFP keeps as metadata, and not as a file
-            Path(artifact.path).write_text(json.dumps(artifact.metadata), encoding="utf-8")
     if returned is not None:
         fields = inspect.signature(function).return_annotation._fields
         click.echo(json.dumps(dict(zip(fields, returned, strict=True)), ensure_ascii=False))

@@ -38,7 +38,7 @@ def distill(
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
         from xtoken_core.training.inputs import TrainingInputs, by_teacher
-        from xtoken_core.workflow.figures import training_facts, training_figures
+        from xtoken_core.workflow.figures import log_figures, training_facts, training_figures
         from xtoken_core.workflow.versions import own_folder
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
@@ -49,8 +49,7 @@ def distill(
         own = own_folder(checkpoints, parsed, inputs, baseline, [rows.uri, projections.uri if projections else "", *scores])
         summary = distill(parsed, inputs, run.path, baseline, own)
         run.metadata |= training_facts(parsed, summary)
-        for name, value in training_figures(summary).items():
-            metrics.log_metric(name, value)
+        log_figures(metrics, training_figures(summary))
         remove(f"{run.path}/checkpoints")  # those of `checkpoints` stay until the run is published
 
 

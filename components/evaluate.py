@@ -32,7 +32,7 @@ def evaluate(
 
     with step(f"evaluate {group}", results):
         from xtoken_core.workflow.evaluations import evaluate_group
-        from xtoken_core.workflow.figures import evaluation_figures
+        from xtoken_core.workflow.figures import evaluation_figures, log_figures
         from xtoken_core.workflow.subjects import Group
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
@@ -41,8 +41,7 @@ def evaluate(
         w = matrices(parsed, projections.path if projections else None)
         measured = evaluate_group(parsed, Group.named(group), results.path, run and run.path, rows and rows.path, w, modes)
         results.metadata |= {found.subject.key: found.model for found in measured}
-        for name, value in evaluation_figures(measured).items():
-            metrics.log_metric(name, value)
+        log_figures(metrics, evaluation_figures(measured))
 
 
 if __name__ == "__main__":

@@ -35,15 +35,14 @@ def launch(
     from xtoken_core.workflow.step import step
 
     with step("distill-baseline" if baseline else "distill", run):
-        from xtoken_core.workflow.figures import read_summary, training_facts, training_figures
+        from xtoken_core.workflow.figures import log_figures, read_summary, training_facts, training_figures
         from xtoken_core.workflow.trainjob import launch
         from xtoken_core.workflow.views import View
 
         launch(spec, resources, rows, run.uri, modes, projections and projections.uri, baseline, checkpoints)
         summary = read_summary(run.uri)
         run.metadata |= training_facts(View.from_text(spec), summary)
-        for name, value in training_figures(summary).items():
-            metrics.log_metric(name, value)
+        log_figures(metrics, training_figures(summary))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def report(
         from xtoken_core.report.answer import metrics as figures
         from xtoken_core.results.workflow import ReadInput, StepTimes, Task
         from xtoken_core.spec import DistillationSpec
+        from xtoken_core.workflow.figures import log_figures
         from xtoken_core.workflow.publish import Parts, finish
         from xtoken_core.workflow.registry import register
         from xtoken_core.workflow.subjects import Group
@@ -80,8 +81,7 @@ def report(
         print(told, flush=True)
         Path(summary.path).write_text(f"{markdown(finished)}\n{told}\n", encoding="utf-8")
         page.metadata |= {"published": parsed.output.uri, "registry": told}
-        for name, value in figures(finished).items():
-            metrics.log_metric(name, value)
+        log_figures(metrics, figures(finished))
 
 
 if __name__ == "__main__":

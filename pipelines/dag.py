@@ -1,15 +1,11 @@
 """A spec as a Kubeflow pipeline: its tasks, one by one, unrolled over the teachers when it is compiled."""
 
-from __future__ import annotations
-
-import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl
-from kfp.dsl.pipeline_channel import PipelineChannel
 
 from components.compare import compare
 from components.distill import distill
@@ -21,27 +17,12 @@ from components.projection import projection
 from components.report import report
 from components.resolve import resolve
 from components.score import score
-from pipelines.cluster import Size, on_cluster
+from pipelines.cluster import Size
+from pipelines.tasks import Tasks
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import shape
 from xtoken_core.workflow.subjects import Group, groups
 from xtoken_core.workflow.views import view
-
-NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report", "compare")
-"""Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
-training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
-
-RETRIED = (
-    "distill",
-    "distill-baseline",
-    "evaluate-student-before",
-    "evaluate-student-after",
-    "evaluate-baseline",
-    "evaluate-teachers",
-    "report",
-    "compare",
-)
-"""Tasks that are tried again where they fail."""
 
 PARAMETERS = """Distills a student.
 
@@ -172,7 +153,7 @@ def _common(tasks: Tasks, variants: Mapping[str, DistillationSpec], views: Any, 
     def same(step: str) -> bool:
         return all(view(other, step) == view(first, step) for other in others)
 
-    results = {}
+    results: dict[str, Any] = {}
     if same("evaluate_student"):
         results |= _evaluated(tasks, first, Group.BEFORE, views, **shared.agreement)
         if same("baseline"):
@@ -185,8 +166,8 @@ def _evaluated(tasks: Tasks, compiled: DistillationSpec, group: Group, views: An
     if group not in groups(compiled):
         return {}
     spec = views["evaluate_teachers" if group is Group.TEACHERS else "evaluate_student"]
-    size = {"size": Size.EVALUATION, "gpus": min(compiled.resources.gpus_per_node, 1)}
-    done = tasks.add(evaluate, f"evaluate-{group}", spec=spec, group=str(group), **size, **inputs)
+    gpus = min(compiled.resources.gpus_per_node, 1)
+    done = tasks.add(evaluate, f"evaluate-{group}", size=Size.EVALUATION, gpus=gpus, spec=spec, group=str(group), **inputs)
     return {REPORT_INPUTS[group]: done["results"]}
 
 
@@ -220,53 +201,6 @@ def _training(compiled: DistillationSpec, views: Any, shared: Shared) -> dict[st
     more = {"more_rows": shared.uris[1:]} if shared.uris[1:] else {}
     size = {"size": Size.HEAVY, "gpus": compiled.resources.gpus_per_node}
     return {"component": distill, "rows": shared.rows, **size, **more, **checkpoints}
-
-
-class Tasks:
-    """The tasks of a workflow, each under its own name and set up for the cluster; `edges` tells a report what waits for what."""
-
-    def __init__(self, compiled: DistillationSpec):
-        self._resources, self._label = compiled.resources, ""
-        self._tasks: dict[str, dsl.PipelineTask] = {}
-        self._plain: dict[str, str] = {}
-        """Names as one run's report has them, by those of the workflow."""
-        self.edges: list[dict[str, Any]] = []
-
-    def of(self, label: str) -> Tasks:
-        """The tasks so far, to which those of one variant of a sweep are added, under names that end in its label."""
-        own = copy.copy(self)
-        own._label, own.edges = label, list(self.edges)
-        return own
-
-    def add(
-        self,
-        component: Any,
-        name: str,
-        *,
-        after: Sequence[str] = (),
-        size: Size = Size.SMALL,
-        gpus: int | None = None,
-        **inputs: Any,
-    ) -> Any:
-        """Adds a task, which also waits for those of `after`; returns its outputs."""
-        given = [item for value in inputs.values() for item in (value if isinstance(value, list) else [value])]
-        upstream = {*after, *(item.task_name for item in given if isinstance(item, PipelineChannel) and item.task_name)}
-        waited = dict.fromkeys(self._plain[task] for task in self._tasks if task in upstream)
-        if name not in [edge["name"] for edge in self.edges]:
-            told = [task for task in waited if task != "resolve"]
-            self.edges.append({"name": name, "after": told or ["resolve"] if self.edges else []})
-        full = f"{name}-{self._label}" if self._label else name
-        named = copy.deepcopy(component)
-        named.component_spec.name = full  # KFP would number the tasks of one component: evaluate, evaluate-2
-        task = self._tasks[full] = named(**inputs)
-        self._plain[full] = name
-        task.after(*(self._tasks[other] for other in after))
-        if name in NEVER_CACHED:
-            task.set_caching_options(False)
-        # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
-        # waits in the cache for another run); from training on, pre-emption.
-        on_cluster(task, self._resources, size, gpus, retried=name in RETRIED)
-        return task.outputs
 
 
 def _description(spec: DistillationSpec) -> str:

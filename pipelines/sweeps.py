@@ -8,10 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec.text import parse_text
 from xtoken_core.workflow.resolve import shape
 from xtoken_core.workflow.views import view
 
@@ -62,13 +61,10 @@ def computes_scores(spec: DistillationSpec) -> bool:
 
 def _axis(text: str) -> tuple[str, list[object]]:
     key, equals, values = text.partition("=")
-    try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
-        parsed = None
-    if not equals or not key or not parsed:
+    if not equals or not key or not values.strip():
         raise InputError(f"--over: {text}: KEY=VALUE,VALUE,... is wanted")
-    return key, parsed
+    found: list[object] = parse_text(f"[{values}]", f"--over: {key}")
+    return key, found
 
 
 def _label(keys: Sequence[str], values: Sequence[object]) -> str:

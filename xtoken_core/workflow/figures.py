@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from xtoken_core import storage
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
+
+
+class Metrics(Protocol):
+    """KFP's artifact of scalars."""
+
+    uri: str
+    path: str
+    metadata: dict[str, Any]
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Adds a scalar."""
+
+
+def log_figures(metrics: Metrics, figures: Mapping[str, float]) -> None:
+    """Puts scalars into KFP's artifact, and into its file, if it has a place: a local run takes no step from its cache whose files are gone."""
+    for name, value in figures.items():
+        metrics.log_metric(name, value)
+    if metrics.uri:
+        Path(metrics.path).write_text(json.dumps(metrics.metadata), encoding="utf-8")
 
 
 def read_summary(run: str) -> TrainingSummary:

@@ -85,7 +85,7 @@ def submit(
     fits = shape(spec) == shape(changed) and spec.name == changed.name
     parameters = {"overrides": shlex.join(overrides)} if fits and overrides else {}
     compiled = compile_spec(spec if fits else changed)
-    return _start(changed, compiled, cluster, say, parameters, experiment, pipeline_root)
+    return _start(changed, compiled, cluster, say, experiment, params=parameters, pipeline_root=pipeline_root)
 
 
 def submit_sweep(
@@ -94,7 +94,7 @@ def submit_sweep(
     """Starts a sweep (see `pipelines.sweeps`) of the spec at `path`; returns the client and the run's id. Raises InputError."""
     first = next(iter(variants.values()))
     _check(path, first, say)
-    return _start(first, compile_sweep(variants), cluster, say, {})
+    return _start(first, compile_sweep(variants), cluster, say)
 
 
 def _check(path: Path, spec: DistillationSpec, say: Callable[[str], None]) -> None:
@@ -115,11 +115,10 @@ def _start(
     compiled: str,
     cluster: Cluster,
     say: Callable[[str], None],
-    parameters: dict[str, str],
     experiment: str | None = None,
-    pipeline_root: str | None = None,
+    **options: Any,
 ) -> tuple[kfp.Client, str]:
-    """Starts a run of a compiled pipeline, whose version is named by its content."""
+    """Starts a run of a compiled pipeline, whose version is named by its content; `options`: others of the client's `run_pipeline`."""
     digest = identity(documents(compiled), length=12)
     client = cluster.client()
     with cluster.reported():
@@ -130,9 +129,8 @@ def _start(
             job_name=f"{spec.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
             pipeline_id=version.pipeline_id,
             version_id=version.pipeline_version_id,
-            params=parameters,
-            pipeline_root=pipeline_root,
             service_account=spec.resources.service_account,
+            **options,
         )  # prints a link to the run
     return client, run.run_id
 

@@ -33,6 +33,7 @@ HEAVY_WINGS = {
     "pipelines/commands/cluster.py",
     "pipelines/commands/runs.py",
     "pipelines/commands/specs.py",
+    "pipelines/commands/sweeps.py",
     "pipelines/demo_models.py",
     "xtoken_core/evaluation/evaluate.py",
     "xtoken_core/evaluation/harness.py",
@@ -50,6 +51,7 @@ LONG_FUNCTIONS = {
 }
 MANY_PARAMETERS = {
     "pipelines/commands/cluster.py: submit",  # an option each
+    "pipelines/commands/sweeps.py: sweep",
     "xtoken_core/evaluation/bits_per_byte.py: token_nats",
     "xtoken_core/losses/aggregation.py: distillation_loss",  # a public call
     "xtoken_core/workflow/evaluations.py: evaluate_group",

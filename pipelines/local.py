@@ -22,7 +22,6 @@ from pipelines.progress import Progress
 from pipelines.status import Status
 from pipelines.steps import warm_steps
 from pipelines.warm import servers
-from xtoken_core import storage
 from xtoken_core.checksums import FILE as CHECKSUMS
 from xtoken_core.errors import ERROR_FILE, InputError, RunError, left_error
 from xtoken_core.report.answer import answer_table

@@ -209,6 +209,18 @@ def test_turns_of_channels_end_with_the_token_that_the_template_puts():
     )
 
 
+def test_a_turn_ends_where_it_does_though_its_last_words_are_escaped():
+    """Qwen3 renders the calling turn in another form where it is the last one, and JSON has the argument not as it is."""
+    asked = {"id": "b", "type": "function", "function": {"name": "time", "arguments": {"q": 'a "quoted"\nline'}}}
+    chat = [CALLING[0], CALLING[1] | {"content": "I see.", "tool_calls": [*CALLS, asked]}, *CALLING[2:]]
+    said = learned(read(chat, side("qwen3-chat"), tools=TOOLS), side("qwen3-chat"))
+    assert (
+        said.startswith("I see.\n<tool_call>")
+        and 'line"}}\n</tool_call><|im_end|>' in said
+        and said.endswith("It is sunny.<|im_end|>")
+    )
+
+
 def test_a_message_can_be_left_out():
     of = side("qwen3-chat")
     chat = copy.deepcopy(PLAIN)

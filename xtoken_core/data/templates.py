@@ -119,7 +119,7 @@ class Template:
                     raise Unmapped(f"its chat template leaves out or rewrites what the {message['role']} says")
                 if spans:
                     start = self._turn_start(conversation, number, text, floor, min(spans)[0])
-                    turns.append(Turn(number, start, self._turn_end(conversation, number, text, max(spans))))
+                    turns.append(Turn(number, start, self._turn_end(conversation, number, text, min(spans)[0], max(spans)[1])))
             floor = max([floor, *(end for _, end in spans)])
         return Rendering(text, places, self._as_the_template_says(conversation, text, turns))
 
@@ -181,19 +181,21 @@ class Template:
         header = commonprefix([opening, text[len(prompt) : text.index(OPEN)]])
         return len(header) if header.strip() else 0  # a blank is the model's
 
-    def _turn_end(self, conversation: Conversation, number: int, text: str, last: tuple[int, int]) -> int:
-        """Behind the token that ends the turn, and else behind what closes the last words."""
-        end = last[1]
+    def _turn_end(self, conversation: Conversation, number: int, text: str, first: int, end: int) -> int:
+        """Behind the token that ends the turn, and else behind what closes its words, which are [first, end)."""
         try:
             whole = self.render(conversation, number + 1) if number + 1 < len(conversation.messages) else text
         except Unmapped:
             whole = ""
         if len(whole) >= end and text.startswith(whole):
             return max(end, len(whole.rstrip()))
-        spoken = text[last[0] : end]
-        closing = whole[whole.rfind(spoken) + len(spoken) :].rstrip() if spoken in whole else ""
-        if closing and text.startswith(closing, end):
-            return end + len(closing)
+        spoken, place = text[first:end], len(whole)
+        while (
+            place := whole.rfind(spoken, 0, place + len(spoken) - 1)
+        ) >= 0:  # the turn as the last one, and what closes it there
+            closing = whole[place + len(spoken) :].rstrip()
+            if closing and text.startswith(closing, end):
+                return end + len(closing)
         special = self.specials.search(text, end)
         return special.end() if special and not text[end : special.start()].strip() else end
 

@@ -82,6 +82,15 @@ def test_every_parameter_and_every_output_of_resolve_is_described():
     assert all(about.get("description") for about in (*parameters.values(), *outputs.values()))
 
 
+def test_scores_are_a_task_for_each_teacher_and_shard_and_training_waits_for_them():
+    teachers = [{"id": "a", "model": "a", "scores": {}}, {"id": "b", "model": "b", "scores": {"uri": "s3://b/scores"}}]
+    found = tasks(spec_of(teachers=teachers))
+    assert "score-a" in found and "score-b" not in found
+    assert found["score-a"]["dependentTasks"] == ["prepare", "resolve"] and "score-a" in found["distill"]["dependentTasks"]
+    sharded = tasks(spec_of("data.shards=2", teachers=teachers[:1]))
+    assert {"score-a-0", "score-a-1"} <= set(sharded) and sharded["score-a-1"]["dependentTasks"] == ["prepare-1", "resolve"]
+
+
 def test_shards_are_tasks_and_several_hosts_a_launcher():
     sharded = tasks(spec_of("data.shards=3"))
     assert {name for name in sharded if name.startswith("prepare")} == {"prepare-0", "prepare-1", "prepare-2"}

@@ -136,6 +136,8 @@ REJECTED = {
     "a relative mount": (["resources.pvc=[{name: models, mount_path: models}]"], "resources.pvc.0.mount_path"),
     "an environment variable that is none": (["resources.secrets=[{secret: s, key: k, env: a-b}]"], "resources.secrets.0.env"),
     "no teacher": (["teachers=[]"], "teachers"),
+    "an override of a key that is none": (["a" * 3000 + "=1"], "--set 'aaaa"),
+    "an override of a key with a line break": (["a\nb=1"], "--set 'a\\nb=1': expected dotted.key=value"),
     "an override without a value": (["training.max_steps"], "--set training.max_steps: expected dotted.key=value"),
     "an override of a teacher that is none": (["teachers.nobody.weight=1"], "teachers.nobody: no such item"),
     "an override below a value": (["name.first=x"], "--set name.first: name has no fields"),

@@ -74,8 +74,8 @@ def test_specs_with_one_value_changed():
     everything = {name: section for path in SPECS for name, section in parse_text(path.read_text(), path.name).items()}
     everything |= {"loss": {"mode": "gold", "alpha": 1.0}, "resources": {"secrets": [{"secret": "s", "key": "k", "env": "E"}]}}
     assert outcome(lambda: DistillationSpec.from_text(json.dumps(everything))) == "taken"
-    for path in places(everything):
-        for value in VALUES + MANY * (len(path) == 1):
+    for turn, path in enumerate(places(everything)):
+        for value in VALUES[turn % 2 :: 2] + MANY * (len(path) == 1):  # half of them, in turn
             changed = replaced(everything, path, value)
             ended[outcome(lambda changed=changed: DistillationSpec.from_text(json.dumps(changed)))] += 1
             dotted = ".".join(map(str, path))

@@ -11,6 +11,9 @@ from xtoken_core.errors import InputError
 MAX_CHARACTERS = 2**18
 """Of a spec's text, and of what it holds once its aliases are written out."""
 
+MAX_KEY = 200
+"""Characters of an override's dotted key."""
+
 _NODE = 16
 """Characters that a value, list or mapping counts for at least, since each costs time."""
 
@@ -39,6 +42,8 @@ def parse_text(text: str, source: str) -> Any:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets one `dotted.key=value` in place. List items go by index, teachers also by id; the value is YAML. Raises InputError."""
     dotted, equals, raw = override.partition("=")
+    if len(dotted) > MAX_KEY or not dotted.isprintable():
+        raise InputError(f"--set {ascii(override[:80])}: expected dotted.key=value")
     *parents, last = dotted.split(".")
     if not equals or not all((*parents, last)) or len(parents) > MAX_DEPTH:
         raise InputError(f"--set {override[:80]}: expected dotted.key=value")

@@ -105,9 +105,9 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             encoding="utf-8",
         )
         _write_serving(spec, folder / "serving")
-        for name, path in _kept(parts).items():
+        for name, source in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to(path.absolute())
+            (folder / name).symlink_to(source.absolute())
         for checkpoint in ("best", "last"):
             _with_card(folder / "student" / checkpoint, model_card(run, checkpoint))
         manifest = storage.Manifest.of_folder(folder, spec.name)

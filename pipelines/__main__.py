@@ -8,7 +8,7 @@ from importlib.metadata import version
 import click
 
 from components.cli import run_command
-from pipelines.commands import cluster, runs, specs, sweeps
+from pipelines.commands import cluster, runs, specs, students, sweeps
 
 
 @click.group()
@@ -30,6 +30,9 @@ for _command in (
     cluster.compile_,
     cluster.submit,
     sweeps.sweep,
+    students.chat,
+    students.export,
+    students.push,
 ):
     cli.add_command(_command)
 

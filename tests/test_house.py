@@ -26,14 +26,16 @@ FLOORS = (
 )
 """Packages, and rooms of xtoken_core, from the top down: one imports its own floor and those below."""
 
-INITS_WITH_IMPORTS = {f"xtoken_core/{name}/__init__.py" for name in ("losses", "losses/kernels", "spec", "storage")}
-"""Of packages that are called by their own name."""
+INITS_WITH_IMPORTS = {f"xtoken_core/{name}__init__.py" for name in ("", "losses/", "losses/kernels/", "spec/", "storage/")}
+"""Of packages that are called by their own name; the whole names its public calls and imports them when they are asked for."""
 
 HEAVY_WINGS = {
+    "pipelines/api.py",
     "pipelines/commands/cluster.py",
     "pipelines/commands/runs.py",
     "pipelines/commands/specs.py",
     "pipelines/commands/sweeps.py",
+    "pipelines/commands/students.py",
     "pipelines/demo_models.py",
     "xtoken_core/evaluation/evaluate.py",
     "xtoken_core/evaluation/harness.py",

@@ -29,17 +29,35 @@ def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Seq
         ids = tok(prompt, add_special_tokens=False)["input_ids"]
         if isinstance(document.content, str) and bos is not None:
             ids = [bos, *ids]
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(  # type: ignore[operator]
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=SAMPLE_TOKENS,
-            do_sample=False,
-            pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
-        )
-        text = str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+        text = _continued(model, tok, ids, SAMPLE_TOKENS)
         results.append(Sample(prompt=prompt, text=text, reference=reference))
     return results
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tok: PreTrainedTokenizerFast, said: str, tokens: int) -> str:
+    """The greedy answer to one message, of at most so many tokens; of a model without a chat template, the text goes on."""
+    if tok.chat_template is None:
+        bos = row_bos(tok)
+        ids = ([] if bos is None else [bos]) + tok(said, add_special_tokens=False)["input_ids"]
+    else:
+        turns = [{"role": "user", "content": said}]
+        ids = tok(str(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)), add_special_tokens=False)[
+            "input_ids"
+        ]
+    return _continued(model, tok, ids, tokens)
+
+
+def _continued(model: PreTrainedModel, tok: PreTrainedTokenizerFast, ids: list[int], tokens: int) -> str:
+    inputs = torch.tensor([ids], device=model.device)
+    output = model.generate(  # type: ignore[operator]
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+    )
+    return str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
 def _one_of_each(documents: Sequence[Document]) -> list[Document]:

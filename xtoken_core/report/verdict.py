@@ -146,6 +146,9 @@ class Verdict:
     headline: str
     sentences: list[str]
 
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *self.sentences])
+
 
 def verdict(run: Run) -> Verdict:
     """What the run's evaluations say, headline first."""

@@ -1,0 +1,75 @@
+"""What one does with a student: chat, export, push."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+
+from xtoken_core.errors import InputError
+
+RUN = click.argument("run", metavar="RUN")
+CHECKPOINT = click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Default: best, if validation chose one.")
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+@click.command()
+@RUN
+@CHECKPOINT
+@click.option("--alone", is_flag=True, help="Only the student, not its former self beside it.")
+@click.option("--tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of an answer, at most.")
+def chat(run: str, checkpoint: str | None, alone: bool, tokens: int) -> None:
+    """Talk to the student of a finished run, beside its former self; RUN is what output.uri said. An empty line ends it."""
+    from pipelines.api import load
+    from xtoken_core.evaluation.samples import answer
+
+    result = load(run)
+    voices = {"student": result.student(checkpoint)}
+    if not alone:
+        voices = {"before": result.former_student(), **voices}
+    while said := click.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
+        for who, (model, tokenizer) in voices.items():
+            click.echo(f"{who}> {answer(model, tokenizer, said, tokens)}")
+
+
+@click.command()
+@RUN
+@CHECKPOINT
+@click.option("--gguf", required=True, type=click.Path(path_type=Path), help="The file to write, for llama.cpp and Ollama.")
+def export(run: str, checkpoint: str | None, gguf: Path) -> None:
+    """Write the student of a finished run as one file of another format; RUN is what output.uri said."""
+    from pipelines.api import load
+    from xtoken_core.storage import local_copy
+
+    converter = shutil.which(CONVERTER)
+    if converter is None:
+        raise InputError(f"--gguf: {CONVERTER} of llama.cpp is not on the PATH; clone it and put its folder there")
+    folder = local_copy(load(run).student_place(checkpoint))
+    if subprocess.run([converter, str(folder), "--outfile", str(gguf)]).returncode:
+        raise InputError(f"--gguf: {CONVERTER} could not convert {folder}; its last lines are above")
+    click.echo(f"{gguf}: written")
+
+
+@click.command()
+@RUN
+@click.argument("repository", metavar="OWNER/NAME")
+@CHECKPOINT
+@click.option("--public", is_flag=True, help="For all to see; default: private.")
+def push(run: str, repository: str, checkpoint: str | None, public: bool) -> None:
+    """Put the student of a finished run, with its card, on the Hugging Face hub; RUN is what output.uri said."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    from pipelines.api import load
+    from xtoken_core.storage import local_copy
+
+    folder = local_copy(load(run).student_place(checkpoint))
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=not public, exist_ok=True)
+        done = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Student of a distillation")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as e:
+        raise InputError(f"{repository}: the hub refuses: {' '.join(str(e).split())[:300]}") from None
+    click.echo(str(done))

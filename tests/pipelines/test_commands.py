@@ -1,0 +1,62 @@
+"""The commands around a run: explain, schema, status, completion; and a finished run from Python, on a folder that stands for one."""
+
+import json
+import os
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from pipelines.status import Status, statuses
+from tests.support.cli import call
+
+
+def test_a_field_is_explained_and_a_section_with_its_fields():
+    told = call("pipelines", "explain", "loss.temperature").stdout
+    assert told.startswith("loss.temperature\n") and "default: 1.0" in told
+    section = call("pipelines", "explain", "teachers").stdout
+    assert "teachers[].weight" in section and "\nloss." not in section
+
+
+def test_a_field_that_is_not_there_is_one_line_with_what_may_be_meant():
+    wrong = call("pipelines", "explain", "training.max_step")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("training.max_step: no such field; did you mean training.max_steps")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_the_schema_holds_the_specs(tmp_path):
+    done = call("pipelines", "schema", "-o", tmp_path / "deep" / "schema.json")
+    assert done.returncode == 0
+    schema = json.loads((tmp_path / "deep" / "schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    assert {"student", "teachers", "data", "output"} <= set(schema["required"])
+    assert call("pipelines", "schema", "-o", "/proc/none/x").returncode == 2
+
+
+def test_version():
+    assert call("pipelines", "--version").stdout.startswith("xtoken ")
+
+
+def test_status_tells_what_runs_and_what_was_lost(tmp_path):
+    assert call("pipelines", "status", "--runs", tmp_path).stdout == f"{tmp_path}: no runs\n"
+    for name, changes in (("alive", {}), ("lost", {"pid": 2**22 + 1}), ("done", {"state": "succeeded"})):
+        (tmp_path / name).mkdir()
+        status = Status.of_this_process(name, tmp_path / name / "log", 9)
+        status.tell(tmp_path / name, task="distill", count=4, line="step 3/9  loss 2.0", **changes)
+    assert [(s.name, s.state) for s in statuses(tmp_path)] == [
+        ("done", "succeeded"), ("lost", "interrupted"), ("alive", "running")
+    ]  # fmt: skip
+    told = call("pipelines", "status", "--runs", tmp_path).stdout
+    assert "alive: running, step 4/9 distill" in told and "step 3/9 loss 2.0" in told and os.getpid() != 2**22 + 1
+
+
+def test_export_without_the_converter_says_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = call("pipelines", "export", tmp_path, "--gguf", tmp_path / "x.gguf")
+    assert done.returncode == 2 and "convert_hf_to_gguf.py of llama.cpp is not on the PATH" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("chat",), ("push",)])
+def test_a_run_that_is_not_there_is_one_line(verb, tmp_path):
+    more = ("owner/name",) if verb == ("push",) else ()
+    done = call("pipelines", *verb, tmp_path / "none", *more)
+    assert (done.returncode, done.stderr) == (2, f"{tmp_path}/none/spec.yaml: no such file or folder\n")

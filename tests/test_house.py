@@ -22,7 +22,7 @@ FLOORS = (
     ("losses", "data"),
     ("projection", "projection_files", "overlap", "alignment", "partition", "same_vocabulary"),
     ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "spec", "results", "costs"),
-    ("storage", "uris", "errors", "forking", "compilations"),
+    ("storage", "uris", "errors", "forking", "compilations", "finite"),
 )
 """Packages, and rooms of xtoken_core, from the top down: one imports its own floor and those below."""
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import click
 
 from components.cli import run_command
-from pipelines.commands import cluster, runs, specs, students, sweeps
+from pipelines.commands import cluster, new, runs, specs, students, sweeps
 
 
 @click.group()
@@ -18,6 +18,7 @@ def cli() -> None:
 
 
 for _command in (
+    new.init,
     specs.validate,
     specs.explain,
     specs.schema,

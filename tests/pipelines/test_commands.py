@@ -8,6 +8,7 @@ from jsonschema import Draft202012Validator
 
 from pipelines.status import Status, statuses
 from tests.support.cli import call
+from xtoken_core.spec import DistillationSpec
 
 
 def test_a_field_is_explained_and_a_section_with_its_fields():
@@ -30,6 +31,23 @@ def test_the_schema_holds_the_specs(tmp_path):
     Draft202012Validator.check_schema(schema)
     assert {"student", "teachers", "data", "output"} <= set(schema["required"])
     assert call("pipelines", "schema", "-o", "/proc/none/x").returncode == 2
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+@pytest.mark.parametrize("held_out", ["", "held-out.jsonl"])
+def test_a_first_spec_is_valid_and_names_its_schema(tmp_path, kind, held_out):
+    spec = tmp_path / "spec.yaml"
+    teachers = ("--teacher", "qwen=Qwen/Qwen3-4B", "--teacher", "a/b: c")
+    flags = ("--kind", kind, "--student", "org/small", *teachers, "--train", "text/*.jsonl", "--validation", held_out)
+    done = call("pipelines", "init", spec, *flags)
+    assert done.returncode == 0, done.stderr
+    parsed = DistillationSpec.from_yaml(spec)
+    assert [(t.id, t.model) for t in parsed.teachers] == [("qwen", "Qwen/Qwen3-4B"), ("teacher-1", "a/b: c")]
+    assert parsed.evaluation.ce_baseline == bool(held_out)
+    named = spec.read_text().splitlines()[0].rpartition("=")[2]
+    assert json.loads((tmp_path / named).read_text())["title"] == "DistillationSpec"
+    again = call("pipelines", "init", spec, *flags)
+    assert (again.returncode, again.stderr) == (2, f"{spec}: is there already\n")
 
 
 def test_version():

@@ -1,0 +1,75 @@
+"""`init`: a first spec, valid and commented."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pipelines.commands.options import write_text
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
+
+SCHEMA = "xtoken.schema.json"
+
+
+@click.command()
+@click.argument("spec", type=click.Path(path_type=Path), default=Path("spec.yaml"))
+@click.option("--kind", type=click.Choice(["text", "chat"]), default="text", show_default=True, help="What the data are.")
+@click.option("--student", prompt="Student (hub id, folder or URI)", help="Hub id, folder or URI of the model that learns.")
+@click.option("--teacher", "teachers", multiple=True, metavar="[ID=]MODEL", help="A model to learn from; may be repeated.")
+@click.option("--train", prompt="Training data (file, folder, glob or URI)", help="File, folder, glob or URI of the documents.")
+@click.option("--validation", prompt="Validation data (the same; empty: none)", default="", help="The same, held out.")
+@click.option("--name", default="my-student", show_default=True, help="Of the run; its output goes to runs/NAME/output.")
+def init(spec: Path, **answers: str) -> None:
+    """Write a first spec, by flags or by asking; and beside it the schema by which editors complete and check its fields."""
+    given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI)"),)
+    text = spec_text(answers | {"teachers": tuple(given)})
+    DistillationSpec.from_text(text, source=str(spec))
+    if spec.exists():
+        raise InputError(f"{spec}: is there already")
+    write_text(spec, text)
+    write_text(spec.parent / SCHEMA, json.dumps(DistillationSpec.model_json_schema(), indent=1) + "\n")
+    click.echo(f"{spec}: written; next: xtoken validate {spec}, xtoken plan {spec}, xtoken run {spec}")
+
+
+def spec_text(given: dict[str, str | tuple[str, ...]]) -> str:
+    """The spec's YAML from the options of `init`."""
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if isinstance(value, str)}
+    teachers = "\n".join(_teacher(number, teacher) for number, teacher in enumerate(given["teachers"]))
+    held_out = f"  validation: [{quoted['validation']}]   # chooses the best checkpoint, and says whether it helped\n"
+    evaluation = "evaluation:\n  ce_baseline: true          # a twin without teachers: what the text alone would have taught\n"
+    return f"""# yaml-language-server: $schema={SCHEMA}
+# Every field: xtoken explain; one: xtoken explain training.learning_rate
+name: {quoted["name"]}
+student:
+  model: {quoted["student"]}
+teachers:
+{teachers}
+data:
+  train: [{quoted["train"]}]
+{held_out if given["validation"] else ""}  format: {"messages" if given["kind"] == "chat" else "text"}{_about(given)}
+  max_length: 1024           # tokens of a row
+training:
+  max_steps: 400             # or epochs
+  global_batch_size: 32      # rows of an optimizer step, over all GPUs
+  micro_batch_size: 4        # rows that fit at once on one
+  learning_rate: 1e-4
+  warmup_steps: 20
+  save_steps: 100            # an interrupted run goes on from here
+{"  eval_steps: 100" + chr(10) if given["validation"] else ""}{evaluation if given["validation"] else ""}output:
+  uri: {json.dumps(f"runs/{given['name']}/output")}
+"""
+
+
+def _about(given: dict[str, str | tuple[str, ...]]) -> str:
+    return "           # chats, through the models' own templates; only assistant turns teach" if given["kind"] == "chat" else ""
+
+
+def _teacher(number: int, given: str) -> str:
+    name, _, model = given.rpartition("=")
+    return (
+        f"  - id: {json.dumps(name or f'teacher-{number}')}\n    model: {json.dumps(model, ensure_ascii=False)}\n"
+        "    projection: {}           # for another tokenizer than the student's; leave it out for the same one"
+    )

@@ -34,9 +34,9 @@ def kills(count: int, steps: int, seed: int) -> dict[str, Any]:
         values = prepare(folder, teachers=1, training=SECTION | {"max_steps": steps, "save_steps": 1, "eval_steps": 25})
         values["teachers"][0]["projection"] = {"learnable": True}
         unbroken, broken = folder / "unbroken", folder / "broken"
-        _finish(values, folder, unbroken)
+        start(values, folder, unbroken).finish()
         moments = [_kill(values, folder, broken, chance) for _ in range(count)]
-        _finish(values, folder, broken)
+        start(values, folder, broken).finish()
         weights = [load_file(out / "last" / "model.safetensors") for out in (unbroken, broken)]
         learned = [load_file(out / "last" / "projection-other.safetensors") for out in (unbroken, broken)]
         equal = all(torch.equal(a[n], b[n]) for a, b in (weights, learned) for n in a)
@@ -50,25 +50,18 @@ def kills(count: int, steps: int, seed: int) -> dict[str, Any]:
         }
 
 
-def _finish(values: dict[str, Any], folder: Path, out: Path) -> None:
-    process = start(values, folder, out)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(errors[-2000:])
-
-
 def _kill(values: dict[str, Any], folder: Path, out: Path, chance: random.Random) -> int:
     """Starts the run and kills it at a random moment from its first new line on; the last step that its log tells."""
     log = out / "log.jsonl"
     before = _size(log)
-    process = start(values, folder, out)
-    while process.poll() is None and _size(log) <= before:
+    started = start(values, folder, out)
+    while started.process.is_alive() and _size(log) <= before:
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 1.0))
-    if process.poll() is not None:
-        raise RuntimeError(f"the run ended before it was killed; give it more steps: {process.communicate()[1][-1000:]}")
-    process.kill()
-    process.communicate()
+    if not started.process.is_alive():
+        raise RuntimeError(f"the run ended before it was killed; give it more steps: {started.finish()[-1000:]}")
+    started.process.kill()
+    started.process.join()
     return max((step for step, *_ in losses(out)), default=0)
 
 
@@ -82,13 +75,13 @@ def flat(steps: int) -> dict[str, Any]:
         folder = Path(scratch)
         training = SECTION | {"max_steps": steps, "save_steps": max(1, steps // 10), "eval_steps": max(1, steps // 10)}
         values = changed(prepare(folder, teachers=1), training=training)
-        process, out, curve = start(values, folder, folder / "out"), folder / "out", []
-        while process.poll() is None:
+        out, curve = folder / "out", []
+        started = start(values, folder, out)
+        while started.process.is_alive():
             time.sleep(0.5)
-            if sample := _sample(process.pid, out / "log.jsonl"):
+            if sample := _sample(out / "log.jsonl"):
                 curve.append(sample)
-        if process.returncode:
-            raise RuntimeError(process.communicate()[1][-2000:])
+        started.finish()
     half = len(curve) // 4
     second, last = curve[half : 2 * half], curve[-half:]
     growth = {
@@ -98,10 +91,10 @@ def flat(steps: int) -> dict[str, Any]:
     return {"case": "flat", "steps": steps, "growth": growth, "flat": max(growth.values()) <= GROWTH, "curve": curve}
 
 
-def _sample(pid: int, log: Path) -> dict[str, float] | None:
-    """What student and teacher hold together: private and shared memory (each page once), open files, /dev/shm."""
+def _sample(log: Path) -> dict[str, float] | None:
+    """What student, teacher and their server hold together: private and shared memory (each page once), open files, /dev/shm."""
     try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        family = psutil.Process().children(recursive=True)
         step = log.read_bytes().count(b'"loss"') if log.exists() else 0
         if step == 0:
             return None

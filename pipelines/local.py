@@ -118,7 +118,7 @@ def ended_by_sigterm(name: str) -> Iterator[None]:
     def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         started = [process for process in psutil.Process().children(recursive=True) if process not in servers()]
-        for kill, patience in ((lambda process: process.send_signal(signal.SIGINT), GRACE), (psutil.Process.kill, 1.0)):
+        for kill, patience in ((psutil.Process.terminate, GRACE), (psutil.Process.kill, 1.0)):
             for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     kill(process)

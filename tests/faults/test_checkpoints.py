@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
 from xtoken_core.checksums import damage
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, RunError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.checkpoints import checkpoint_of_step, latest_checkpoint, owned, training_identity
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.workflow.publish import check_whole
 
 FILES = [
     "model.safetensors",
@@ -139,3 +140,15 @@ def test_resuming_a_finished_run_changes_nothing(base, values, finished):
     before = losses(finished)
     assert run(values, base, finished).resumed_from == 5
     assert losses(finished) == before
+
+
+def test_a_trained_student_that_was_damaged_later_is_found_and_made_again(base, values, tmp_path, fault):
+    """As `finish` does before it publishes, and a local run before it looks into its cache."""
+    out = tmp_path / "run"
+    run(changed(values, training={"max_steps": 1, "eval_steps": None}), base, out, baseline=True)
+    check_whole(out)
+    cut(out / "best" / "model.safetensors")
+    with pytest.raises(RunError, match=f"^{out}: best/model.safetensors is not as training wrote it") as told:
+        check_whole(out)
+    assert not out.exists()  # the cache then has it no more
+    fault("a cached student is cut in half", "found before it is published, made again", told.value)

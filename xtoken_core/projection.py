@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +34,9 @@ from xtoken_core.projection_files import (
     rows_sum_to_one,
     vocabulary_size,
 )
-from xtoken_core.spec import ProjectionSpec
-from xtoken_core.tokenization import TokenTable, role_pairs
+from xtoken_core.spec import DistillationSpec, ProjectionSpec
+from xtoken_core.storage import local_copy
+from xtoken_core.tokenization import TokenTable, load_tokenizer, role_pairs
 from xtoken_core.tokenizer_parts import bare_tokenizer
 
 T = TypeVar("T")
@@ -169,6 +170,48 @@ def build_projection(
         exact[own] = True
     indices, weights = _padded(entries, spec.top_k)
     return Projection(indices, weights, len(teacher), exact, build_partition(student, teacher))
+
+
+def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path) -> MadeProjection:
+    """Builds (or, with `projection.uri`, fetches and checks) W of one teacher, as `folder`/projection.safetensors. Raises InputError."""
+    made = make_projection(spec, teacher_id)
+    made.save(Path(folder) / "projection.safetensors")
+    return made
+
+
+@dataclass(frozen=True)
+class MadeProjection:
+    """W of a teacher with the two vocabularies that it is for."""
+
+    projection: Projection
+    student: TokenTable
+    teacher: TokenTable
+    options: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the file that `Projection.load` reads."""
+        self.projection.save(path, self.student.fingerprint, self.teacher.fingerprint, self.options)
+
+
+def make_projection(spec: DistillationSpec, teacher_id: str) -> MadeProjection:
+    """W of one teacher as its spec asks for it: built, or fetched and checked. Raises InputError."""
+    teacher = next((t for t in spec.teachers if t.id == teacher_id), None)
+    options = teacher and teacher.projection
+    if teacher is None or options is None:
+        raise InputError(f"teacher: {teacher_id}: no teacher of the spec that has a projection")
+    toks = [load_tokenizer(side.model, side.tokenizer) for side in (spec.student, teacher)]
+    tables = [TokenTable.from_tokenizer(tok) for tok in toks]
+    found = build_projection(*toks, options) if options.uri is None else _fetch(options.uri, *tables)
+    return MadeProjection(found, *tables, options.model_dump(mode="json", exclude={"learnable", "learning_rate"}))
+
+
+def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
+    path = local_copy(uri)
+    if uri.endswith(".safetensors"):
+        found = Projection.load(path, student, teacher)
+    else:
+        found = Projection.from_nemo_rl(path, len(student), len(teacher))
+    return found if found.cells is not None else replace(found, cells=build_partition(student, teacher))
 
 
 def _weigh(pieces: Sequence[int]) -> dict[int, float]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from xtoken_core.errors import InputError
 from xtoken_core.overlap import audit, overlap_matrix, reason_for, resolve_mode, vocabulary_overlap
-from xtoken_core.partition import build_partition
-from xtoken_core.projection import Projection, build_projection
+from xtoken_core.projection import make_projection
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.report.projection_summary import projection_summary
 from xtoken_core.results.vocabulary import (
@@ -24,7 +22,6 @@ from xtoken_core.results.vocabulary import (
 )
 from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import local_copy
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 
@@ -94,21 +91,16 @@ def write_projections(spec: DistillationSpec, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    student = load_tokenizer(spec.student.model, spec.student.tokenizer)
-    table = TokenTable.from_tokenizer(student)
-    projected = [(teacher, teacher.projection) for teacher in spec.teachers if teacher.projection is not None]
+    projected = [teacher.id for teacher in spec.teachers if teacher.projection is not None]
     if not projected:
         raise InputError("teachers: none has a projection")
-    for teacher, options in projected:
+    for teacher in projected:
         start = time.perf_counter()
-        other = load_tokenizer(teacher.model, teacher.tokenizer)
-        other_table, uri = TokenTable.from_tokenizer(other), options.uri
-        projection = build_projection(student, other, options) if uri is None else _fetch(uri, table, other_table)
-        settings = options.model_dump(mode="json", exclude={"learnable", "learning_rate"})
-        projection.save(folder / f"{teacher.id}.safetensors", table.fingerprint, other_table.fingerprint, settings)
+        made = make_projection(spec, teacher)
+        made.save(folder / f"{teacher}.safetensors")
         seconds = round(time.perf_counter() - start, 3)
-        stats = projection_summary(projection, table, other_table, options=settings, seconds=seconds)
-        stats.write(folder / f"{teacher.id}.json")
+        stats = projection_summary(made.projection, made.student, made.teacher, options=made.options, seconds=seconds)
+        stats.write(folder / f"{teacher}.json")
 
 
 def matrices(spec: DistillationSpec, folder: str | Path | None) -> dict[str, Path]:
@@ -119,12 +111,3 @@ def matrices(spec: DistillationSpec, folder: str | Path | None) -> dict[str, Pat
 def projection_stats(spec: DistillationSpec, folder: str | Path) -> dict[str, ProjectionStats]:
     """The statistics of every W by teacher id, in such a folder. Raises InputError."""
     return {teacher: ProjectionStats.read(path.with_suffix(".json")) for teacher, path in matrices(spec, folder).items()}
-
-
-def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:
-    path = local_copy(uri)
-    if uri.endswith(".safetensors"):
-        found = Projection.load(path, student, teacher)
-    else:
-        found = Projection.from_nemo_rl(path, len(student), len(teacher))
-    return found if found.cells is not None else replace(found, cells=build_partition(student, teacher))

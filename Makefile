@@ -18,6 +18,9 @@ OVERRIDES    = $(foreach s,$(SET),--set $(s))
 .PHONY: demo test test-fast lint format compile docs clean
 
 demo: $(VENV)/.installed
+	@echo "The demo: SmolLM2-135M loses 18 of its 30 layers, and with them its language. Two teachers give some of it back:"
+	@echo "Gemma-3-270M, which has another tokenizer, and the whole SmolLM2. Beside it a twin learns from the text only."
+	@echo "At the end: a table of bits per byte on held-out text with a verdict, and runs/demo/output/report.html."
 	$(BIN)/python -m pipelines.demo_models
 	$(BIN)/python -m pipelines run pipelines/specs/demo.yaml $(OVERRIDES)
 

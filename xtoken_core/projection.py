@@ -196,13 +196,13 @@ class MadeProjection:
 def make_projection(spec: DistillationSpec, teacher_id: str) -> MadeProjection:
     """W of one teacher as its spec asks for it: built, or fetched and checked. Raises InputError."""
     teacher = next((t for t in spec.teachers if t.id == teacher_id), None)
-    options = teacher and teacher.projection
+    options = teacher.projection if teacher is not None else None
     if teacher is None or options is None:
         raise InputError(f"teacher: {teacher_id}: no teacher of the spec that has a projection")
-    toks = [load_tokenizer(side.model, side.tokenizer) for side in (spec.student, teacher)]
-    tables = [TokenTable.from_tokenizer(tok) for tok in toks]
-    found = build_projection(*toks, options) if options.uri is None else _fetch(options.uri, *tables)
-    return MadeProjection(found, *tables, options.model_dump(mode="json", exclude={"learnable", "learning_rate"}))
+    student, other = (load_tokenizer(side.model, side.tokenizer) for side in (spec.student, teacher))
+    table, other_table = TokenTable.from_tokenizer(student), TokenTable.from_tokenizer(other)
+    found = build_projection(student, other, options) if options.uri is None else _fetch(options.uri, table, other_table)
+    return MadeProjection(found, table, other_table, options.model_dump(mode="json", exclude={"learnable", "learning_rate"}))
 
 
 def _fetch(uri: str, student: TokenTable, teacher: TokenTable) -> Projection:

@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_read_by_a_worker_are_one_line(base, values, monkeyp
             raise InputError("s3://bucket/rows/3: no such file or folder")
 
     arguments = training.training_arguments
-    monkeypatch.setattr(training, "rows_of_shards", lambda *_: Lost(range(8)))
+    monkeypatch.setattr(training, "rows_of_shards", lambda *_, **__: Lost(range(8)))
     monkeypatch.setattr(training, "training_arguments", lambda *given: replace(arguments(*given), dataloader_num_workers=1))
     with pytest.raises(InputError, match="^s3://bucket/rows/3: no such file or folder$"):
         run(changed(values, training={"max_steps": 1, "eval_steps": None}), base, base / "lost", baseline=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.__main__ import cli
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.fields import spec_fields
 
@@ -43,6 +44,11 @@ def test_the_site_builds_and_names_every_field(tmp_path):
         for f in spec_fields(DistillationSpec)
         if f"<code>{f.path.rpartition('.')[2]}</code>" not in reference and not f.section
     ] == []
+
+
+def test_commands_that_pages_name_exist():
+    named = {word for page in PAGES for word in re.findall(r"(?:^|`)xtoken ([a-z]+)", page.read_text(encoding="utf-8"), re.M)}
+    assert named >= {"validate", "run", "submit"} and named <= set(cli.commands)
 
 
 def test_every_field_has_its_values_and_a_default():

@@ -143,7 +143,7 @@ def test_pictures_are_visible(browser, pages):
     for selector in (".dag svg", ".density svg", ".intervals", ".bars", "table.block"):
         picture = screenshot(browser, browser.find_element("css selector", selector))
         assert min(picture.shape[:2]) > 60 and picture.std() > 5, selector
-    assert len(browser.find_elements("css selector", ".task")) == 14
+    assert len(browser.find_elements("css selector", ".task")) == 11
     for box in browser.find_elements("css selector", ".task"):
         edges = browser.execute_script(
             "const [box, ...text] = [...arguments[0].children].slice(1).map(e => e.getBoundingClientRect());"

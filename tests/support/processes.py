@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -33,3 +34,20 @@ def left_in_shared_memory(before: set[str]) -> set[str]:
     while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def ended(processes: Iterable[psutil.Process], seconds: float = 10.0) -> bool:
+    """Whether all processes end in time; one that nobody has reaped yet has ended too."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not any(_runs(process) for process in processes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

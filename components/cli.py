@@ -97,7 +97,8 @@ def _option(parameter: inspect.Parameter, text: str) -> click.Option:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=parameter.default, show_default=True, help=text)
     elif _is_json(kind):
         metavar = "JSON"
-    default = {} if required or parameter.default in (None, "") else {"default": parameter.default, "show_default": True}
+    absent = parameter.default in (None, "", inspect.Parameter.empty)
+    default = {} if absent else {"default": parameter.default, "show_default": True}
     return click.Option(
         [flag, parameter.name], metavar=metavar, type=int if kind is int else str, required=required, help=text, **default
     )

@@ -42,6 +42,7 @@ def test_help_tells_of_every_input_and_output(name):
     inputs = component(name).component_spec.inputs or {}
     outputs = [output for output, kind in (component(name).component_spec.outputs or {}).items() if "Artifact" in str(kind.type)]
     for option in (*inputs, *outputs):
+        assert "inspect._empty" not in result.output
         assert f"--{option.replace('_', '-')} " in result.output.replace("/", " ").replace("--no", "")
 
 

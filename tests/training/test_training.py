@@ -230,7 +230,7 @@ def test_a_packed_row_gives_the_loss_of_its_documents_one_by_one(base, values, m
             for teacher, side, ids in zip(teachers, batch.teachers, (OTHER_IDS, 400), strict=True):
                 model = models[teacher.id]
                 with torch.no_grad():
-                    logits = head_logits(model, final_hidden(model, **side.model_inputs()), ids)
+                    logits = head_logits(model, side.unpacked(final_hidden(model, **side.model_inputs())), ids)
                 heard[teacher.id] = teacher.batch(logits, side)
             counts.append(batch_counts(*batch.masks, list(heard.values()), spec.loss))
             micro_batches.append(MicroBatch(batch, heard))

@@ -132,13 +132,13 @@ def readme_commands():
 def test_the_commands_of_the_readme_name_what_is_there(tmp_path):
     """The first three need Docker and a cluster; what they read is tested in test_manifests.py. The fourth runs."""
     commands = readme_commands()
-    assert [command[0] for command in commands] == ["docker", "kubectl", "kubectl", "python", "kfp"]
+    assert [command[0] for command in commands] == ["docker", "kubectl", "kubectl", "xtoken", "kfp"]
     for command in commands[:4]:
         paths = [argument for argument in command if argument.startswith(("manifests/", "pipelines/"))]
         assert paths and all((ROOT / path).exists() for path in paths)
-    python, _, program, *arguments, _, compiled = commands[3]
-    assert (python, compiled) == ("python", "run.yaml")
-    done = call(program, *arguments, "-o", tmp_path / compiled)
+    _, *arguments, _, compiled = commands[3]
+    assert compiled == "run.yaml"
+    done = call("pipelines", *arguments, "-o", tmp_path / compiled)
     assert (done.returncode, done.stderr) == (0, "")
     assert "image: registry.example.org/xtoken@sha256:000" in (tmp_path / compiled).read_text()
 

@@ -34,7 +34,7 @@ def _front(run: Run) -> dict[str, object]:
     return {
         **({"license": licence} if licence else {}),
         "base_model": student,
-        "base_model_relation": "adapter" if run.spec["student"].get("lora") else "finetune",
+        "base_model_relation": "finetune",  # adapters are merged into the weights
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-distillation", "x-token"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,9 @@ def test_parameters():
 def test_no_banners():
     texts = sources(*PACKAGES, "tests")
     assert [path for path, text in texts.items() if re.search(r"^ *# ?[-=]{10}", text, re.MULTILINE)] == []
+
+
+def test_no_links_are_kept():
+    """A link, say to a folder of models, leads nowhere in another's clone."""
+    kept = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line for line in kept.splitlines() if line.startswith("120000")] == []

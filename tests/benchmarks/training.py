@@ -138,11 +138,12 @@ def made_up_rows(case: Case, spec: DistillationSpec, count: int) -> list[dict[st
     for _ in range(count):
         row = side("student", length, case.student.vocab_size)
         for i, config in enumerate(case.teachers):
+            name = f"teacher_{spec.teachers[i].id}"
             if spec.teachers[i].cross_tokenizer:
                 mine, theirs, chunks = chunk_ids(length, length - length // 64)
-                row |= side(f"teacher_{i}", theirs.shape[1], config.vocab_size)
-                row |= {f"teacher_{i}_student_chunk_id": mine[0].numpy(), f"teacher_{i}_teacher_chunk_id": theirs[0].numpy()}
-                row[f"teacher_{i}_chunk_exact"] = np.ones(chunks, bool)
+                row |= side(name, theirs.shape[1], config.vocab_size)
+                row |= {f"{name}_student_chunk_id": mine[0].numpy(), f"{name}_teacher_chunk_id": theirs[0].numpy()}
+                row[f"{name}_chunk_exact"] = np.ones(chunks, bool)
         rows.append(row)
     return rows
 
@@ -273,7 +274,7 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
             AutoModelForCausalLM.from_config(case.student, dtype=torch.float32, attn_implementation="sdpa"), spec.training
         )
     student = Student(Loaded(model, None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
-    columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
+    columns = [f"teacher_{teacher.id}" if teacher.cross_tokenizer else None for teacher in spec.teachers]
     pads = dict.fromkeys(["student", *(c for c in columns if c)], 0)
     with (
         TeacherPool([teacher.setup for teacher in teachers]) as pool,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtoken_core.data.rows import Row
+from xtoken_core.data.rows import Row, teacher_column
 from xtoken_core.results.rows import RowsRecord
 from xtoken_core.spec import DistillationSpec
 
@@ -155,7 +155,7 @@ class Collator:
     def for_rows(cls, spec: DistillationSpec, folder: str | Path, scored: Sequence[Scored | None] = ()) -> Collator:
         """The collator of the rows that `prepare_rows` wrote to `folder`."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
-        columns = [f"teacher_{i}" if teacher.cross_tokenizer else None for i, teacher in enumerate(spec.teachers)]
+        columns = [teacher_column(teacher.id) if teacher.cross_tokenizer else None for teacher in spec.teachers]
         return cls(columns, pads, scored, [teacher.domains for teacher in spec.teachers])
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:

@@ -39,7 +39,7 @@ class Side:
     name: str
     """`student` or `teacher ID`, for messages."""
     column: str
-    """Prefix of its columns: `student`, or `teacher_I` with I the position among all teachers of the spec."""
+    """Prefix of its columns: `student`, or `teacher_ID`."""
     tokenizer: PreTrainedTokenizerFast
     table: TokenTable
     bos: int | None
@@ -60,12 +60,17 @@ class Side:
         return [np.array(ids, dtype=np.int32) for ids in encode(self.tokenizer, list(texts))]
 
 
+def teacher_column(teacher: str) -> str:
+    """Prefix of the columns of the teacher of this id."""
+    return f"teacher_{teacher}"
+
+
 def load_sides(spec: DistillationSpec) -> list[Side]:
     """The student's side first, then those of the cross-tokenizer teachers in their order. Raises InputError."""
     student = Side.of("student", "student", load_tokenizer(spec.student.model, spec.student.tokenizer))
     return [student] + [
-        Side.of(f"teacher {teacher.id}", f"teacher_{i}", load_tokenizer(teacher.model, teacher.tokenizer))
-        for i, teacher in enumerate(spec.teachers)
+        Side.of(f"teacher {teacher.id}", teacher_column(teacher.id), load_tokenizer(teacher.model, teacher.tokenizer))
+        for teacher in spec.teachers
         if teacher.cross_tokenizer
     ]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.losses_cases import MODES, random_batch, random_teacher
+from tests.support.losses_cases import MODES, random_batch, random_teacher, scored
 from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TopKLogits, distillation_loss, reference
 from xtoken_core.losses.learnable import LearnableProjection
@@ -54,6 +54,9 @@ def cases(draw, dtype=torch.float64, dynamic=(True, False)):
         if cross:  # an lm_head may have rows of padding, with any logits
             padding = torch.full((*teacher.logits.shape[:2], draw(st.integers(0, 2))), 5.0, dtype=dtype)
             teacher = dataclasses.replace(teacher, logits=torch.cat([teacher.logits, padding], -1))
+            listed = draw(st.sampled_from([None, 1, 2, 99]))
+            if listed and aggregation == "sum" and metric is None and (own or mode) == "partition_kl":
+                teacher = scored(teacher, listed, spec.temperature)
         teachers.append(teacher)
     return random_batch(seed, batch, length, vocab, dtype), teachers, spec
 

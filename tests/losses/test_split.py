@@ -25,6 +25,14 @@ def test_micro_batches(spec):
     assert_equal_steps(step(spec, [[5, 0], [1, 2, 3], [4, 6, 7]], scale=whole[2]), later)
 
 
+def test_micro_batches_of_scored_teachers():
+    spec = SPECS[0]
+    whole = step(spec, [range(SAMPLES)], from_scores=True)
+    assert whole[1]["kl_loss_t0"] != step(spec, [range(SAMPLES)])[1]["kl_loss_t0"]
+    for parts in ([[i] for i in range(SAMPLES)], [range(4), range(4, 8)], [[5, 0], [1, 2, 3], [4, 6, 7]]):
+        assert_equal_steps(step(spec, parts, from_scores=True), whole)
+
+
 @pytest.mark.parametrize("spec", SPECS[:1] + SPECS[-3:], ids=lambda s: f"{s.aggregation}-{s.chunk_distribution}")
 def test_the_first_step_is_the_loss_of_the_batch(spec):
     """Without a step before, the scale is of this step's own sums: what the call without totals answers."""

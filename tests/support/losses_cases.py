@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from xtoken_core.losses import TeacherBatch
+from xtoken_core.losses import CellCut, TeacherBatch
 from xtoken_core.partition import Partition
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
@@ -45,6 +46,14 @@ def oracle_case(path: Path, dtype: torch.dtype):
         "metrics": json.loads(meta["expected_metrics"]),
     }
     return batch, teachers, LossSpec(topk_scope="batch", **config), expected
+
+
+def scored(teacher: TeacherBatch, k: int, temperature: float = 1.0) -> TeacherBatch:
+    """The same cross-tokenizer teacher as partition_kl reads it where it ran before the training."""
+    projection = teacher.projection
+    logits = teacher.logits[..., : projection.teacher_vocab_size]
+    cut = CellCut.of(projection.cells, logits.shape[-1], k, temperature)
+    return replace(teacher, logits=cut(logits, teacher.input_ids))
 
 
 MODES = ("partition_kl", "p_kl", "gold", "h_kl")

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from tests.support.losses_cases import MODES, random_batch, random_teacher
+from tests.support.losses_cases import MODES, random_batch, random_teacher, scored
 from xtoken_core.losses import (
+    CellScores,
     HiddenLogits,
     StepTotals,
     StudentBatch,
@@ -78,6 +79,11 @@ def global_batch(spec: LossSpec) -> tuple[Model, tuple[torch.Tensor, ...], list[
     return Model(hidden, head, LearnableProjection(projection).double()), (ids, mask, samples, lengths), teachers
 
 
+def scored_teachers(teachers: Sequence[TeacherBatch], spec: LossSpec, k: int = 2) -> list[TeacherBatch]:
+    """The same with those of another vocabulary known by their k likeliest cells."""
+    return [t if t.projection is None else scored(t, k, spec.temperature) for t in teachers]
+
+
 def cut(batch, teachers: Sequence[TeacherBatch], model: Model, kept: torch.Tensor):
     """A micro-batch: some of the samples, no longer than the longest of them."""
     ids, mask, samples, lengths = (x[kept] for x in batch)
@@ -85,7 +91,10 @@ def cut(batch, teachers: Sequence[TeacherBatch], model: Model, kept: torch.Tenso
     parts = []
     for i, teacher in enumerate(teachers):
         fields = {f.name: getattr(teacher, f.name) for f in dataclasses.fields(teacher)}
+        form = fields["logits"]
         fields = {name: x[kept] for name, x in fields.items() if isinstance(x, torch.Tensor)}
+        if isinstance(form, CellScores):
+            fields["logits"] = form.over_positions(lambda x: x[kept])
         if teacher.projection is None:
             fields = {name: x[:, :length] for name, x in fields.items()}
         else:
@@ -97,9 +106,13 @@ def cut(batch, teachers: Sequence[TeacherBatch], model: Model, kept: torch.Tenso
     return (student, ids[:, :length], mask[:, :length], samples), parts
 
 
-def step(spec: LossSpec, micro_batches: Sequence[Sequence[int]], group=None, scale: float | None = None):
+def step(
+    spec: LossSpec, micro_batches: Sequence[Sequence[int]], group=None, scale: float | None = None, from_scores: bool = False
+):
     """((loss, gradients...), metrics, next scale) of the global batch, from this rank's micro-batches."""
     model, batch, teachers = global_batch(spec)
+    if from_scores:
+        teachers = scored_teachers(teachers, spec)
 
     def reduced(vectors):
         total = torch.stack(list(vectors)).sum(0)

@@ -1,4 +1,4 @@
-"""The four forms in which logits may be at hand. What differs between them is a method here, never a test elsewhere."""
+"""The forms in which logits may be at hand (one more, masses of cells, is in `cell_scores`). What differs between them is a method here, never a test elsewhere."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from xtoken_core.errors import InputError
 
 
 class LogitsForm(ABC):
-    """Logits [B, T, V] in one of the four forms in which they may be at hand."""
+    """Logits [B, T, V] in one of the forms in which they may be at hand."""
 
     complete: ClassVar[bool] = True
     """Whether the logit of every column is known."""
+    of_cells: ClassVar[bool] = False
+    """Whether masses of cells are known in place of logits."""
     whole: ClassVar[bool] = False
     """Whether a student of the same vocabulary is always compared over all columns, never over K."""
 

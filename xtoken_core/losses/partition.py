@@ -41,7 +41,11 @@ class CellOrder:
 def cell_order(projection: Projection, side: str, vocab: int) -> CellOrder:
     """The order of the first `vocab` ids of the `student` or the `teacher`."""
     assert projection.cells is not None
-    cells, count = getattr(projection.cells, side)[:vocab], projection.cells.num_cells
+    return order_by_cell(getattr(projection.cells, side)[:vocab], projection.cells.num_cells)
+
+
+def order_by_cell(cells: Tensor, count: int) -> CellOrder:
+    """The order of tokens by their cells [V], of which there are `count`."""
     key = torch.where(cells < 0, count, cells)
     ids = key.argsort(stable=True)
     sizes = torch.bincount(key, minlength=count + 1)[:count]
@@ -102,6 +106,12 @@ class Side:
     """[rows]: log-probability of the token that each row predicts."""
     chunk: Tensor
     """[rows] int64: its realised chunk, 0..n-1; n: none."""
+    all_cells: Tensor | None = None
+    """[n]: log-probability of all cells together; None: what `cells` sum to."""
+
+    def total(self) -> Tensor:
+        """[n]: log-probability of all cells together."""
+        return self.cells.logsumexp(0) if self.all_cells is None else self.all_cells
 
     def chunk_log_probs(self) -> Tensor:
         """[n]: log-probability of each realised chunk."""
@@ -131,7 +141,7 @@ def compare(student: Side, teacher: Side, cell: Tensor, realised: Tensor, spec: 
 
     own, theirs = (side.cells.gather(0, cell[None])[0] for side in (student, teacher))
     of = student if spec.reverse_kl else teacher
-    mass = of.cells.gather(0, cell[None])[0] - of.cells.logsumexp(0)
+    mass = of.cells.gather(0, cell[None])[0] - of.total()
     second = realised_part(student.chunk_log_probs() - own, teacher.chunk_log_probs() - theirs, mass, realised, spec.reverse_kl)
     return spec.temperature**2 * first + second
 

@@ -6,17 +6,18 @@ mass of a cell a sum of neighbours. Tiles have the vocabulary first, [V, rows]: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xtoken_core.losses.logits import HiddenLogits, LogitsForm, as_form
-from xtoken_core.losses.partition import CellOrder, ComparedChunks, Side, cell_order, compare, compared_chunks
-from xtoken_core.losses.selection import FLOOR, next_token_ids
+from xtoken_core.losses.cell_scores import CellScores
+from xtoken_core.losses.logits import HiddenLogits, as_form
+from xtoken_core.losses.ordered import OrderedLogits, probabilities_of
+from xtoken_core.losses.partition import ComparedChunks, Side, cell_order, compare, compared_chunks
+from xtoken_core.losses.selection import next_token_ids
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
 from xtoken_core.spec import LossSpec
 
@@ -57,31 +58,26 @@ class _Tiled(torch.autograd.Function):
 
 def sum_and_gradients(student: StudentBatch, teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec, wanted: bool) -> Sums:
     """The sum, and its gradient by the student's tensors if `wanted` (else an empty list)."""
-    assert teacher.projection is not None and teacher.input_ids is not None
-    own_form, other_form = student.logits, as_form(teacher.logits)
-    samples, length, vocab = own_form.shape
-    own = _Vocabulary.of(own_form, teacher.projection.table(cell_order, "student", vocab), student.input_ids)
-    other = _Vocabulary.of(other_form, teacher.projection.table(cell_order, "teacher", other_form.shape[2]), teacher.input_ids)
+    form, projection = student.logits, teacher.projection
+    assert projection is not None
+    samples, length, vocab = form.shape
+    own = OrderedLogits.of(form, projection.table(cell_order, "student", vocab), next_token_ids(student.input_ids))
+    other = _teacher_side(teacher, chunks, spec)
     sums = _Gradients.of(own) if wanted else None
-    total = torch.zeros((), dtype=torch.promote_types(own_form.dtype, torch.float32), device=own_form.device)
+    total = torch.zeros((), dtype=torch.promote_types(form.dtype, torch.float32), device=form.device)
     step = max(1, ROWS // max(length, 1))
-    starts = torch.arange(0, samples + step, step, device=own_form.device)
+    starts = torch.arange(0, samples + step, step, device=form.device)
     bounds = torch.searchsorted(chunks.student_row, starts * length).tolist()  # the chunks of each tile of samples
     for n, (low, high) in enumerate(zip(bounds, bounds[1:])):
         if low == high:
             continue
         part, tile = slice(low, high), slice(n * step, min((n + 1) * step, samples))
         logits = own.logits(tile)
-        probabilities = _softmax(logits)
+        probabilities = probabilities_of(logits)
         first = chunks.student_row[part] - tile.start * length
-        ours = own.side(probabilities, tile, first, chunks.student_chunk, part)
-        theirs = other.side(
-            _softmax(other.logits(tile)),
-            tile,
-            chunks.teacher_row[part] - tile.start * other_form.shape[1],
-            chunks.teacher_chunk,
-            part,
-        )
+        number = _numbers(chunks.student_chunk.view(samples, length)[tile], part)
+        ours = Side(own.masses(probabilities.index_select(1, first)), own.log_probs(probabilities, tile), number)
+        theirs = other(tile, part, ours.cells)
         with torch.set_grad_enabled(wanted):
             leaves = ours.cells.requires_grad_(wanted), ours.tokens.requires_grad_(wanted)
             value = compare(ours, theirs, chunks.cell[part], chunks.realised[part], spec)
@@ -92,77 +88,56 @@ def sum_and_gradients(student: StudentBatch, teacher: TeacherBatch, chunks: Comp
     return total, [] if sums is None else sums.finished()
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """One side's logits, columns in the order of cells."""
-
-    form: LogitsForm
-    order: CellOrder
-    following: Tensor
-    """[B, T] int64: the place of the token that each row predicts."""
-
-    @classmethod
-    def of(cls, form: LogitsForm, order: CellOrder, ids: Tensor) -> _Vocabulary:
-        if isinstance(form, HiddenLogits):
-            bias = None if form.bias is None else form.bias.detach()[order.ids]
-            weight = form.weight.detach()[order.ids].to(form.hidden.dtype)
-            form = replace(form, hidden=form.hidden.detach(), weight=weight, bias=bias)
-        return cls(form, order, order.place[next_token_ids(ids)])
-
-    def logits(self, tile: slice) -> Tensor:
-        """[V, rows] of the samples of a tile."""
-        if not isinstance(self.form, HiddenLogits):
-            return self.form.over_positions(lambda x: x.detach()[tile]).dense().flatten(0, 1).T[self.order.ids]
-        logits = self.form.weight @ self.form.hidden[tile].flatten(0, 1).T
-        if self.form.bias is not None:
-            logits += self.form.bias.to(logits.dtype)[:, None]
-        logits *= self.form.scale
-        return logits if self.form.softcap is None else self.form.softcap * (logits / self.form.softcap).tanh()
-
-    def side(self, probabilities: Tensor, tile: slice, first: Tensor, chunk: Tensor, part: slice) -> Side:
-        """Its side of the comparison of a tile's chunks, whose first tokens the rows `first` predict."""
-        kept = probabilities[: len(self.order.cell)].index_select(1, first)
-        mass = torch.segment_reduce(kept, "sum", lengths=self.order.sizes, axis=0, unsafe=True)
-        tokens = probabilities.gather(0, self.following[tile].reshape(1, -1))[0]
-        own = chunk.view(self.following.shape)[tile].flatten()
-        number = torch.where((own >= part.start) & (own < part.stop), own - part.start, part.stop - part.start)
-        return Side(mass.clamp(min=FLOOR).log(), tokens.clamp(min=FLOOR).log(), number)
-
-    def gradient(
-        self, probabilities: Tensor, tile: slice, first: Tensor, mass: Tensor, by_mass: Tensor, by_tokens: Tensor
-    ) -> Tensor:
-        """[V, rows]: the gradient by the logits, written over the probabilities.
-
-        d log M_c / d z_j = p_j / M_c within the cell c, less p_j everywhere; d log p_i / d z_j = 1 at i, less p_j everywhere.
-        A mass at the floor does not move.
-        """
-        by_mass = by_mass.masked_fill(mass <= math.log(FLOOR), 0)
-        everywhere = by_tokens.index_add(0, first, by_mass.sum(0))
-        within = probabilities.new_zeros(len(mass), probabilities.shape[1]).index_copy_(1, first, by_mass * (-mass).exp())
-        kept = len(self.order.cell)
-        probabilities[:kept] *= within.index_select(0, self.order.cell) - everywhere
-        probabilities[kept:] *= -everywhere
-        return probabilities.scatter_add_(0, self.following[tile].reshape(1, -1), by_tokens[None])
+TeacherSide = Callable[[slice, slice, Tensor], Side]
+"""From a tile's samples, its chunks and the student's masses [cells, n] of them, to the teacher's side."""
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Over the first dimension, in float32 at least; PyTorch's own is a hundred times slower on GPUs."""
-    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32)) - logits.amax(0)
-    return shifted.exp_().div_(shifted.sum(0))
+def _teacher_side(teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec) -> TeacherSide:
+    assert teacher.projection is not None and teacher.input_ids is not None
+    form = as_form(teacher.logits)
+    samples, length, vocab = form.shape
+    chunk = chunks.teacher_chunk.view(samples, length)
+
+    def scored(tile: slice, part: slice, student: Tensor) -> Side:
+        assert isinstance(form, CellScores)
+        rows = chunks.teacher_row[part]
+        tokens, total = form.realised[tile].flatten(), form.total.flatten()[rows]
+        cells = form.cells(rows, student, spec.temperature)
+        return Side(cells, tokens.to(cells.dtype), _numbers(chunk[tile], part), total.to(cells.dtype))
+
+    if isinstance(form, CellScores):
+        return scored
+    assert teacher.input_ids is not None
+    order = teacher.projection.table(cell_order, "teacher", vocab)
+    logits = OrderedLogits.of(form, order, next_token_ids(teacher.input_ids))
+
+    def live(tile: slice, part: slice, student: Tensor) -> Side:
+        probabilities = probabilities_of(logits.logits(tile))
+        first = chunks.teacher_row[part] - tile.start * length
+        masses = logits.masses(probabilities.index_select(1, first))
+        return Side(masses, logits.log_probs(probabilities, tile), _numbers(chunk[tile], part))
+
+    return live
+
+
+def _numbers(chunk: Tensor, part: slice) -> Tensor:
+    """[rows]: the realised chunk of each row of a tile, counted from the first of its chunks; the last one more for none of them."""
+    own = chunk.flatten()
+    return torch.where((own >= part.start) & (own < part.stop), own - part.start, part.stop - part.start)
 
 
 @dataclass(frozen=True)
 class _Gradients:
     """The gradient by the student's tensors, tile by tile."""
 
-    own: _Vocabulary
+    own: OrderedLogits
     positions: Tensor
     """By the tensor that has positions: hidden states, or the logits themselves."""
     weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def of(cls, own: _Vocabulary) -> _Gradients:
+    def of(cls, own: OrderedLogits) -> _Gradients:
         form = own.form
         if not isinstance(form, HiddenLogits):
             assert form.tensors[0] is not None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.logits import HiddenLogits, Logits, TopKLogits
 from xtoken_core.losses.selection import EPSILON, FLOOR
 from xtoken_core.losses.tables import H_KL_THRESHOLD
@@ -158,7 +159,10 @@ def teacher_loss(
     z: Tensor, teacher: TeacherBatch, targets: list[tuple[int, int]], masks: Masks, spec: LossSpec
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """KD_i of one teacher, and details of it for the metrics."""
-    z_t = _float64(teacher.logits)[..., : _vocabulary(teacher)]
+    if isinstance(teacher.logits, CellScores):
+        z_t = z.new_zeros(0)  # not known
+    else:
+        z_t = _float64(teacher.logits)[..., : _vocabulary(teacher)]
     if teacher.projection is None:
         own = masks.token_mask if teacher.token_mask is None else teacher.token_mask
         taught = [(b, t) for b, t in targets if own[b, t + 1] != 0]
@@ -315,44 +319,70 @@ def partition_kl(
         the cell's probability P_T times the KL of (a / M_T, 1 - a / M_T) from (b / M_S, 1 - b / M_S), M the cell's sum, or with
         reverse_kl P_S times the other way round. Shares above 1 - 1e-6 count as that.
     Tokens without a cell are left out on both sides. Never negative, and zero where the models agree.
+
+    Of a teacher's scores the listed cells are known and Σ P_T^(1/τ) of the others. first: KL of {each listed cell, the others}, both sides'
+    powers 1/τ summed over the others before they are renormalised. The realised part is the same, since the cell that it cuts is listed.
     """
     assert teacher.projection is not None and teacher.projection.cells is not None
     assert teacher.input_ids is not None and teacher.student_chunk_id is not None and teacher.teacher_chunk_id is not None
     cells, tau = teacher.projection.cells, spec.temperature
+    scores = teacher.logits if isinstance(teacher.logits, CellScores) else None
+    tokens_s = _token_log_probs(z, student_ids)
+    tokens_t = _token_log_probs(z_t, teacher.input_ids) if scores is None else scores.realised.double()
     total = z.sum() * 0
     for b, (student_row,), (teacher_row,) in chunks:
-        sums = []
-        for row, table in ((z[b, student_row], cells.student), (z_t[b, teacher_row], cells.teacher)):
-            p = row.softmax(-1)
-            of_cell = [[int(i) for i in (table[: len(p)] == c).nonzero()] for c in range(cells.num_cells)]
-            sums.append(torch.stack([p[ids].sum() for ids in of_cell]).clamp(min=FLOOR).log())
-        s, t = sums
-        total = total + tau**2 * kl((t / tau).log_softmax(-1), (s / tau).log_softmax(-1), spec.reverse_kl)
+        s = _cell_masses(z[b, student_row], cells.student, cells.num_cells)
+        if scores is None:
+            known, t = list(range(cells.num_cells)), _cell_masses(z_t[b, teacher_row], cells.teacher, cells.num_cells)
+            softened, other, all_theirs = s / tau, t / tau, t.logsumexp(-1)
+        else:
+            known, t = scores.indices[b, teacher_row].tolist(), scores.values[b, teacher_row].double()
+            softened, other = _listed_and_rest(s / tau, t / tau, known, scores.rest[b, teacher_row].double())
+            all_theirs = scores.total[b, teacher_row].double()
+        total = total + tau**2 * kl(other.log_softmax(-1), softened.log_softmax(-1), spec.reverse_kl)
 
         chunk = int(teacher.student_chunk_id[b, student_row + 1])
         spelled = [
-            _chunk_log_prob(*side, chunk)
-            for side in (
-                (z[b], student_ids[b], teacher.student_chunk_id[b]),
-                (z_t[b], teacher.input_ids[b], teacher.teacher_chunk_id[b]),
-            )
+            _chunk_log_prob(tokens_s[b], teacher.student_chunk_id[b], chunk),
+            _chunk_log_prob(tokens_t[b], teacher.teacher_chunk_id[b], chunk),
         ]
         cell = int(cells.student[student_ids[b, student_row + 1]])
         same = cell >= 0 and cell == int(cells.teacher[teacher.input_ids[b, teacher_row + 1]])
         exact = teacher.chunk_exact is not None and bool(teacher.chunk_exact[b, chunk])
         if not (same and exact and max(tokens for _, tokens in spelled) > 1):
             continue
-        shares = [(log_prob - side[cell]).clamp(max=math.log1p(-1e-6)) for (log_prob, _), side in zip(spelled, sums, strict=True)]
+        masses = s[cell], t[known.index(cell)]
+        shares = [(spell - mass).clamp(max=math.log1p(-1e-6)) for (spell, _), mass in zip(spelled, masses, strict=True)]
         halves = [torch.stack([share, torch.log1p(-share.exp())]) for share in shares]
-        mass = (s if spec.reverse_kl else t).log_softmax(-1)[cell].exp()
+        mass = (masses[0] - s.logsumexp(-1) if spec.reverse_kl else masses[1] - all_theirs).exp()
         total = total + mass * kl(halves[1], halves[0], spec.reverse_kl)
     return total / max(len(chunks), 1)
 
 
-def _chunk_log_prob(z: Tensor, ids: Tensor, chunk_id: Tensor, chunk: int) -> tuple[Tensor, int]:
-    """The sum of the log-probabilities of a chunk's tokens, and how many they are."""
-    tokens = [p for p in range(1, len(ids)) if chunk_id[p] == chunk]
-    return sum((z[p - 1].log_softmax(-1)[ids[p]] for p in tokens), start=z.new_zeros(())), len(tokens)
+def _cell_masses(z: Tensor, table: Tensor, count: int) -> Tensor:
+    """[count]: the log of each cell's sum of softmax(z), at least that of 2^-126."""
+    p = z.softmax(-1)
+    of_cell = [[int(i) for i in (table[: len(p)] == c).nonzero()] for c in range(count)]
+    return torch.stack([p[ids].sum() for ids in of_cell]).clamp(min=FLOOR).log()
+
+
+def _listed_and_rest(s: Tensor, t: Tensor, known: list[int], t_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Logs of both sides' masses of the `known` cells, and of all others together, if there are any. s: of all cells, t: of the known."""
+    rest = sorted(set(range(len(s))) - set(known))
+    if not rest:
+        return s[known], t
+    return torch.cat([s[known], s[rest].logsumexp(-1)[None]]), torch.cat([t, t_rest[None]])
+
+
+def _token_log_probs(z: Tensor, ids: Tensor) -> Tensor:
+    """[B, T]: of the token that each row predicts; the last row predicts none."""
+    return z.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+
+
+def _chunk_log_prob(tokens: Tensor, chunk_id: Tensor, chunk: int) -> tuple[Tensor, int]:
+    """The sum of the log-probabilities of a chunk's tokens, of which row p - 1 of `tokens` has that of p, and how many they are."""
+    of_chunk = [p for p in range(1, len(chunk_id)) if chunk_id[p] == chunk]
+    return sum((tokens[p - 1] for p in of_chunk), start=tokens.new_zeros(())), len(of_chunk)
 
 
 def common_and_uncommon(

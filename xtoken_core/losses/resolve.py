@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from xtoken_core.errors import InputError
-from xtoken_core.losses.logits import as_form
+from xtoken_core.losses.cell_scores import CellScores
+from xtoken_core.losses.logits import LogitsForm, as_form
 from xtoken_core.losses.tables import projection_entries
 from xtoken_core.losses.types import TeacherBatch
+from xtoken_core.partition import Partition
 from xtoken_core.spec import LossSpec
 
 
@@ -28,6 +30,8 @@ def resolve_teachers(
 def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Tensor, spec: LossSpec) -> TeacherBatch:
     logits = as_form(teacher.logits)
     if teacher.projection is None:
+        if logits.of_cells:
+            raise InputError(f"{name}: scores of cells are of a teacher with a projection")
         if spec.aggregation == "averaged_logits" and not logits.complete:
             raise InputError(f"{name}: aggregation: averaged_logits needs full logits, not their top k")
         own = token_mask if teacher.token_mask is None else teacher.token_mask
@@ -43,10 +47,21 @@ def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Te
         raise InputError(f"{name}: mode: {mode} contradicts exact_match_only, which is p_kl's")
     if spec.aggregation == "averaged_logits":
         raise InputError(f"{name}: aggregation: averaged_logits needs teachers with the student's vocabulary")
-    if not logits.complete:
+    if logits.of_cells:
+        _check_cells(name, mode, logits, teacher.projection.cells)
+    elif not logits.complete:
         raise InputError(f"{name}: a cross-tokenizer teacher needs full logits, not their top k")
     ids = teacher.projection.teacher_vocab_size  # an lm_head may have more rows than its tokenizer has ids
     return replace(teacher, logits=logits if ids is None else logits.cut(ids), mode=mode)
+
+
+def _check_cells(name: str, mode: str, scores: LogitsForm, cells: Partition | None) -> None:
+    """Raises InputError for scores that the mode cannot read, or that are of other cells."""
+    if mode != "partition_kl":
+        raise InputError(f"{name}: mode: {mode} needs the running teacher; scores of cells serve partition_kl only")
+    assert isinstance(scores, CellScores) and cells is not None
+    if scores.num_cells != cells.num_cells:
+        raise InputError(f"{name}: scores of {scores.num_cells} cells, and these two vocabularies have {cells.num_cells}")
 
 
 def check_vocabularies(teachers: Sequence[TeacherBatch], student_vocab: int) -> None:

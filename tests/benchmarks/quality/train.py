@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
-from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher
+from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher, feed
 from xtoken_core.layers import prune_layers
 from xtoken_core.losses import StepTotals, StudentBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
 from xtoken_core.models import final_hidden, head_logits, load_model
@@ -54,12 +54,10 @@ class Bench:
         forward = torch.compile(model.base_model, dynamic=False) if device.type == "cuda" else model.base_model
         return cls(setting, device, shared, model, start, forward, rows, dict(zip(setting.held_out, held_out)), {})
 
-    def teacher(self, number: int) -> CachedTeacher:
-        """A teacher, loaded on first use."""
-        if number not in self.teachers:
-            self.teachers[number] = cached_teacher(
-                self.setting, number, self.rows.first(self.setting.rows), self.shared, self.device
-            )
+    def teacher(self, number: int, count: int) -> CachedTeacher:
+        """A teacher with hidden states over the first `count` rows, loaded when they are first asked for."""
+        if number not in self.teachers or self.teachers[number].count < count:
+            self.teachers[number] = cached_teacher(self.setting, number, self.rows, count, self.shared, self.device)
         return self.teachers[number]
 
     def hidden(self, ids: Tensor, forward: Callable[..., Any] | None = None) -> Tensor:
@@ -72,13 +70,10 @@ class Bench:
         return found.to(torch.bfloat16) if cuda else found
 
     @torch.no_grad()
-    def bits_per_byte(self) -> dict[str, float]:
-        """Of each held-out text."""
-        return {name: self._bits(rows) for name, rows in self.held_out.items()}
-
-    def _bits(self, rows: Rows) -> float:
-        spec, nats, size = Arm("ce").spec(), 0.0, 0
-        for index in torch.arange(len(rows), device=self.device).split(32):
+    def bits_per_byte(self, name: str) -> float:
+        """Of a held-out text."""
+        spec, nats, size, rows = Arm("ce").spec(), 0.0, 0, self.held_out[name]
+        for index in torch.arange(len(rows), device=self.device).split(64):
             batch = rows.student(index)
             masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
             totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
@@ -101,19 +96,20 @@ def train(bench: Bench, job: Job) -> dict[str, Any]:
     rate = setting.rate if job.rate is None else job.rate
     optimizer = torch.optim.AdamW(bench.model.parameters(), lr=rate, weight_decay=0.0, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
-    chosen = _teachers(bench, arm)
+    rows, batch_size = setting.rows if job.rows is None else job.rows, job.batch or setting.batch
+    chosen = _teachers(bench, arm, rows)
     scale: Tensor | None = None
-    curve: list[dict[str, float]] = []
-    seen: dict[str, dict[str, float]] = {}
-    tokens, settled = 0, time.monotonic()
-    count = setting.rows if job.rows is None else job.rows
-    for step, index in enumerate(orders(count, job.steps, setting.batch, job.seed, device)):
+    losses: list[dict[str, float]] = []
+    main, *others = bench.held_out
+    curve = [(0, bench.bits_per_byte(main))]
+    settled = time.monotonic()
+    for step, (index, hidden) in enumerate(feed(chosen, orders(rows, job.steps, batch_size, job.seed), device)):
         if step == min(SETTLED, job.steps - 1):
             _wait(device)
-            tokens, settled = 0, time.monotonic()
+            settled = time.monotonic()
         batch = bench.rows.student(index)
         masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-        teachers = [t.batch(bench.rows, n, index, spec.mode, arm.variant) for n, t in chosen.items()]
+        teachers = [t.batch(bench.rows, n, index, hidden[n], arm) for n, t in chosen.items()]
         totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale)
         logits = head_logits(bench.model, bench.hidden(batch["input_ids"], bench.forward), bench.vocabulary)
         if spec.dynamic_scaling:
@@ -122,7 +118,7 @@ def train(bench: Bench, job: Job) -> dict[str, Any]:
                 totals = totals.with_scale(
                     dynamic_scale(loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals), totals, spec)
                 )
-            totals = totals.with_scale(totals.scale * _ratio(arm, step, job.steps))
+            totals = totals.with_scale(totals.scale * ratio_at(arm, step, job.steps))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
@@ -130,31 +126,41 @@ def train(bench: Bench, job: Job) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         scale = dynamic_scale(out.sums, totals, spec)
-        tokens += index.numel() * masks[0].shape[1]
         if step % 20 == 0:
-            curve.append({"step": step, **{k: float(v) for k, v in loss_metrics(out.sums, totals, spec).items() if "loss" in k}})
-        if (step + 1) % max(1, job.steps // 4) == 0 and step + 1 < job.steps:
+            metrics = loss_metrics(out.sums, totals, spec).items()
+            losses.append({"step": step, **{k: round(float(v), 5) for k, v in metrics if "loss" in k}})
+        if (step + 1) % min(50, max(1, job.steps // 8)) == 0 and step + 1 < job.steps:
             _wait(device)
             paused = time.monotonic()
-            seen[str(step + 1)] = bench.bits_per_byte()
+            curve.append((step + 1, bench.bits_per_byte(main)))
             settled += time.monotonic() - paused
     _wait(device)
     seconds = time.monotonic() - settled
+    curve.append((job.steps, bench.bits_per_byte(main)))
+    if job.save is not None:
+        _save(bench.model, Path(job.save))
+    per_second = (job.steps - min(SETTLED, job.steps - 1)) / seconds
     return {
-        "key": job.key, "job": asdict(job), "held_out": bench.bits_per_byte(), "seen": seen, "curve": curve,
-        "tokens_per_second": tokens / seconds, "steps_per_second": tokens / seconds / (setting.batch * masks[0].shape[1]),
-        "teacher_tokens_per_second": [t.tokens_per_second for t in chosen.values()], "device": _name(device),
+        "key": job.key, "job": asdict(job), "held_out": {main: curve[-1][1], **{name: bench.bits_per_byte(name) for name in others}},
+        "curve": curve, "losses": losses, "tokens_per_second": per_second * batch_size * masks[0].shape[1],
+        "steps_per_second": per_second, "teacher_tokens_per_second": [t.tokens_per_second for t in chosen.values()],
+        "device": _name(device),
     }  # fmt: skip
 
 
-def _teachers(bench: Bench, arm: Arm) -> dict[int, CachedTeacher]:
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the model in bf16; the folder is there when it is complete."""
+    part = folder.with_name(f"{folder.name}.part")
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(part, state_dict=state)
+    part.rename(folder)
+
+
+def _teachers(bench: Bench, arm: Arm, rows: int) -> dict[int, CachedTeacher]:
     if arm.loss is None:
         return {}
     numbers = range(len(bench.setting.teachers)) if arm.teachers is None else arm.teachers
-    found = {n: bench.teacher(n) for n in numbers}
-    if arm.variant == "reached":
-        found = {n: teacher.reached() for n, teacher in found.items()}
-    return found
+    return {n: bench.teacher(n, rows).of(arm) for n in numbers}
 
 
 def _rate(step: int, steps: int) -> float:
@@ -165,9 +171,12 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _ratio(arm: Arm, step: int, steps: int) -> float:
-    start, end = arm.ratio
-    return start + (end - start) * step / max(1, steps - 1)
+def ratio_at(arm: Arm, step: int, steps: int) -> float:
+    """KD as a share of CE at a step."""
+    place = (len(arm.ratio) - 1) * step / max(1, steps - 1)
+    before = min(int(place), len(arm.ratio) - 1)
+    after = min(before + 1, len(arm.ratio) - 1)
+    return arm.ratio[before] + (arm.ratio[after] - arm.ratio[before]) * (place - before)
 
 
 def _wait(device: torch.device) -> None:

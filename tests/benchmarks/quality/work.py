@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 
 from tests.benchmarks.quality.arms import Job, Plan
@@ -15,8 +17,10 @@ from tests.benchmarks.quality.teachers import claim
 from tests.benchmarks.quality.train import Bench, train
 
 
-def worker(plan_file: Path, out: Path, device_name: str, deadline: float) -> None:
+def worker(plan_file: Path, out: Path, device_name: str, workers: int, deadline: float) -> None:
     """Takes the plan's jobs in order, those of the setting at hand first, until none is left or time is up.
+
+    workers: how many share the device, which says how much a line's speed is worth.
 
     The plan is read anew before every job: it may grow meanwhile. A job whose teacher is not there yet (it may still be on its way)
     is left for later.
@@ -26,7 +30,7 @@ def worker(plan_file: Path, out: Path, device_name: str, deadline: float) -> Non
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     bench: Bench | None = None
-    result = out / f"{device_name.replace(':', '')}.jsonl"
+    result = out / f"{device_name.replace(':', '')}-{os.getpid()}.jsonl"
     while time.time() < deadline:
         plan = Plan.load(plan_file)
         job = _next(plan, out, bench)
@@ -39,7 +43,7 @@ def worker(plan_file: Path, out: Path, device_name: str, deadline: float) -> Non
             if bench is None or bench.setting != plan.setting(job.setting):
                 bench = None
                 bench = Bench.open(plan.setting(job.setting), device, out)
-            line = train(bench, job)
+            line = train(bench, job) | {"workers": workers}
         except Exception:
             line = {"key": job.key, "failed": traceback.format_exc(limit=-6)}
         with result.open("a", encoding="utf-8") as file:
@@ -55,19 +59,20 @@ def _next(plan: Plan, out: Path, bench: Bench | None) -> Job | None:
 
 
 def run(plan: Path, out: Path, devices: list[str], seconds: float) -> None:
-    """Starts a worker a device and waits for all. Claims of jobs without a result, of a run that was cut off, are given back first."""
+    """Starts a worker for each name of a device and waits for all. Work that was claimed by a process that has ended is given back first."""
     out.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["key"] for file in out.glob("*.jsonl") for line in file.read_text().splitlines()}
-    for path in out.glob("*.claim"):
-        if path.stem not in done:
+    for path in out.rglob("*.claim"):
+        finished = path.stem in done or path.with_suffix(".done").exists()
+        if not finished and not psutil.pid_exists(int(path.read_text() or 0)):
             path.unlink()
     deadline = time.time() + seconds
     if len(devices) == 1:
-        worker(plan, out, devices[0], deadline)
+        worker(plan, out, devices[0], 1, deadline)
         return
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=worker, args=(plan, out, device, deadline)) for device in devices]
-    for process in workers:
+    processes = [context.Process(target=worker, args=(plan, out, name, devices.count(name), deadline)) for name in devices]
+    for process in processes:
         process.start()
-    for process in workers:
+    for process in processes:
         process.join()

@@ -38,6 +38,8 @@ LARGE = {
     ),
     "hidden_gold": Case(("gold",), {}, 2, 150, 2999, hidden=True, coefficients=True, seed=50),
     "hidden_late": Case(("p_kl", "same"), {"vocab_topk": 500}, 2, 100, 2000, hidden=True, seed=51),
+    "hidden_partition": Case(("partition_kl",), {}, 2, 150, 3000, hidden=True, coefficients=True, seed=52),
+    "hidden_partitions": Case(("partition_kl", "partition_kl"), {}, 2, 131, 2999, hidden=True, coefficients=True, seed=53),
 }
 EVERY = CASES | {f"large_{name}": case for name, case in LARGE.items()}
 

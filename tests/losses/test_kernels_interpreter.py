@@ -47,7 +47,9 @@ def test_kernels_agree_with_plain_path(name):
     compare(CASES[name], torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition"])
+@pytest.mark.parametrize(
+    "name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition", "hidden_two_partitions"]
+)
 def test_tiles_change_nothing(name, monkeypatch):
     """Cut into tiles of a few rows, never through a chunk; cells of several segments."""
     from xtoken_core.losses.kernels import cell_masses, partition, tiles

@@ -71,6 +71,8 @@ CASES = {
     "hidden_partition_capped": Case(
         ("partition_kl",), {}, hidden=True, coefficients=True, head={"softcap": 5.0, "scale": 0.5, "bias": True}, seed=33
     ),
+    "hidden_two_partitions": Case(("partition_kl", "partition_kl"), {}, hidden=True, coefficients=True, seed=34),
+    "hidden_partition_beside_same": Case(("same", "partition_kl"), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=35),
     "hidden_averaged": Case(("averaged",), {}, hidden=True, coefficients=True, seed=29),
 }
 

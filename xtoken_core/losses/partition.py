@@ -159,7 +159,7 @@ def realised_part(student: Tensor, teacher: Tensor, mass: Tensor, realised: Tens
     s, t = (torch.where(realised, x.clamp(max=LARGEST_LOG_SHARE), math.log(0.5)) for x in (student, teacher))
     target, other = (s, t) if reverse else (t, s)
     rest = (1 - target.exp()) * (_log1mexp(target) - _log1mexp(other))
-    return (mass.exp() * (target.exp() * (target - other) + rest))[realised].sum()
+    return torch.where(realised, mass.exp() * (target.exp() * (target - other) + rest), 0).sum()
 
 
 def _log1mexp(x: Tensor) -> Tensor:

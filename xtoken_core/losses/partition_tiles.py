@@ -47,7 +47,7 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         with torch.no_grad():
-            value, gradients = sums(student, teacher, compared_chunks(student, teacher, spec), spec, wanted)
+            value, gradients = sums(student, teacher, spec, wanted)
         ctx.save_for_backward(*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors)))
         return value
 
@@ -56,8 +56,9 @@ class _Tiled(torch.autograd.Function):
         return None, None, None, None, *(None if g is None else g * upstream[0].to(g.dtype) for g in ctx.saved_tensors)
 
 
-def sum_and_gradients(student: StudentBatch, teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec, wanted: bool) -> Sums:
+def sum_and_gradients(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: bool) -> Sums:
     """The sum, and its gradient by the student's tensors if `wanted` (else an empty list)."""
+    chunks = compared_chunks(student, teacher, spec)
     form, projection = student.logits, teacher.projection
     assert projection is not None
     samples, length, vocab = form.shape

@@ -31,7 +31,7 @@ def _scale_kernel(x, factor, size, BLOCK: tl.constexpr):
         tl.store(x + at, value.to(x.dtype.element_ty), mask=at < size)
 
 
-def _scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:
+def scaled(x: Tensor | None, factor: Tensor) -> Tensor | None:
     """x *= factor (0-dim, on the device); costs nothing where the factor is 1."""
     if x is not None and x.numel():
         launch(_scale_kernel, (ceil_div(x.numel(), 8192),), x, factor, x.numel(), BLOCK=8192, num_warps=8)
@@ -73,7 +73,7 @@ class _Terms(torch.autograd.Function):
         if ctx.ready is not None:
             gradients, ctx.ready = ctx.ready, None  # a second backward would find them scaled: it forms them anew
             assert upstream[1] is not None
-            return None, None, None, *(_scaled(x, upstream[1]) for x in gradients)
+            return None, None, None, *(scaled(x, upstream[1]) for x in gradients)
         _ = ctx.saved_tensors  # complains if one was changed since
         if ctx.coefficients is not None:
             factors = Factors(ctx.coefficients.ce, ctx.coefficients.kd, upstream[1])

@@ -23,22 +23,41 @@ def term_sums(
     if not ours:
         return term_sums_of_others(student, teachers, spec, coefficients)
     others = [i for i in range(len(teachers)) if i not in ours]
+    with torch.autocast(student.logits.device.type, enabled=False):
+        if coefficients is not None and not others and partition.takes(student, teachers[0], spec):
+            return _with_cross_entropy(student, teachers, spec, coefficients)
+        found = {i: _partition_kl(student, teachers[i], spec, None if coefficients is None else coefficients.kd[i]) for i in ours}
     rest = None if coefficients is None else Coefficients(coefficients.ce, coefficients.kd[others])
     sums = term_sums_of_others(student, [teachers[i] for i in others], spec, rest)
-    with torch.autocast(student.logits.device.type, enabled=False):
-        found = {i: _partition_kl(student, teachers[i], spec).to(sums.ce.dtype) for i in ours} | dict(zip(others, sums.kd))
-    kd = torch.stack([found[i] for i in range(len(teachers))])
+    by_teacher = {i: value.to(sums.ce.dtype) for i, (value, _) in found.items()} | dict(zip(others, sums.kd))
+    kd = torch.stack([by_teacher[i] for i in range(len(teachers))])
     common, uncommon = (_spread(x, others, len(teachers)) for x in (sums.common, sums.uncommon))
-    if coefficients is None:
+    if sums.total is None:
         return TermSums(sums.ce, kd, sums.correct, common, uncommon)
-    assert sums.total is not None
-    total = sums.total + (coefficients.kd[ours] * kd[ours]).sum().to(sums.total.dtype)
+    total = sums.total + sum(part.to(sums.total.dtype) for _, part in found.values())
     return TermSums(sums.ce, kd.detach(), sums.correct, common, uncommon, total)
 
 
-def _partition_kl(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> Tensor:
+def _with_cross_entropy(
+    student: StudentBatch, teachers: Sequence[TeacherBatch], spec: LossSpec, coefficients: Coefficients
+) -> TermSums:
+    """Teachers of partition_kl only: cross-entropy and the first one's come from the same logits."""
+    sums, total = partition.weighted_sums(student, teachers[0], spec, coefficients.kd[0], coefficients.ce)
+    found = [_partition_kl(student, t, spec, kd) for t, kd in zip(teachers[1:], coefficients.kd[1:])]
+    sums = sums.float()
+    kd = torch.stack([sums[0], *(value.to(sums.dtype) for value, _ in found)]).detach()
+    nothing = torch.zeros_like(kd)
+    return TermSums(sums[1], kd, sums[2], nothing, nothing, total + sum(part.to(total.dtype) for _, part in found))
+
+
+def _partition_kl(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, kd: Tensor | None) -> tuple[Tensor, Tensor]:
+    """partition_kl, differentiable unless `kd` is given; then kd times it, which is."""
     known = partition.takes(student, teacher, spec)
-    return partition_kl(student, teacher, spec, partition.sum_and_gradients if known else sum_and_gradients)
+    if known and kd is not None:
+        sums, part = partition.weighted_sums(student, teacher, spec, kd, None)
+        return sums[0], part
+    value = partition_kl(student, teacher, spec, partition.sum_and_gradients if known else sum_and_gradients)
+    return value, value if kd is None else kd * value
 
 
 def _spread(values: Tensor, places: Sequence[int], count: int) -> Tensor:

@@ -1,30 +1,31 @@
 """partition_kl from hidden states, at τ = 1 and not reversed: masses of cells, their KL, and the gradient by the logits, each in one pass.
 
 A tile's first columns are the rows that predict the chunks' first tokens, in the order of the chunks on both sides; then come the rows that
-predict further tokens of realised chunks.
+predict further tokens of realised chunks, and of the student all others that count: the cross-entropy comes from the same logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.cell_masses import BLOCK, COLUMNS, CellSide, CellVocabulary
+from xtoken_core.losses.kernels.autograd import scaled
+from xtoken_core.losses.kernels.cell_masses import BLOCK, COLUMNS, SPLITS, CellSide, CellVocabulary
 from xtoken_core.losses.kernels.launch import ceil_div, launch
+from xtoken_core.losses.kernels.sources import HiddenGradients
 from xtoken_core.losses.logits import HiddenLogits
-from xtoken_core.losses.partition import ComparedChunks, chunk_sums, realised_part
-from xtoken_core.losses.selection import FLOOR
+from xtoken_core.losses.partition import ComparedChunks, chunk_sums, compared_chunks, realised_part
+from xtoken_core.losses.selection import FLOOR, next_token_mask
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
 from xtoken_core.spec import LossSpec
 
 TILE_CHUNKS = 2048
 """Chunks of a tile."""
-_SPLITS = 16
-"""Parts into which the cells of a column are split for the KL."""
 
 
 @triton.jit
@@ -66,13 +67,13 @@ def _kl_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, maxima, student, teacher, cell, scales, realised, of_cell, of_tokens, everywhere, following, vocab, cells, columns, compared,
+    logits, maxima, student, teacher, cell, scales, realised, of_cell, of_tokens, everywhere, following, factor, vocab, cells, columns, compared,
     FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient by the logits, written over them; scales as in `_kl_kernel`, compared: the columns of first tokens.
 
-    of_cell: the derivative by the log mass of the cell `realised`; of_tokens: by the log probability of the token at `following`;
-    everywhere: the sum of the derivatives by all log masses and log probabilities that move.
+    of_cell: the derivative by the log mass of the cell `realised`, without `factor`; of_tokens: by the log probability of the token
+    `following`; everywhere: the sum of the derivatives by all log masses and log probabilities that move.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -92,7 +93,8 @@ def _gradient_kernel(
     by_cell = tl.load(of_cell + column)[None, :]
     by_tokens = tl.load(of_tokens + column)[None, :]
     own = tl.where(c[:, None] == tl.load(realised + column)[None, :], by_cell, 0.0)
-    within = tl.where(told & (mass > FLOOR), kept_s + (own - other) / tl.maximum(mass, FLOOR), 0.0)
+    by = tl.load(factor).to(tl.float32)
+    within = by * tl.where(told & (mass > FLOOR), kept_s + (own - other) / tl.maximum(mass, FLOOR), 0.0)
     here = place[:, None] == tl.load(following + column)[None, :]
     result = p * (within - tl.load(everywhere + column)[None, :]) + tl.where(here, by_tokens, 0.0)
     tl.store(logits + at, result.to(logits.dtype.element_ty), mask=inside)
@@ -110,27 +112,77 @@ def takes(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> bool:
     )
 
 
-def sum_and_gradients(
-    student: StudentBatch, teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec, wanted: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """As `partition_tiles.sum_and_gradients`, of what `takes`."""
+@dataclass(frozen=True)
+class Wanted:
+    """What `run` is to make: gradients of kd · partition_kl, and with `ce` of ce · cross-entropy too."""
+
+    gradients: bool
+    kd: Tensor
+    """0-dim."""
+    ce: Tensor | None = None
+    """0-dim; None: no cross-entropy, and its sums are zero."""
+
+
+def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wanted) -> tuple[Tensor, list[Tensor | None]]:
+    """Of what `takes`: [3] float64 sums (partition_kl, cross-entropy, tokens that are the argmax), and the gradients by the student's tensors."""
     form, theirs = student.logits, teacher.logits
     assert isinstance(form, HiddenLogits) and isinstance(theirs, HiddenLogits)
     assert teacher.projection is not None and teacher.input_ids is not None
+    chunks = compared_chunks(student, teacher, spec)
     own = CellVocabulary(form, teacher.projection, "student", student.input_ids)
     other = CellVocabulary(theirs, teacher.projection, "teacher", teacher.input_ids)
-    total = torch.zeros((), device=form.device)
-    of_hidden, of_weight = torch.zeros_like(own.hidden), torch.zeros_like(own.weight, dtype=torch.float32)
-    for tile in _tiles(chunks):
+    counted = None if wanted.ce is None else next_token_mask(student.token_mask, student.sample_mask).flatten()
+    tiles = _tiles(chunks, counted)
+    gradients = HiddenGradients(own.source, form, len(tiles) == 1) if wanted.gradients else None
+    if gradients is not None:
+        gradients.hidden.zero_()
+    sums = torch.zeros(3, dtype=torch.float64, device=form.device)
+    for tile in tiles:
         own_side = own.side(*_padded(tile.student_rows, tile.student_chunk, tile))
         other_side = other.side(*_padded(tile.teacher_rows, tile.teacher_chunk, tile))
-        part = slice(tile.low, tile.high)
-        total += _compare(own_side, other_side, chunks.cell[part], chunks.realised[part], wanted)
-        if wanted:
-            gradient, rows = own_side.logits[:, : len(tile.student_rows)], tile.student_rows
-            of_weight += gradient @ own.hidden[rows]
-            of_hidden[rows] = gradient.T @ own.weight
-    return total, [of_hidden.view(form.hidden.shape), of_weight[own.order.place], None] if wanted else []
+        part, rows = slice(tile.low, tile.high), tile.student_rows
+        counts = None if counted is None else torch.nn.functional.pad(counted[rows], (0, tile.columns - len(rows)))
+        sums += _compare(own_side, other_side, chunks.cell[part], chunks.realised[part], counts, wanted)
+        if gradients is not None:
+            gradients.add_rows(own_side.logits[:, : len(rows)].T, rows)
+    return sums, [] if gradients is None else list(gradients.finished())
+
+
+def sum_and_gradients(
+    student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """As `partition_tiles.sum_and_gradients`, of what `takes`."""
+    one = torch.ones((), device=student.logits.device)
+    sums, gradients = run(student, teacher, spec, Wanted(wanted, one))
+    return sums[0].float(), gradients
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wanted, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        found, ctx.gradients = run(student, teacher, spec, wanted)
+        total = wanted.kd * found[0]
+        ctx.mark_non_differentiable(found)
+        ctx.set_materialize_grads(False)
+        return found, (total if wanted.ce is None else total + wanted.ce * found[1]).float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("partition_kl: a second backward is not supported")
+        return None, None, None, None, *(scaled(x, upstream[1]) for x in gradients)
+
+
+def weighted_sums(
+    student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, kd: Tensor, ce: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sums of `run`, and kd · partition_kl + ce · cross-entropy, 0-dim float32, which alone is differentiable, once."""
+    tensors = student.logits.tensors
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _Sums.apply(student, teacher, spec, Wanted(gradients, kd, ce), *tensors)
 
 
 @dataclass(frozen=True)
@@ -147,11 +199,11 @@ class _Tile:
     @property
     def columns(self) -> int:
         """Of both sides: the longer one's, and so many more that programs are full."""
-        return COLUMNS * ceil_div(max(len(self.student_rows), len(self.teacher_rows)), COLUMNS)
+        return COLUMNS * max(1, ceil_div(max(len(self.student_rows), len(self.teacher_rows)), COLUMNS))
 
 
-def _tiles(chunks: ComparedChunks) -> list[_Tile]:
-    """So many chunks at a time that a tile has some TILE_CHUNKS columns."""
+def _tiles(chunks: ComparedChunks, counted: Tensor | None) -> list[_Tile]:
+    """So many chunks at a time that a tile has some TILE_CHUNKS columns; the student's other rows that count lie in equal parts beside them."""
     count = len(chunks.cell)
     bounds = torch.arange(0, count + TILE_CHUNKS, TILE_CHUNKS, device=chunks.cell.device).clamp(max=count)
     sides = []
@@ -159,12 +211,18 @@ def _tiles(chunks: ComparedChunks) -> list[_Tile]:
         others = (chunk.index_fill(0, first, count) < count).nonzero()[:, 0]  # of realised chunks, behind the first tokens
         others = others[chunk[others].argsort(stable=True)]
         sides.append((first, chunk, others, torch.searchsorted(chunk[others], bounds)))
+    rest = chunks.student_row[:0]
+    if counted is not None:
+        rest = (counted & (chunks.student_chunk == count)).index_fill(0, chunks.student_row, False).nonzero()[:, 0]
     ends = torch.stack([bounds, *(side[3] for side in sides)]).tolist()
+    spread = rest.tensor_split(max(1, len(ends[0]) - 1, ceil_div(len(rest), TILE_CHUNKS)))
+    ends = [row + row[-1:] * (len(spread) + 1 - len(row)) for row in ends]  # tiles without chunks, if there are more other rows
     tiles = []
-    for (low, *starts), (high, *stops) in zip(zip(*ends), list(zip(*ends))[1:]):
+    for (low, *starts), (high, *stops), beside in zip(zip(*ends), list(zip(*ends))[1:], spread):
         columns: list[Tensor] = []
         for (first, chunk, others, _), start, stop in zip(sides, starts, stops):
-            rows = torch.cat([first[low:high], others[start:stop]])
+            own = first.new_empty(0) if columns else beside
+            rows = torch.cat([first[low:high], others[start:stop], own])
             columns += [rows, torch.where(chunk[rows] < count, chunk[rows] - low, high - low)]
         tiles.append(_Tile(low, high, *columns))
     return tiles
@@ -176,38 +234,45 @@ def _padded(rows: Tensor, chunk: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(rows, (0, more)), torch.nn.functional.pad(chunk, (0, more), value=tile.high - tile.low)
 
 
-def _compare(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, wanted: bool) -> Tensor:
-    """A tile's sum; its gradient takes the place of the student's logits."""
-    count, columns = len(cell), own.logits.shape[1]
+def _compare(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, counted: Tensor | None, wanted: Wanted) -> Tensor:
+    """A tile's sums, as of `run`; its gradient takes the place of the student's logits. counted: [columns] bool, for the cross-entropy."""
+    count, columns, log_probs = len(cell), own.logits.shape[1], own.log_probs()
     scales = torch.cat([own.scales(), other.scales()])
-    splits = ceil_div(ceil_div(own.cells, _SPLITS), BLOCK) * BLOCK
-    parts, floored = torch.empty(2, _SPLITS, columns, dtype=torch.float32, device=cell.device)
+    splits = ceil_div(ceil_div(own.cells, SPLITS), BLOCK) * BLOCK
+    parts, floored = torch.empty(2, SPLITS, columns, dtype=torch.float32, device=cell.device)
     launch(
-        _kl_kernel, (columns // COLUMNS, _SPLITS), own.mass, other.mass, scales, parts, floored, own.cells, columns, splits,
+        _kl_kernel, (columns // COLUMNS, SPLITS), own.mass, other.mass, scales, parts, floored, own.cells, columns, splits,
         FLOOR=FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
     )  # fmt: skip
-    first = parts[:, :count].sum()
-    second, by_tokens, by_cell = _realised(own, other, cell, realised, scales)
-    if wanted:
-        everywhere = by_tokens + floored.sum(0)
-        everywhere[:count] += by_cell
-        everywhere[count:] = by_tokens[count:]
+    second, by_tokens, by_cell = _realised(own, other, log_probs, cell, realised, scales)
+    sums = [parts[:, :count].sum() + second, second.new_zeros(()), second.new_zeros(())]
+    everywhere = by_tokens + floored.sum(0)
+    everywhere[:count] += by_cell
+    everywhere[count:] = by_tokens[count:]
+    by_tokens, everywhere = wanted.kd.float() * by_tokens, wanted.kd.float() * everywhere
+    if counted is not None and wanted.ce is not None:
+        sums[1:] = -torch.where(counted, log_probs, 0).sum(), (counted & (own.argmax == own.following)).sum()
+        of_ce = wanted.ce.float() * counted
+        by_tokens, everywhere = by_tokens - of_ce, everywhere - of_ce
+    if wanted.gradients:
         by_cell, realised_cell = (torch.nn.functional.pad(x, (0, columns - count)) for x in (by_cell, cell.to(torch.int32)))
         launch(
             _gradient_kernel, (ceil_div(own.logits.shape[0], BLOCK), columns // COLUMNS), own.logits, own.maxima, own.mass, other.mass,
-            own.place_cell, scales, realised_cell, by_cell, by_tokens, everywhere, own.following, own.logits.shape[0], own.cells, columns, count,
-            FLOOR=FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+            own.cell, scales, realised_cell, by_cell, by_tokens, everywhere, own.following, wanted.kd, own.logits.shape[0], own.cells,
+            columns, count, FLOOR=FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
         )  # fmt: skip
-    return first + second
+    return torch.stack([x.double() for x in sums])
 
 
-def _realised(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _realised(
+    own: CellSide, other: CellSide, log_probs: Tensor, cell: Tensor, realised: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The realised part of a tile, and its derivatives by the log probabilities of tokens and by the log masses of `cell`."""
     count = len(cell)
     inverse_s, _, inverse_t, kept_t = scales[:, :count]
     at = torch.arange(count, device=cell.device)
     with torch.enable_grad():
-        tokens = own.log_probs().requires_grad_()
+        tokens = log_probs.detach().requires_grad_()
         of_cell = (own.mass[cell, at] * inverse_s).clamp(min=FLOOR).log().requires_grad_()
         their_cell = (other.mass[cell, at] * inverse_t).clamp(min=FLOOR).log()
         share = chunk_sums(tokens, own.chunk, count) - of_cell

@@ -127,8 +127,17 @@ class HiddenGradients:
         assert self.source.hidden is not None and self.source.weight is not None
         rows = slice(first, first + gradient.shape[0])
         torch.mm(gradient, self.source.weight, out=self.hidden[rows])
+        self._add_head(gradient, self.source.hidden[rows])
+
+    def add_rows(self, gradient: Tensor, rows: Tensor) -> None:
+        """As `add`, of a tile that holds the rows `rows` [n], each in one tile; those in none are the caller's to fill."""
+        assert self.source.hidden is not None and self.source.weight is not None
+        self.hidden[rows] = gradient @ self.source.weight
+        self._add_head(gradient, self.source.hidden[rows])
+
+    def _add_head(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.like.weight.requires_grad:
-            self._add_weight(gradient.T, self.source.hidden[rows])
+            self._add_weight(gradient.T, hidden)
         if self.like.bias is not None and self.like.bias.requires_grad:
             total = gradient.sum(0, dtype=torch.float32)
             self.bias = total if self.bias is None else self.bias + total

@@ -19,6 +19,8 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         ("evaluate_teachers", str),
         ("report", str),
         ("checkpoints", str),
+        ("teacher_memory", str),
+        ("student_memory", str),
         ("inputs", list),
         ("plan", dict),
         ("times", dict),
@@ -44,6 +46,8 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         evaluate_teachers: What evaluate reads for the teachers.
         report: What report reads, which is the whole spec with its overrides.
         checkpoints: Folder or URI for the checkpoints of this run; empty where there is no place that lasts.
+        teacher_memory: Memory of a step that evaluates teachers or computes their scores, as Kubernetes writes it.
+        student_memory: So for a step that evaluates the student.
         inputs: Every model and corpus that is read, as field, uri and version.
         plan: What the run will take: rows, tokens, memory, downloads, GPU hours and disk.
         times: When this step started (Unix time), and how many seconds it took.

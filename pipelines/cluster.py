@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -51,16 +52,23 @@ class Size(StrEnum):
     """Looks at tokenizers and files."""
     HEAVY = "heavy"
     """The spec's CPU and memory."""
-    EVALUATION = "evaluation"
+    TEACHER = "teacher"
+    """Evaluates teachers, or computes their scores: `resolve` tells the memory, by the sizes of the models."""
+    STUDENT = "student"
+    """Evaluates the student, beside a teacher at a time: so here."""
 
 
 def on_cluster(
-    task: dsl.PipelineTask, resources: ResourcesSpec, size: Size = Size.SMALL, gpus: int | None = None, retried: bool = False
+    task: dsl.PipelineTask,
+    resources: ResourcesSpec,
+    amounts: tuple[str, Any],
+    gpus: int | None = None,
+    retried: bool = False,
 ) -> None:
     """Sets up one task.
 
-    `gpus`: so many accelerators (0: a CPU runs it), shared memory and the nodes of GPU steps; `retried`: it is tried again as often as
-    the spec says.
+    `amounts`: CPU and memory, each as Kubernetes writes it or another task's output; `gpus`: so many accelerators (0: a CPU runs it),
+    shared memory and the nodes of GPU steps; `retried`: it is tried again as often as the spec says.
     """
     task.set_container_image(resources.image)
     kubernetes.set_image_pull_policy(task, resources.image_pull_policy)
@@ -72,20 +80,20 @@ def on_cluster(
         task.set_retry(resources.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
     if resources.active_deadline_seconds:
         kubernetes.set_timeout(task, resources.active_deadline_seconds)
-    cpu, memory = _amounts(resources, size)
+    cpu, memory = amounts  # a quota refuses pods that ask for none
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     _describe_pod(task, resources)
     if gpus is not None:
         _on_gpu_node(task, resources, gpus)
 
 
-def _amounts(resources: ResourcesSpec, size: Size) -> tuple[str, str]:
-    """CPU and memory; a quota refuses pods that ask for none."""
-    return {
-        Size.SMALL: ("1", "4Gi"),
-        Size.HEAVY: (resources.cpu, resources.memory),
-        Size.EVALUATION: (resources.evaluation_cpu, resources.evaluation_memory),
-    }[size]
+def amounts_of(resources: ResourcesSpec, size: Size, resolved: Mapping[str, Any]) -> tuple[str, Any]:
+    """CPU and memory of a task; `resolved`: outputs of the first task, which knows the models."""
+    if size is Size.SMALL:
+        return "1", "4Gi"
+    if size is Size.HEAVY:
+        return resources.cpu, resources.memory
+    return resources.evaluation_cpu, resources.evaluation_memory or resolved[f"{size}_memory"]
 
 
 def _describe_pod(task: dsl.PipelineTask, resources: ResourcesSpec) -> None:

@@ -142,7 +142,7 @@ def _scores(tasks: Tasks, compiled: DistillationSpec, views: Any, prepared: list
         for shard, share in enumerate(prepared):
             name = f"score-{teacher.id}" if len(prepared) == 1 else f"score-{teacher.id}-{shard}"
             given = {"spec": views["score"], "teacher": teacher.id, "rows": share["rows"]}
-            uris.append(tasks.add(score, name, size=Size.EVALUATION, gpus=gpus, **given)["uri"])
+            uris.append(tasks.add(score, name, size=Size.TEACHER, gpus=gpus, **given)["uri"])
     return {"scores": uris} if uris else {}
 
 
@@ -165,9 +165,10 @@ def _evaluated(tasks: Tasks, compiled: DistillationSpec, group: Group, views: An
     """Adds the evaluation of a group, if the spec has it; its results by the report's input."""
     if group not in groups(compiled):
         return {}
+    size = Size.TEACHER if group is Group.TEACHERS else Size.STUDENT
     spec = views["evaluate_teachers" if group is Group.TEACHERS else "evaluate_student"]
     gpus = min(compiled.resources.gpus_per_node, 1)
-    done = tasks.add(evaluate, f"evaluate-{group}", size=Size.EVALUATION, gpus=gpus, spec=spec, group=str(group), **inputs)
+    done = tasks.add(evaluate, f"evaluate-{group}", size=size, gpus=gpus, spec=spec, group=str(group), **inputs)
     return {REPORT_INPUTS[group]: done["results"]}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfp import dsl
 from kfp.dsl.pipeline_channel import PipelineChannel
 
-from pipelines.cluster import Size, on_cluster
+from pipelines.cluster import Size, amounts_of, on_cluster
 from xtoken_core.spec import DistillationSpec
 
 NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report", "compare")
@@ -35,6 +35,8 @@ class Tasks:
     def __init__(self, compiled: DistillationSpec):
         self._resources, self._label = compiled.resources, ""
         self._tasks: dict[str, dsl.PipelineTask] = {}
+        self._resolved: Mapping[str, Any] = {}
+        """Outputs of the first task, from when it is added."""
         self._plain: dict[str, str] = {}
         """Names as one run's report has them, by those of the workflow."""
         self.edges: list[dict[str, Any]] = []
@@ -72,5 +74,8 @@ class Tasks:
             task.set_caching_options(False)
         # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
         # waits in the cache for another run); from training on, pre-emption.
-        on_cluster(task, self._resources, size, gpus, retried=name in RETRIED)
+        amounts = amounts_of(self._resources, size, self._resolved)
+        on_cluster(task, self._resources, amounts, gpus, retried=name in RETRIED)
+        if name == "resolve":
+            self._resolved = task.outputs
         return task.outputs

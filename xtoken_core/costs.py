@@ -7,6 +7,7 @@ stores: 34 bytes a token and hidden unit in 16 bits (Korthikanti et al., arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -18,11 +19,15 @@ UTILISATION = 0.4
 """Share of them that a training of this library reaches, where no run has shown another."""
 BYTES_PER_TOKEN = 4.0
 """Of text, where no run has shown another; English prose 4.2 to 4.6, code 3.2 to 3.8."""
+STEP_BYTES = 2 * GIB
+"""Of a step that only loads tokenizers: imports, and tables of a few hundred thousand tokens."""
 _LAYER_BYTES = 34
 _STATE_BYTES = 16
 """Of a trained weight: it, its gradient and Adam's two moments, in float32."""
 _CHECKPOINT_BYTES = 12
 """Of a trained weight in a checkpoint: it and the two moments."""
+_EVALUATED_TOKENS, _LOGITS_COPIES = 1024, 4
+"""Tokens that get full logits at a time, and how often these lie in memory: logits, log-probabilities, what the losses make."""
 _STUDENT_ROW_BYTES, _TEACHER_ROW_BYTES = 7, 15
 """Of a token in prepared rows: id, mask, length; on a teacher's side also chunk ids of both sides."""
 
@@ -72,6 +77,19 @@ class ModelSize:
     def checkpoint_bytes(self, trained: int) -> int:
         """A checkpoint on disk."""
         return trained * _CHECKPOINT_BYTES
+
+
+def host_bytes(models: Sequence[ModelSize], gpu: bool) -> int:
+    """Host memory of a step that loads models for evaluation, one after another, each through a mapped file of its own size.
+
+    On a GPU (bfloat16) a model leaves the host before the next is read; a CPU (float32) keeps all of them, and their logits.
+    """
+    width = 2 if gpu else 4
+    weights = [size.parameters * width for size in models]
+    if gpu:
+        return STEP_BYTES + 2 * max(weights)
+    logits = _EVALUATED_TOKENS * sum(size.rows for size in models) * 4 * _LOGITS_COPIES
+    return STEP_BYTES + sum(weights) + max(weights) + logits
 
 
 def row_bytes(student_tokens: int, cross_teachers: int) -> int:

@@ -96,7 +96,7 @@ def test_what_serves_the_student_is_kserves_own_type(tmp_path, uri):
     resources = {"pvc": [{"name": "claim", "mount_path": "/models"}], "labels": {"team": "nlp"}}
     spec, _ = made(tmp_path)
     spec = DistillationSpec.from_text(json.dumps(json.loads(spec.to_json()) | {"output": {"uri": uri}, "resources": resources}))
-    service = inference_service(spec, "student/best")
+    service = inference_service(spec, "student/best", 2**30)
     check_types(service, "V1beta1InferenceService", "service")
     where = service["spec"]["predictor"]["model"]["storageUri"]
     assert where == ("s3://bucket/run/student/best" if uri.startswith("s3") else "pvc://claim/run/student/best")
@@ -108,7 +108,7 @@ def test_what_serves_the_student_is_kserves_own_type(tmp_path, uri):
 
 def test_kserve_is_not_rendered_for_what_it_cannot_reach(tmp_path):
     spec = parts(tmp_path)["spec"]
-    assert inference_service(spec, "student/best") is None
+    assert inference_service(spec, "student/best", 2**30) is None
 
 
 def check_types(value, kind: str, where: str) -> None:

@@ -25,7 +25,7 @@ from tests.support.processes import ended, forked, left_in_shared_memory
 from tests.support.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import CHECKPOINTS, resolve, shape
+from xtoken_core.workflow.resolve import CHECKPOINTS, WIRING, resolve, shape
 from xtoken_core.workflow.subjects import groups, subjects
 from xtoken_core.workflow.views import View, view
 
@@ -219,6 +219,24 @@ def test_gpu_steps_get_what_resources_say():
     assert platform["platforms"]["kubernetes"]["pipelineConfig"] == {"resourceTtlOnCompletion": 7200}
 
 
+def test_evaluations_ask_for_the_memory_that_resolve_tells():
+    """By the sizes of the models, which only a run knows; what the spec names is compiled in, see above."""
+    scored = [{"id": "big", "model": "big"}, {"id": "same", "model": "same", "scores": {"top_k": 4}}]
+    pipeline = documents(compile_spec(spec_of("evaluation.ce_baseline=true", teachers=scored)))[0]
+    asked = {}
+    for name, task in pipeline["root"]["dag"]["tasks"].items():
+        resources = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]["resources"]
+        assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"]
+        if found := re.fullmatch(r"\{\{\$.inputs.parameters\['(.*)'\]\}\}", resources["resourceMemoryLimit"]):
+            asked[name] = task["inputs"]["parameters"][found[1]]["taskOutputParameter"]
+            assert "memoryLimit" not in resources  # the older field, which takes numbers only
+    assert {output["producerTask"] for output in asked.values()} == {"resolve"}
+    assert {name: output["outputParameterKey"] for name, output in asked.items()} == {
+        "evaluate-teachers": "teacher_memory", "score-same": "teacher_memory", "evaluate-student-before": "student_memory",
+        "evaluate-student-after": "student_memory", "evaluate-baseline": "student_memory",
+    }  # fmt: skip
+
+
 def test_training_is_cached_here_and_never_on_a_cluster():
     compiled = compile_spec(spec_of("evaluation.ce_baseline=true"))
     cached = {name: bool(task["cachingOptions"]) for name, task in documents(compiled)[0]["root"]["dag"]["tasks"].items()}
@@ -295,7 +313,9 @@ def test_overrides_at_submission_are_checked_before_anything_runs(run, overrides
 def test_a_compiled_pipeline_of_an_older_version_is_refused(run):
     spec = DistillationSpec.from_yaml(run / "spec.yaml")
     older = {name: value for name, value in shape(spec).items() if name != "wiring"}
-    with pytest.raises(InputError, match="^compiled pipeline: of version 1, but the steps of this image are of version 2; "):
+    with pytest.raises(
+        InputError, match=f"^compiled pipeline: of version 1, but the steps of this image are of version {WIRING}; "
+    ):
         resolve(spec.to_json(), "", json.dumps(older))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.__main__ import cli
 from tests.support.architectures import tiny_config
 from tests.support.tiny import tiny_tokenizer
-from xtoken_core.costs import H100_FLOPS, UTILISATION, ModelSize
+from xtoken_core.costs import H100_FLOPS, UTILISATION, ModelSize, host_bytes
 from xtoken_core.report.run import Run
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.training import TrainingSummary
@@ -48,6 +48,20 @@ def test_rows_tokens_epochs_and_hours(spec):
     assert found.gpu_hours == pytest.approx(found.flops / (H100_FLOPS * UTILISATION) / 3600, abs=1e-3)
     assert found.disk_bytes["checkpoints"] == 2 * 12 * found.models[0].parameters
     assert found.memory["distill"] > 16 * found.models[0].parameters
+
+
+def test_memory_of_evaluations_follows_the_models():
+    """A student of 1.2, teachers of 4 and 70 billion weights; on a CPU in float32, all of them at a time."""
+    student, small, large = (ModelSize(int(n * 1e9), 0, 1, 1, 128_256) for n in (1.2, 4, 70))
+    assert 16e9 < host_bytes([student, small], gpu=True) < 20e9 and 280e9 < host_bytes([large], gpu=True) < 290e9
+    assert host_bytes([student, small], gpu=True) == host_bytes([small], gpu=True)
+    assert host_bytes([student, small], gpu=False) > 4 * (1.2e9 + 4e9) + 4 * 4e9
+
+
+@pytest.mark.parametrize(("set_to", "told"), [((), "3Gi"), (("resources.evaluation_memory=20Gi",), "20Gi")])
+def test_what_the_spec_names_for_evaluations_wins(spec, set_to, told):
+    resolved = resolve(DistillationSpec.from_yaml(spec, set_to).to_json())
+    assert (resolved.teacher_memory, resolved.student_memory) == (told, told)
 
 
 def test_epochs_become_steps_and_an_unknown_corpus_leaves_gaps(spec):

@@ -19,6 +19,7 @@ def plan_text(plan: Plan) -> str:
         ("GPU hours", f"{hours}  ({plan.speed})"),
         *((f"download {m.field}", f"{_gib(m.download_bytes)}  ({m.model}, {_count(m.parameters)} weights)") for m in plan.models),
         *((f"memory {step}", _gib(size)) for step, size in plan.memory.items()),
+        *((f"host memory, {who} evaluated", _gib(size)) for who, size in plan.host_memory.items()),
         *((f"disk {what}", _gib(size)) for what, size in plan.disk_bytes.items()),
     ]
     width = max(len(name) for name, _ in lines)

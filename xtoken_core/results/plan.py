@@ -31,6 +31,8 @@ class Plan(Record):
     models: list[PlannedModel]
     memory: dict[str, int]
     """Bytes by step: of a GPU for distill and the evaluations, of the host for the others."""
+    host_memory: dict[str, int] = {}
+    """Bytes of the host's memory by kind of evaluation: of teachers (and their scores), and of the student."""
     flops: float | None
     """Of the training, teachers included."""
     gpu_hours: float | None

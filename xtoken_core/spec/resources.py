@@ -90,10 +90,10 @@ class ResourcesSpec(Section):
     evaluation_cpu: Quantity = Field(
         "4", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$", description="CPU cores of an evaluation", examples=["2"]
     )
-    evaluation_memory: Quantity = Field(
-        "32Gi",
-        pattern=r"^[0-9]+(Ki|Mi|Gi|Ti|M|G|T)?$",
-        description="memory of an evaluation; on a GPU about twice the bytes of the largest model's weights",
+    evaluation_memory: Annotated[Quantity, Field(pattern=r"^[0-9]+(Ki|Mi|Gi|Ti|M|G|T)?$")] | None = Field(
+        None,
+        description="memory of an evaluation, and of a teacher's scores; default: by the sizes of the models that it loads",
+        examples=["48Gi"],
     )
     shm: Quantity = Field(
         "16Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm"

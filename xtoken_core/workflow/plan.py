@@ -8,15 +8,13 @@ from collections.abc import Mapping
 
 from xtoken_core import storage
 from xtoken_core.configs import empty_model, read_config, stored_dtype
-from xtoken_core.costs import BYTES_PER_TOKEN, GIB, H100_FLOPS, UTILISATION, ModelSize, row_bytes
+from xtoken_core.costs import BYTES_PER_TOKEN, GIB, H100_FLOPS, STEP_BYTES, UTILISATION, ModelSize, host_bytes, row_bytes
 from xtoken_core.errors import InputError
 from xtoken_core.layers import prune_layers
 from xtoken_core.report.run import Run
 from xtoken_core.results.plan import Plan, PlannedModel
 from xtoken_core.spec import DistillationSpec
 
-_HOST_BYTES = 2 * GIB
-"""Of a step that only loads tokenizers: imports, and tables of a few hundred thousand tokens."""
 _LOSS_BYTES = GIB // 4
 """What the kernels of the losses need beside their inputs."""
 
@@ -40,6 +38,7 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
         epochs_at_most=None if seen is None or not rows else round(seen / rows, 2),
         models=[_planned(field, ref, sizes[field]) for field, ref in _refs(spec).items()],
         memory=_memory(spec, sizes),
+        host_memory=_host_memory(spec, sizes),
         flops=flops,
         gpu_hours=None if flops is None else round(flops / speed / 3600, 3),
         speed=told,
@@ -104,15 +103,23 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
     measured = {"student": student, **{t.id: size for t, size in zip(spec.teachers, teachers)}}
     window = spec.evaluation.window or row
     return {
-        "overlap": _HOST_BYTES,
-        "projections": _HOST_BYTES,
-        "prepare": _HOST_BYTES,
+        "overlap": STEP_BYTES,
+        "projections": STEP_BYTES,
+        "prepare": STEP_BYTES,
         "distill": round(state + activations + handed + largest + _LOSS_BYTES),
         "distill-teachers-resident": round(
             state + activations + handed + sum(size.parameters * width for size in teachers) + _LOSS_BYTES
         ),
         "evaluate": max(size.parameters * width + window * size.rows * 4 for size in measured.values()),
     }
+
+
+def _host_memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str, int]:
+    """Bytes of the host's memory by kind of evaluation. The student's holds one teacher at a time beside it, for the agreement."""
+    gpu = spec.resources.gpus_per_node > 0
+    teachers = [size for field, size in sizes.items() if field != "student.model"]
+    largest = max(teachers, key=lambda size: size.parameters)
+    return {"teacher": host_bytes([largest], gpu), "student": host_bytes([sizes["student.model"], largest], gpu)}
 
 
 def _trained(spec: DistillationSpec, size: ModelSize) -> int:

@@ -104,7 +104,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
-        _write_serving(spec, folder / "serving")
+        _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(student_folder(spec)).name}"))
         for name, source in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(source.absolute())
@@ -133,12 +133,12 @@ def _with_card(student: Path, card: str) -> None:
     (student / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_serving(spec: DistillationSpec, folder: Path) -> None:
+def _write_serving(spec: DistillationSpec, folder: Path, weights: int) -> None:
     """How the student is served: a line for vLLM, and KServe's resource where KServe can reach it."""
     folder.mkdir()
     student = student_folder(spec)
     (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
-    if service := inference_service(spec, student):
+    if service := inference_service(spec, student, weights):
         (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")
 
 

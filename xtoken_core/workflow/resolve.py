@@ -7,12 +7,14 @@ that keys its cache on a step's inputs then runs a step again exactly when somet
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from xtoken_core import storage
+from xtoken_core.costs import GIB
 from xtoken_core.errors import InputError, blamed
 from xtoken_core.results.plan import Plan
 from xtoken_core.results.workflow import ReadInput
@@ -29,7 +31,7 @@ CHECKPOINTS = "XTOKEN_CHECKPOINTS"
 """Environment variable: where a local run keeps the checkpoints from which an interrupted training resumes."""
 
 
-WIRING = 2
+WIRING = 3
 """Version of what a compiled pipeline and the steps of an image agree on: raised whenever a step's inputs, outputs or calls change."""
 
 
@@ -61,6 +63,10 @@ class Resolved(NamedTuple):
     report: str
     checkpoints: str
     """Folder or URI for the checkpoints of this run."""
+    teacher_memory: str
+    """What a step that evaluates teachers, or computes their scores, asks a cluster for, as Kubernetes writes it."""
+    student_memory: str
+    """So for a step that evaluates the student."""
     inputs: list[ReadInput]
     """Every model and corpus."""
     plan: Plan
@@ -93,19 +99,25 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     train, held_out = _named("data.train", spec.data.train_uris), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
     texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
+    views = {
+        "overlap": view(spec, "overlap", versions.of(models)),
+        "projections": view(spec, "projections", versions.of(models)),
+        "prepare": view(spec, "prepare", versions.of(models, [*train, *held_out])),
+        "score": view(spec, "score", versions.of(models)),
+        "distill": view(spec, "distill", versions.of(models)),
+        "baseline": view(spec, "baseline", versions.of([student])),
+        "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
+        "evaluate_teachers": view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)),
+        "report": spec,
+    }
+    planned = _checked_plan(spec)  # last: what is not there at all has been told by then
     return Resolved(
-        overlap=view(spec, "overlap", versions.of(models)).to_json(),
-        projections=view(spec, "projections", versions.of(models)).to_json(),
-        prepare=view(spec, "prepare", versions.of(models, [*train, *held_out])).to_json(),
-        score=view(spec, "score", versions.of(models)).to_json(),
-        distill=view(spec, "distill", versions.of(models)).to_json(),
-        baseline=view(spec, "baseline", versions.of([student])).to_json(),
-        evaluate_student=view(spec, "evaluate_student", versions.of(models, texts)).to_json(),
-        evaluate_teachers=view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)).to_json(),
-        report=spec.to_json(),
+        **{step: seen.to_json() for step, seen in views.items()},
         checkpoints=_checkpoints(spec),
+        teacher_memory=_evaluation_memory(spec, planned.host_memory["teacher"]),
+        student_memory=_evaluation_memory(spec, planned.host_memory["student"]),
         inputs=versions.known,
-        plan=_checked_plan(spec),  # last: what is not there at all has been told by then
+        plan=planned,
     )
 
 
@@ -113,6 +125,11 @@ def _checked_plan(spec: DistillationSpec) -> Plan:
     """The plan of a run whose models fit the spec. Raises InputError where they do not."""
     check_models(spec)
     return plan(spec)
+
+
+def _evaluation_memory(spec: DistillationSpec, planned: int) -> str:
+    """`resources.evaluation_memory`, else what is planned, in whole GiB."""
+    return spec.resources.evaluation_memory or f"{math.ceil(planned / GIB)}Gi"
 
 
 def check_output(spec: DistillationSpec) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from xtoken_core.costs import GIB, STEP_BYTES
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import is_remote, normalize
 
@@ -11,16 +13,19 @@ RUNTIME = "kserve-huggingfaceserver"
 """KServe's runtime for Hugging Face models; it serves them by vLLM where there is a GPU."""
 
 
-def inference_service(spec: DistillationSpec, student: str) -> dict[str, Any] | None:
+def inference_service(spec: DistillationSpec, student: str, weights: int) -> dict[str, Any] | None:
     """The InferenceService of the student at `student` under `output.uri`; None where KServe cannot reach it.
 
-    `resources` gives its accelerator, memory and labels.
+    `resources` gives its accelerator, CPU and labels; `weights`, the student's bytes, its memory, unless `resources` names one.
     """
     place = storage_uri(spec, student)
     if place is None:
         return None
     resources = spec.resources
-    amounts = {"cpu": resources.evaluation_cpu, "memory": resources.evaluation_memory}
+    amounts = {
+        "cpu": resources.evaluation_cpu,
+        "memory": resources.evaluation_memory or f"{math.ceil((STEP_BYTES + 2 * weights) / GIB)}Gi",
+    }
     if resources.gpus_per_node:
         amounts[resources.gpu_type] = "1"
     return {

@@ -331,7 +331,7 @@ def main() -> None:
                 continue
             for config in case.teachers:
                 save_random(config, model_folder(work, config), device)
-            run = Run(options.steps, options.rows, options.sharding, "localhost:2950" if options.shard_teachers else None)
+            run = Run(options.steps, options.rows, options.sharding, "tcp://localhost:2950" if options.shard_teachers else None)
             if options.gpus > 1:
                 results.append(on_every_gpu(options.gpus, on_this_rank, (case, run, work, rate)))
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -150,9 +149,7 @@ def test_packed_micro_batches_that_share_a_forward_keep_their_documents_apart(fo
 
 def test_a_teacher_that_waits_for_another_ranks_ends_with_its_student(folder, tmp_path):
     """It stands in a rendezvous (or a collective) that never ends and cannot read its pipe."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"file://{tmp_path}/group"
     code = (
         "from tests.teachers.test_teachers import setup, TeacherPool; from xtoken_core.teachers.setup import Shards\n"
         f"with TeacherPool([setup({str(folder)!r}, shards=Shards({address!r}, 1, 2))]): pass"

@@ -55,7 +55,8 @@ class TrainingSpec(Section):
         0, description="steps whose loss or gradients are not finite that are skipped, counted and told; one more ends the run"
     )
     timeout: PositiveFloat = Field(
-        600.0, description="seconds without a sign of life from a teacher after which the run ends; half as many more for a rank"
+        600.0,
+        description="seconds without a sign of life from a teacher or a rank after which the run ends; a collective waits half as long again",
     )
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False), LIST_OF_ONE] = Field(
         ("tensorboard",), description="trackers; their servers and credentials come from the environment (WANDB_*, MLFLOW_*)"

@@ -24,7 +24,7 @@ class Shards:
     """The process group of one teacher's processes, one on each rank: each holds a share of the weights (FSDP2)."""
 
     address: str
-    """host:port at which they meet."""
+    """Where they meet: `file://PATH` on one host, `tcp://HOST:PORT` on several."""
     rank: int
     size: int
 

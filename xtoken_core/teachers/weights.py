@@ -19,7 +19,7 @@ def shard(model: PreTrainedModel, shards: Shards, device: torch.device, whole: S
     """Spreads the weights of all layers over the processes of `shards`; those of `whole` stay so. Each still runs its own samples."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{shards.address}",
+        init_method=shards.address,
         rank=shards.rank,
         world_size=shards.size,
         device_id=device if device.type == "cuda" else None,

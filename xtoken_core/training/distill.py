@@ -48,8 +48,9 @@ from xtoken_core.training.environment import describe_environment
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
+from xtoken_core.training.ranks import Watch
 from xtoken_core.training.scored import scored_teachers
-from xtoken_core.training.settings import training_arguments, training_loss
+from xtoken_core.training.settings import rank_timeout, training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
 from xtoken_core.training.teachers import ReadyTeacher, ready_teachers
@@ -88,7 +89,7 @@ def distill(
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
         return _distill(*arguments)
-    summary: TrainingSummary = on_every_gpu(gpus, _distill, arguments)
+    summary: TrainingSummary = on_every_gpu(gpus, _distill, arguments, rank_timeout(spec.training))
     return summary
 
 
@@ -113,6 +114,8 @@ def _train(
     transformers_logging.disable_progress_bar()
     data = _data(spec, inputs, () if baseline else scored_teachers(spec, inputs))
     args = training_arguments(spec, out_dir, len(data.train))
+    watch = Watch(args.process_index, args.world_size, spec.training.timeout)
+    watch.start()
     if first_rank:
         logger.info("precision: %s", _precision(args))
     checkpoint = _checkpoint(out_dir / "checkpoints", checkpoint_uri, training_identity(spec, inputs, baseline), args.device)
@@ -143,12 +146,13 @@ def _train(
         setups = [teacher.setup for teacher in teachers if teacher.setup is not None]
         pool = stack.enter_context(TeacherPool(setups)) if setups else None
         skip = spec.training.skip_nonfinite
-        record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model), skip)
+        record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model), skip, watch)
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)
         progress.seconds["setup"] = time.monotonic() - started
         with _plainly():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_student(out_dir / "last")
+    watch.stop()
     summary = _summary(trainer, resumed, time.monotonic() - started)
     if first_rank:
         if not (out_dir / "best").exists():  # no validation: the last is the best there is

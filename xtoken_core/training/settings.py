@@ -61,7 +61,7 @@ def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> Trai
         ddp_backend=None if cuda or ranks == 1 else "gloo",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # no buffer changes
-        ddp_timeout=math.ceil(1.5 * training.timeout),  # more than a teacher of another rank may take
+        ddp_timeout=rank_timeout(training),
         fsdp=True if sharded else None,  # type: ignore[arg-type]
         fsdp_config={"version": 2} if sharded else None,
         logging_steps=training.log_steps,
@@ -79,6 +79,11 @@ def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> Trai
         dataloader_prefetch_factor=max(2, math.ceil(accumulation / workers)) if workers else None,  # a whole step ahead
         dataloader_pin_memory=cuda,
     )
+
+
+def rank_timeout(training: TrainingSpec) -> int:
+    """Seconds that a collective waits for the slowest rank: more than a teacher of that one may take."""
+    return math.ceil(1.5 * training.timeout)
 
 
 def _scheduler(training: TrainingSpec) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.teachers.setup import Logits, Shards, TeacherSetup
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.training.ranks import MEETING
 from xtoken_core.training.settings import compute_dtype, training_loss
 
 LARGEST_SHARE = 0.6
@@ -172,11 +176,19 @@ def _shards(model: str, dtype: torch.dtype, device: torch.device) -> Shards | No
     size = sharers(weight_bytes(model, dtype), room, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), ranks)
     if size == 1:
         return None
-    with socket.socket() as free:
-        free.bind(("", 0))
-        ports: list[Any] = [None] * ranks
-        dist.all_gather_object(ports, free.getsockname()[1])
+    places: list[Any] = [None] * ranks
+    dist.all_gather_object(places, _meeting_place(several_hosts=size > int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
     rank = dist.get_rank()
     first = rank // size * size  # torchrun numbers the ranks host by host
-    host = os.environ["MASTER_ADDR"] if size == ranks else "localhost"
-    return Shards(f"{host}:{ports[first]}", rank - first, size)
+    return Shards(places[first], rank - first, size)
+
+
+def _meeting_place(several_hosts: bool) -> str:
+    """Where others may find this rank: at a port, where they are on several hosts; else in a file, which nobody else can reach."""
+    if several_hosts:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{os.environ['MASTER_ADDR']}:{free.getsockname()[1]}"
+    folder = tempfile.mkdtemp(prefix="xtoken-teacher-", dir=os.environ.get(MEETING))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return f"file://{folder}/group"

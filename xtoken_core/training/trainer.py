@@ -29,6 +29,7 @@ from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
 from xtoken_core.training.finite import NonFiniteError, all_finite, all_weights, gradients
 from xtoken_core.training.log import RunLog
+from xtoken_core.training.ranks import Watch
 from xtoken_core.training.saving import save_finished
 from xtoken_core.training.sharding import between_micro_batches, configure
 from xtoken_core.training.step import Clock, Step, StepResult, Teaching, begin_step
@@ -63,6 +64,8 @@ class RunRecord:
     """Of the saved student's weights: its source's. Checkpoints keep what is trained, in float32."""
     skip_nonfinite: int = 0
     """Steps that may be skipped since their numbers are not finite."""
+    watch: Watch = field(default_factory=lambda: Watch(0, 1, math.inf))
+    """Is told where this rank is."""
 
 
 class DistillationTrainer(Trainer):
@@ -107,9 +110,14 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of a step with their teachers' outputs and the step's totals."""
         clock = Clock()
+        self._at("its data")
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self._at("the teachers")
         self.step = begin_step(batches, self.teaching, self.student, self.record.progress.scale, self._course(), clock)
         return [{"micro_batch": m, "totals": self.step.totals} for m in self.step.micro_batches], 1
+
+    def _at(self, place: str) -> None:
+        self.record.watch.at(f"step {self.state.global_step + 1}, {place}")
 
     def _course(self) -> float:
         """What is left of KD's factor in the step that begins."""
@@ -120,9 +128,11 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the global loss, times the ranks, since DDP and FSDP average gradients over them."""
         assert self.step is not None
+        self._at("the student's forward pass")
         self.teaching.check()
         between_micro_batches(model, self.accelerator)
         out = model(**inputs)
+        self._at("its backward pass")
         self.step.add(out["sums"])
         return out["loss"] * self.args.world_size
 
@@ -182,6 +192,7 @@ class DistillationTrainer(Trainer):
         """Measures the student on the validation rows. Saves a new best student to `best`."""
         started = time.monotonic()
         args, record, step = self.args, self.record, self.state.global_step
+        record.watch.at(f"the validation after step {step}")
         self.student.eval()
         size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
         batches = shares(self.data.validation, size, rank, ranks, self.data.collate)
@@ -216,6 +227,7 @@ class DistillationTrainer(Trainer):
     def save_student(self, folder: Path) -> None:
         """Saves the student so that it appears in `folder` whole or not at all. All ranks call it. Raises NonFiniteError."""
         started = time.monotonic()
+        self.record.watch.at(f"saving {folder.name}")
         self._check_weights()
         partial = folder.with_name(f"{folder.name}.partial")
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None  # gathered from the shards
@@ -259,6 +271,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.monotonic()
+        self.record.watch.at(f"saving the checkpoint of step {self.state.global_step}")
         self._check_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()

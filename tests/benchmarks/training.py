@@ -1,12 +1,14 @@
-"""Speed and memory of training, end to end: `python -m tests.benchmarks.training --device cuda|cpu [--cases qwen_llama ...] [--steps 3] [--rows 32] [--gpus 4 --sharding ddp|fsdp]`.
+"""Speed and memory of training, end to end: `python -m tests.benchmarks.training --device cuda|cpu [--cases qwen_llama ...] [--steps 3] [--rows 32] [--micro-batch 4] [--mode partition_kl]
+[--gpus 4 --sharding ddp|fsdp]`.
 
 Random weights in the real shapes, made on the spot: a Llama-3.2-1B student, teachers of the sizes of Qwen3-4B and Llama-3.2-3B, or of
-Phi-4-mini and Llama-3.2-3B, rows of 2048 tokens, micro-batches of 1, bf16. The whole of it runs: trainer, teacher processes, losses,
-AdamW. `--rows` are the rows of an optimizer step. Made-up W and chunks (`tests.benchmarks.loss`).
+Phi-4-mini and Llama-3.2-3B, rows of 2048 tokens, bf16. The whole of it runs: trainer, teacher processes, losses,
+AdamW. `--rows` are the rows of an optimizer step. Made-up W and chunks (`tests.benchmarks.loss`). `phi_compile` has one teacher; `lora_7b` trains
+adapters of a student of 7.6 B under a teacher of 6.7 B, rows of 4096; `long` is one row of 32,768 tokens under a teacher of 4 B.
 
 One JSON line per case, over the steps after the second (in the first two, kernels compile and teachers settle): tokens/s; seconds a step
 and their split into teachers (their processes' own time), hand-over (the rest of the time until the student can begin), student (of it
-`loss`), data; peak of the GPU's memory over all processes; the step's share of the floor (all matrix products at the rate of a
+`loss`), data; the first step, and from the start of loading to its end; peak of the GPU's memory over all processes; the step's share of the floor (all matrix products at the rate of a
 large one, measured in the same run). The last line is a summary. On `cpu` shapes are toys.
 """
 
@@ -28,7 +30,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    TrainerCallback,
+)
 from transformers.utils import logging as transformers_logging
 
 import xtoken_core.training.student
@@ -36,8 +47,10 @@ from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
 from xtoken_core.data.batch import Collator
 from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec.student import LoraSpec
 from xtoken_core.teachers.pool import GIB, TeacherPool
 from xtoken_core.teachers.setup import Shards, TeacherSetup
+from xtoken_core.training.adapters import add_adapters
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.settings import training_arguments
@@ -83,6 +96,23 @@ PHI_4_MINI = Phi3Config(
     pad_token_id=0,
     **_HEADS,
 )
+QWEN_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
 _TOY = {**_HEADS, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
 TOY_STUDENT, TOY_TEACHER = (LlamaConfig(vocab_size=v, num_hidden_layers=n, **_TOY) for v, n in ((8000, 2), (12000, 3)))
 
@@ -97,6 +127,9 @@ class Case:
     length: int = 2048
     residency: str = "auto"
     compile: bool = False
+    lora: int | None = None
+    """Rank of adapters that are trained in place of all weights."""
+    checkpointing: bool = False
 
 
 CASES = {
@@ -106,12 +139,34 @@ CASES = {
         Case("phi_llama_compile", LLAMA_1B, (PHI_4_MINI, LLAMA_3B), compile=True),
         Case("qwen_llama_offload", LLAMA_1B, (QWEN_4B, LLAMA_3B), residency="offload"),
         Case("qwen_llama_compile", LLAMA_1B, (QWEN_4B, LLAMA_3B), compile=True),
+        Case("phi_compile", LLAMA_1B, (PHI_4_MINI,), compile=True),
+        Case("lora_7b", QWEN_7B, (LLAMA_7B,), length=4096, lora=16, checkpointing=True),
+        Case("long", LLAMA_1B, (QWEN_4B,), length=32768, checkpointing=True),
     ],
-    "cpu": [Case("toy", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128)],
+    "cpu": [
+        Case("toy", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128),
+        Case("toy_lora", TOY_STUDENT, (TOY_TEACHER,), length=128, lora=4, checkpointing=True),
+    ],
 }
 
 
-def spec_of(case: Case, rows: int, steps: int, sharding: str = "ddp") -> DistillationSpec:
+@dataclass(frozen=True)
+class Run:
+    """How a case is run."""
+
+    steps: int
+    """Measured, after two others."""
+    rows: int
+    """Of an optimizer step, over all GPUs."""
+    micro_batch: int = 1
+    mode: str = "p_kl"
+    """Of teachers with another vocabulary."""
+    sharding: str = "ddp"
+    address: str | None = None
+    """Where the teachers of all ranks meet, if they are to be sharded."""
+
+
+def spec_of(case: Case, run: Run) -> DistillationSpec:
     """The case as a spec; a teacher with the student's vocabulary size has its vocabulary."""
     teachers: list[dict[str, Any]] = [
         {"id": f"t{i}", "model": "made-up", "residency": case.residency} for i in range(len(case.teachers))
@@ -120,9 +175,12 @@ def spec_of(case: Case, rows: int, steps: int, sharding: str = "ddp") -> Distill
         if config.vocab_size != case.student.vocab_size:
             teacher["projection"] = {}
     return DistillationSpec.model_validate({
-        "name": "benchmark", "student": {"model": "made-up"}, "teachers": teachers, "loss": {"mode": "p_kl"},
+        "name": "benchmark", "student": {"model": "made-up"}, "teachers": teachers, "loss": {"mode": run.mode},
         "data": {"train": ["made-up"], "max_length": case.length}, "output": {"uri": "none"},
-        "training": {"max_steps": steps, "global_batch_size": rows, "compile": case.compile, "sharding": sharding, "report_to": []},
+        "training": {
+            "max_steps": run.steps + 2, "global_batch_size": run.rows, "micro_batch_size": run.micro_batch, "compile": case.compile,
+            "sharding": run.sharding, "activation_checkpointing": case.checkpointing, "report_to": [],
+        },
     })  # fmt: skip
 
 
@@ -180,8 +238,11 @@ def flops_per_token(case: Case) -> float:
 class Watch(TrainerCallback):
     """Per step: the teachers' own seconds, and those of the loss; from all steps: the peak of the GPU's memory."""
 
-    def __init__(self, pool: TeacherPool, device: torch.device):
+    def __init__(self, pool: TeacherPool, device: torch.device, started: float):
+        """started: when loading began (monotonic)."""
         self.pool, self.device, self.peak = pool, device, 0
+        self.started, self.ended = started, 0.0
+        """The latter: when the first step ended."""
         self.teachers: list[float] = []
         self.losses: list[float] = []
         self._spans: list[tuple[Any, Any]] = []
@@ -192,6 +253,7 @@ class Watch(TrainerCallback):
         self.teachers.append(sum(event.ended - event.started for event in self.pool.events))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        self.ended = self.ended or time.monotonic()
         self.losses.append(sum(self._length(*span) for span in self._spans))
         self._spans.clear()
 
@@ -234,16 +296,14 @@ class Watch(TrainerCallback):
                 sampler.join()
 
 
-@dataclass(frozen=True)
-class Run:
-    """How a case is run."""
-
-    steps: int
-    rows: int
-    """Of an optimizer step, over all GPUs."""
-    sharding: str
-    address: str | None
-    """Where the teachers of all ranks meet, if they are to be sharded."""
+def student_of(case: Case, spec: DistillationSpec, device: torch.device) -> PreTrainedModel:
+    """The case's student with random weights: in float32, or with adapters in bfloat16."""
+    dtype = torch.float32 if case.lora is None else torch.bfloat16
+    with device:
+        model = AutoModelForCausalLM.from_config(case.student, dtype=dtype, attn_implementation="sdpa")
+    if case.lora is not None:
+        add_adapters(model, LoraSpec(rank=case.lora), None)
+    return prepare_student(model, spec.training)
 
 
 def on_this_rank(case: Case, run: Run, work: Path, rate: float) -> dict[str, Any]:
@@ -256,7 +316,7 @@ def on_this_rank(case: Case, run: Run, work: Path, rate: float) -> dict[str, Any
 def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float) -> dict[str, Any]:
     """One case's line. `rate`: operations a second."""
     rank, ranks, rows = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), run.rows
-    spec = spec_of(case, rows, run.steps + 2, run.sharding)
+    spec, started = spec_of(case, run), time.monotonic()
     out = Path(tempfile.mkdtemp(dir=work))
     args = training_arguments(spec, out, rows=1)
     teachers = []
@@ -268,26 +328,22 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
             compile=case.compile, shards=run.address and Shards(f"{run.address}{i}", rank, ranks),
         )  # fmt: skip
         w = made_up_projection(case.student.vocab_size, config.vocab_size, device) if teacher.cross_tokenizer else None
-        teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode="p_kl" if w else None, projection=w))
-    with device:
-        model = prepare_student(
-            AutoModelForCausalLM.from_config(case.student, dtype=torch.float32, attn_implementation="sdpa"), spec.training
-        )
-    student = Student(Loaded(model, None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
+        teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode=run.mode if w else None, projection=w))
+    student = Student(Loaded(student_of(case, spec, device), None, None, case.student.vocab_size), spec.loss, {})  # type: ignore[arg-type]  # it saves nothing
     columns = [f"teacher_{teacher.id}" if teacher.cross_tokenizer else None for teacher in spec.teachers]
     pads = dict.fromkeys(["student", *(c for c in columns if c)], 0)
     with (
         TeacherPool([teacher.setup for teacher in teachers]) as pool,
         RunLog(out / "log.jsonl", args.max_steps, None) as log,
     ):  # each rank its own
-        watch = Watch(pool, device)
+        watch = Watch(pool, device, started)
         data = TrainingData(Collator(columns, pads), made_up_rows(case, spec, 64))
         record = RunRecord(out, log=log)
         trainer = DistillationTrainer(student, args, data, Teaching(tuple(teachers), pool), record, [watch])
         with watch.watching():
             trainer.train()
         resident = [teacher.resident for teacher in pool.teachers]
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][2:]
+    first, _, *lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def mean(key: str) -> float:
         return statistics.fmean(line[key] for line in lines)
@@ -299,7 +355,7 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
         "hand_over": mean("seconds_teachers") - teachers, "student": step - mean("seconds_teachers") - mean("seconds_data"), "loss": loss,
     }  # fmt: skip
     return {
-        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "gpus": ranks, "sharding": run.sharding if ranks > 1 else None, "sharded_teachers": bool(run.address), "rows": rows, "length": case.length,
+        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "gpus": ranks, "sharding": run.sharding if ranks > 1 else None, "sharded_teachers": bool(run.address), "rows": rows, "length": case.length, "micro_batch": run.micro_batch, "mode": run.mode, "first_step": round(first["seconds_step"], 1), "to_first_step": round(watch.ended - started, 1),
         "seconds": {name: round(value, 4) for name, value in seconds.items()}, "hand_over_share": round(seconds["hand_over"] / step, 4),
         "peak_gib": round(watch.peak / GIB, 1), "resident": resident, "floor_share": round(floor / step, 3), "last_loss": lines[-1]["loss"],
     }  # fmt: skip
@@ -312,6 +368,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="names; default: all")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after two others")
     parser.add_argument("--rows", type=int, default=32, help="rows of an optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows of one forward of the student")
+    parser.add_argument("--mode", default="p_kl", help="loss of teachers with another vocabulary")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--sharding", choices=["ddp", "fsdp"], default="ddp", help="of the student, on several GPUs")
     parser.add_argument("--shard-teachers", action="store_true", help="spread each teacher's weights over the GPUs")
@@ -331,7 +389,8 @@ def main() -> None:
                 continue
             for config in case.teachers:
                 save_random(config, model_folder(work, config), device)
-            run = Run(options.steps, options.rows, options.sharding, "tcp://localhost:2950" if options.shard_teachers else None)
+            address = "tcp://localhost:2950" if options.shard_teachers else None
+            run = Run(options.steps, options.rows, options.micro_batch, options.mode, options.sharding, address)
             if options.gpus > 1:
                 results.append(on_every_gpu(options.gpus, on_this_rank, (case, run, work, rate)))
             else:

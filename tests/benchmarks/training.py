@@ -127,6 +127,8 @@ class Case:
     length: int = 2048
     residency: str = "auto"
     compile: bool = False
+    fp8: bool = False
+    """Whether teachers' products are formed in 8 bits."""
     lora: int | None = None
     """Rank of adapters that are trained in place of all weights."""
     checkpointing: bool = False
@@ -137,6 +139,7 @@ CASES = {
         Case("qwen_llama", LLAMA_1B, (QWEN_4B, LLAMA_3B)),
         Case("phi_llama", LLAMA_1B, (PHI_4_MINI, LLAMA_3B)),
         Case("phi_llama_compile", LLAMA_1B, (PHI_4_MINI, LLAMA_3B), compile=True),
+        Case("phi_llama_fp8", LLAMA_1B, (PHI_4_MINI, LLAMA_3B), compile=True, fp8=True),
         Case("qwen_llama_offload", LLAMA_1B, (QWEN_4B, LLAMA_3B), residency="offload"),
         Case("qwen_llama_compile", LLAMA_1B, (QWEN_4B, LLAMA_3B), compile=True),
         Case("phi_compile", LLAMA_1B, (PHI_4_MINI,), compile=True),
@@ -145,6 +148,7 @@ CASES = {
     ],
     "cpu": [
         Case("toy", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128),
+        Case("toy_fp8", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128, fp8=True),
         Case("toy_lora", TOY_STUDENT, (TOY_TEACHER,), length=128, lora=4, checkpointing=True),
     ],
 }
@@ -325,7 +329,7 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
         setup = TeacherSetup(
             name=f"teachers.{i}", model=model, num_ids=config.vocab_size, min_rows=config.vocab_size, transport="hidden", top_k=None,
             residency=case.residency, dtype=torch.bfloat16, attention="sdpa", device=device, threads=torch.get_num_threads(),
-            compile=case.compile, shards=run.address and Shards(f"{run.address}{i}", rank, ranks),
+            compile=case.compile, fp8=case.fp8, shards=run.address and Shards(f"{run.address}{i}", rank, ranks),
         )  # fmt: skip
         w = made_up_projection(case.student.vocab_size, config.vocab_size, device) if teacher.cross_tokenizer else None
         teachers.append(ReadyTeacher(teacher.id, setup, fingerprint="", mode=run.mode if w else None, projection=w))

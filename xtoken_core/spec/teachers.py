@@ -69,6 +69,9 @@ class TeacherSpec(Section):
     residency: Literal["auto", "resident", "offload"] = Field(
         "auto", description="whether its weights stay on the GPU between steps"
     )
+    precision: Literal["auto", "bf16", "fp8"] = Field(
+        "auto", description="of its weights and products; auto: as training.precision; fp8: the layers' products in 8 bits"
+    )
     domains: Strings | None = Field(
         None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]
     )
@@ -93,5 +96,7 @@ class TeacherSpec(Section):
             yield "scores: serve a teacher with the student's vocabulary only, and this one has a projection"
         if self.scores is not None and self.transport != "hidden":
             yield f"scores: no process hands anything over, so that transport: {self.transport} means nothing"
+        if self.scores is not None and self.precision != "auto":
+            yield f"scores: no process runs in the training, so that precision: {self.precision} means nothing"
         if self.mode is not None and not self.cross_tokenizer:
             yield "mode: only means something for a teacher with a projection"

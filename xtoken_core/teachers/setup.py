@@ -47,6 +47,8 @@ class TeacherSetup:
     attention: str
     device: torch.device
     threads: int
+    fp8: bool = False
+    """Whether the products of its layers are formed in 8 bits."""
     compile: bool = False
     """Whether torch.compile makes its layers faster."""
     packed: bool = False

@@ -25,6 +25,7 @@ from xtoken_core.layers import decoder_layers
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.teachers.fp8 import to_fp8
 from xtoken_core.teachers.setup import Inputs, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape, remove_traces
 from xtoken_core.teachers.weights import Weights, shard
@@ -44,6 +45,8 @@ class TeacherServer:
         self.setup, self._alive = setup, alive
         self.model = load_model(setup.model, setup.dtype, setup.attention, setup.packed).requires_grad_(False)
         self.rows = vocabulary_rows(self.model, setup.num_ids, setup.min_rows, setup.model)
+        if setup.fp8:
+            to_fp8(self.model, setup.device, setup.model)
         self.outbox = Outbox(setup.device)
         shared = self._share_head() if setup.transport == "hidden" or setup.shards is not None else []
         if setup.shards is not None:

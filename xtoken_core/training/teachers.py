@@ -138,7 +138,12 @@ def _setup(
     spec: DistillationSpec, name: str, teacher: TeacherSpec, num_ids: int, min_rows: int, device: torch.device
 ) -> TeacherSetup:
     scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
-    dtype = compute_dtype(spec.training.precision)
+    dtype = compute_dtype(spec.training.precision) if teacher.precision == "auto" else torch.bfloat16
+    shards = _shards(teacher.model, dtype, device)
+    if shards is not None and teacher.precision == "fp8":
+        raise InputError(
+            f"{name}: precision: fp8: it does not fit one GPU, and one that is spread over several runs in bf16 only"
+        )
     return TeacherSetup(
         name=name,
         model=teacher.model,
@@ -148,13 +153,14 @@ def _setup(
         top_k=teacher.top_k,
         residency=teacher.residency,
         dtype=dtype,
+        fp8=teacher.precision == "fp8",
         attention=spec.training.attention,
         device=device,
         threads=torch.get_num_threads(),
         compile=spec.training.compile and device.type == "cuda",
         packed=spec.data.packing,
         timeout=spec.training.timeout,
-        shards=_shards(teacher.model, dtype, device),
+        shards=shards,
         scores=training_loss(spec, baseline=False) if scored else None,
     )
 

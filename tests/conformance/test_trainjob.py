@@ -189,6 +189,24 @@ def test_the_job_is_one_of_the_published_crd():
         check_resource(job, "trainjobs")
 
 
+def test_the_mlflow_run_of_the_launcher_is_that_of_the_hosts(run, monkeypatch):
+    """Its id and its server; credentials come from secrets, which the spec names, and never lie in a job."""
+    folder, spec = run
+    given = {"MLFLOW_RUN_ID": "r1", "MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_TRACKING_TOKEN": "t0ken"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    monkeypatch.setattr(trainjob, "run_job", made.append)
+    secrets = ({"secret": "mlflow", "key": "uri", "env": "MLFLOW_TRACKING_URI"},)
+    trainjob.launch(
+        spec.to_json(), resources(folder, secrets=secrets), [str(folder / "rows")], str(folder / "x"), {}, None, False, ""
+    )
+    check_resource(made[0], "trainjobs")
+    env = {entry["name"]: entry.get("value") for entry in made[0]["spec"]["trainer"]["env"]}
+    assert env["MLFLOW_RUN_ID"] == "r1" and env["MLFLOW_TRACKING_URI"] is None and "t0ken" not in json.dumps(made[0])
+    assert len(env) == len(made[0]["spec"]["trainer"]["env"])
+
+
 @pytest.mark.parametrize(
     ("name", "processes", "message"),
     [

@@ -107,6 +107,23 @@ def test_mlflow_in_a_database_of_the_run(tracked):
     assert len(client.get_metric_history(run.info.run_id, "eval_validation_bits_per_byte")) == 2
 
 
+def test_the_mlflow_run_that_kubeflow_pipelines_has_made_is_used(values, tmp_path):
+    """As its driver makes it: one a step, under one of the pipeline, its id in the environment; `report_to` does not name MLflow."""
+    folder, spec = values
+    client = mlflow.tracking.MlflowClient(uri := f"sqlite:///{tmp_path}/server.db")
+    experiment = client.create_experiment("KFP-Default")
+    made = client.create_run(experiment, tags={"mlflow.parentRunId": "of-the-pipeline"}, run_name="distill")
+    given = {"MLFLOW_RUN_ID": made.info.run_id, "MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_ID": experiment}
+    out = tmp_path / "out"
+    code, printed = train(changed(spec, training={"report_to": []}), folder, out, tmp_path, **given)
+    assert code == 0, printed
+    [run] = client.search_runs([experiment])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (made.info.run_id, "distill", "FINISHED")
+    assert run.data.tags["mlflow.parentRunId"] == "of-the-pipeline" and "spec" in run.data.tags
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == expected(out)["loss"]
+    assert not (out / "mlflow.db").exists()
+
+
 def test_tensorboard(tracked):
     events = EventAccumulator(str(tracked / "tensorboard")).Reload()
     for name, series in expected(tracked).items():

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 """What to install for each tracker of `training.report_to`."""
 
+PIPELINES_RUN = "MLFLOW_RUN_ID"
+"""Environment variable: the MLflow run that Kubeflow Pipelines (2.17, with its MLflow plugin) has made for this step."""
+
+PIPELINES_MLFLOW = (PIPELINES_RUN, "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH")
+"""What it tells of that run. Its credentials, where it has some, are variables of their own."""
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises InputError for a tracker whose package is not installed."""
@@ -37,11 +43,17 @@ def trackers(spec: DistillationSpec, out_dir: Path, baseline: bool) -> Iterator[
     """Begins a run in every tracker of `training.report_to`, and ends it, as failed after an error; yields their callbacks.
 
     A run is named by student and teachers, and carries the spec. TensorBoard's files and W&B's lie in `out_dir`, and so does
-    MLflow's database unless the environment names a server; nothing is left in the working directory. Inside a TrainJob whose
+    MLflow's database unless the environment names a server; nothing is left in the working directory. Where Kubeflow Pipelines has
+    made an MLflow run for this step, that run is used, whether or not `report_to` names MLflow. Inside a TrainJob whose
     Trainer asks for progress, the job's status is told it as well. Raises InputError.
     """
     names = spec.training.report_to
     check_trackers(names)
+    if PIPELINES_RUN in os.environ and "mlflow" not in names:
+        if importlib.util.find_spec("mlflow") is None:
+            print("MLflow: not installed, so that the run that Kubeflow Pipelines has made gets no figures of steps", flush=True)
+        else:
+            names = (*names, "mlflow")
     begin = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     with contextlib.ExitStack() as stack:
         yield [*(begin[name](stack, spec, out_dir, _title(spec, baseline)) for name in names), *_progress()]
@@ -92,8 +104,11 @@ def _mlflow(stack: contextlib.ExitStack, spec: DistillationSpec, out_dir: Path, 
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{(out_dir / 'mlflow.db').absolute()}")
         stack.callback(mlflow.set_tracking_uri, None)  # type: ignore[arg-type]  # as it was
+    name = (
+        None if PIPELINES_RUN in os.environ else title
+    )  # a run that is there keeps its name: MLflow takes it from the environment
     try:
-        stack.enter_context(mlflow.start_run(run_name=title, tags={"spec": json.dumps(_config(spec))}))
+        stack.enter_context(mlflow.start_run(run_name=name, tags={"spec": json.dumps(_config(spec))}))
     except (mlflow.exceptions.MlflowException, ImportError) as e:
         raise InputError(f"training.report_to: mlflow: {_one_line(e)}") from e
     return MLflowCallback()

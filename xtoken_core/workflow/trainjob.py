@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from xtoken_core.errors import InputError, RunError
 from xtoken_core.identity import identity
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
+from xtoken_core.training.trackers import PIPELINES_MLFLOW
 from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
 
 PLURAL = "trainjobs"
@@ -54,7 +56,8 @@ def launch(
             )
     command = worker_command(rows, normalize(run_uri), modes, projections, baseline, checkpoints)
     key = identity(json.loads(spec), json.loads(resources), command, length=12)
-    run_job(manifest(f"xtoken-distill-{key}", spec, given, command))
+    mlflow = {name: os.environ[name] for name in PIPELINES_MLFLOW if name in os.environ}
+    run_job(manifest(f"xtoken-distill-{key}", spec, given, command, mlflow))
 
 
 def run_job(job: Mapping[str, Any]) -> None:

@@ -25,8 +25,13 @@ def worker_command(
     return ["sh", "-c", script, "distill", *options]
 
 
-def manifest(name: str, spec: str, resources: ResourcesSpec, command: Sequence[str]) -> dict[str, Any]:
-    """The TrainJob: image, hosts and accelerators, and what the pods need beyond the runtime's template."""
+def manifest(
+    name: str, spec: str, resources: ResourcesSpec, command: Sequence[str], env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The TrainJob: image, hosts and accelerators, and what the pods need beyond the runtime's template.
+
+    `env`: variables that the pods get beside those of `resources`, which win.
+    """
     amounts = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpus_per_node:
         amounts[resources.gpu_type] = str(resources.gpus_per_node)
@@ -49,7 +54,7 @@ def manifest(name: str, spec: str, resources: ResourcesSpec, command: Sequence[s
                 "numNodes": resources.nodes,
                 "numProcPerNode": max(resources.gpus_per_node, 1),
                 "resourcesPerNode": {"requests": amounts, "limits": amounts},
-                "env": _environment(spec, resources),
+                "env": _environment(spec, resources, env or {}),
             },
             "runtimePatches": [
                 {
@@ -66,8 +71,9 @@ def _about(labels: Mapping[str, str], annotations: Mapping[str, str]) -> dict[st
     return {name: values for name, values in given.items() if values}
 
 
-def _environment(spec: str, resources: ResourcesSpec) -> list[dict[str, Any]]:
-    given = [{"name": name, "value": value} for name, value in ({"XTOKEN_SPEC": spec} | resources.env).items()]
+def _environment(spec: str, resources: ResourcesSpec, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    plain = {name: value for name, value in env.items() if name not in {secret.env for secret in resources.secrets}}
+    given = [{"name": name, "value": value} for name, value in ({"XTOKEN_SPEC": spec} | plain | resources.env).items()]
     secrets = [{"name": s.env, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}} for s in resources.secrets]
     return [*given, *secrets]
 

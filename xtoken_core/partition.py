@@ -8,6 +8,7 @@ side they are summed over.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,13 @@ class Partition:
         if student is None or teacher is None:
             return None
         return cls(student.long(), teacher.long(), int(max(student.max(), teacher.max())) + 1)
+
+    def digest(self) -> str:
+        """Of the cells of both vocabularies."""
+        content = hashlib.sha256(str(self.num_cells).encode())
+        for side in (self.student, self.teacher):
+            content.update(side.cpu().numpy().astype("<i4").tobytes())
+        return content.hexdigest()[:16]
 
     def to(self, device: torch.device | str) -> Partition:
         """The same cells on another device."""

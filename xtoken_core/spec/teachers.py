@@ -36,7 +36,9 @@ class ProjectionSpec(Section):
 class ScoresSpec(Section):
     """What a teacher says of the rows, computed once by the score step: no teacher runs in the training."""
 
-    top_k: Annotated[int, Field(gt=0, le=2**20)] = Field(64, description="likeliest next tokens stored per token")
+    top_k: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        64, description="likeliest next tokens stored per token, or with a projection likeliest cells of the two vocabularies"
+    )
     uri: Uri | None = Field(
         None, description="scores of another run, made of the same rows", examples=["s3://bucket/run/scores/llama3b"]
     )
@@ -76,7 +78,9 @@ class TeacherSpec(Section):
         None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]
     )
     scores: ScoresSpec | None = Field(
-        None, description="{}: run the teacher once over the rows, before training; same-vocabulary teachers only", examples=[{}]
+        None,
+        description="{}: run the teacher once over the rows, before training; with a projection for partition_kl only",
+        examples=[{}],
     )
 
     @property
@@ -92,8 +96,8 @@ class TeacherSpec(Section):
             yield "transport: topk needs a teacher with the student's vocabulary, and this one has a projection"
         if (self.transport == "topk") != (self.top_k is not None):
             yield "top_k: goes with transport: topk, each needs the other"
-        if self.scores is not None and self.cross_tokenizer:
-            yield "scores: serve a teacher with the student's vocabulary only, and this one has a projection"
+        if self.scores is not None and self.projection is not None and self.projection.learnable:
+            yield "scores: projection.learnable needs the running teacher"
         if self.scores is not None and self.transport != "hidden":
             yield f"scores: no process hands anything over, so that transport: {self.transport} means nothing"
         if self.scores is not None and self.precision != "auto":

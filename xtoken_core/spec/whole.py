@@ -99,6 +99,8 @@ class DistillationSpec(Section):
             yield "domains: serve aggregation: sum with fixed weights only"
         if teacher.scores is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
             yield "scores: serve aggregation: sum with fixed weights only"
+        if teacher.scores is not None and teacher.cross_tokenizer and mode not in ("partition_kl", "auto"):
+            yield f"scores: {mode} needs the running teacher; with a projection they serve partition_kl only"
         if teacher.scores is not None and self.resources.nodes > 1:
             yield "scores: train on one host only, and resources.nodes is more"
         if teacher.scores is not None and teacher.scores.uri is not None and self.data.shards > 1:

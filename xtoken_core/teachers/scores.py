@@ -1,13 +1,22 @@
 """Scores: what a teacher said of prepared rows, stored once and read in place of the teacher.
 
-A folder holds `part-00000.safetensors`, ... of consecutive rows. Of each of a part's N tokens, all rows one after another:
+A folder holds `part-00000.safetensors`, ... of consecutive rows. Of each of a part's N tokens, all rows one after another, all masses as logs:
 
-    values          float16 or float32 [N, k]  log-probabilities of the teacher's k likeliest next tokens, at temperature 1
-    indices         int32 [N, k]               their ids
+    values          float16 or float32 [N, k]  masses of the teacher's k likeliest classes, at temperature 1
+    indices         int32 [N, k]               these classes
+    realised        float32 [N]                log-probability of the row's own next token; meaningless where there is none
+    starts          int64 [rows + 1]           where each row begins
+
+A teacher of the student's vocabulary has its tokens as classes, and besides
+
     log_sum         float32 [N]                log of the summed exponentials of all logits; values + log_sum are logits
     log_normaliser  float32 [N]                the same of the logits divided by the temperature of the loss
-    realised        float32 [N]                log-probability of the row's own next token; 0 where there is none
-    starts          int64 [rows + 1]           where each row begins
+
+Any other teacher has the cells of the two vocabularies as classes (`losses.cell_scores`), and besides
+
+    own             float32 [N]                mass of the first listed cell, that of the next token, which `values` has rounded
+    rest            float32 [N]                mass of the cells that are not listed, each to the power 1/temperature
+    total           float32 [N]                mass of all cells
 
 Headers hold the settings (`ScoreSettings`); parts of other settings are made anew.
 """
@@ -23,16 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xtoken_core.errors import InputError
+from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.logits import TopKLogits
 
-FORMAT = "xtoken-scores-1"
-TENSORS = ("values", "indices", "log_sum", "log_normaliser", "realised", "starts")
+FORMAT = "xtoken-scores-2"
+_ALWAYS = ("values", "indices", "realised")
+_OF_TOKENS = (*_ALWAYS, "log_sum", "log_normaliser")
+_OF_CELLS = (*_ALWAYS, "own", "rest", "total")
 
 
 @dataclass(frozen=True)
@@ -45,19 +57,27 @@ class ScoreSettings:
     """`rows_digest` of the prepared rows."""
     top_k: int
     vocab_size: int
-    """Columns of the logits: ids that the student and every teacher of its vocabulary have a row for."""
+    """Columns of the logits: ids of the tokenizer; of the student's vocabulary those that all its models have a row for."""
     temperature: float
     dtype: str
     """In which the teacher ran."""
+    cells: str = ""
+    """`Partition.digest` of the classes; empty: they are tokens."""
+    num_cells: int = 0
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of what a part holds beside `starts`."""
+        return _OF_CELLS if self.cells else _OF_TOKENS
 
 
-def rows_digest(rows: Any) -> str:
-    """Of the student's tokens in prepared rows, which is what a teacher of its vocabulary reads."""
+def rows_digest(rows: Any, column: str) -> str:
+    """Of the tokens that a teacher reads of prepared rows; column: `student_ids`, or its own."""
     digest = hashlib.sha256()
-    for batch in rows.select_columns(["student_ids"]).with_format("arrow").iter(1000):
-        column = batch.column(0).combine_chunks()
-        digest.update(np.diff(column.offsets.to_numpy()).astype("<i4").tobytes())
-        digest.update(column.flatten().to_numpy().astype("<i4").tobytes())
+    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
+        ids = batch.column(0).combine_chunks()
+        digest.update(np.diff(ids.offsets.to_numpy()).astype("<i4").tobytes())
+        digest.update(ids.flatten().to_numpy().astype("<i4").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -77,7 +97,7 @@ def is_part(path: Path, settings: ScoreSettings) -> bool:
     """Whether a whole part of the settings lies there."""
     try:
         with safe_open(path, "pt") as file:
-            return _settings(file.metadata(), path) == settings and set(TENSORS) <= set(file.keys())
+            return _settings(file.metadata(), path) == settings and {*settings.tensors, "starts"} <= set(file.keys())
     except (OSError, SafetensorError, InputError):
         return False
 
@@ -112,15 +132,14 @@ class Scores:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # a worker of the data loader maps the files itself
 
-    def row(self, index: int) -> tuple[Tensor, Tensor]:
-        """(logits [T, k] float32, ids [T, k] int32) of one row."""
+    def row(self, index: int) -> dict[str, Tensor]:
+        """What is stored of one row of T tokens, by name, [T, ...]."""
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         if part not in self._open:
             self._open[part] = safe_open(self.parts[part], "pt").__enter__()
         file, starts, place = self._open[part], self._starts[part], index - int(self._first[part])
         first, last = int(starts[place]), int(starts[place + 1])
-        values, indices, log_sum = (file.get_slice(name)[first:last] for name in ("values", "indices", "log_sum"))
-        return values.float() + log_sum[:, None], indices
+        return {name: file.get_slice(name)[first:last] for name in self.settings.tensors}
 
 
 class ScoredTeacher:
@@ -131,15 +150,21 @@ class ScoredTeacher:
         self.shards = tuple(shards)
         self.settings = self.shards[0].settings
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> TopKLogits:
-        """The logits of rows that know their `shard` and `row`, padded on the right."""
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> TopKLogits | CellScores:
+        """What stands for the logits of rows that know their `shard` and `row`, padded on the right."""
         found = [self.shards[int(row["shard"])].row(int(row["row"])) for row in rows]
-        k, width = self.settings.top_k, max(len(values) for values, _ in found)
-        values = torch.zeros(len(rows), width, k)
-        indices = torch.arange(k, dtype=torch.int32).expand(len(rows), width, k).clone()
-        for b, (row_values, row_indices) in enumerate(found):
-            values[b, : len(row_values)], indices[b, : len(row_values)] = row_values, row_indices
-        return TopKLogits(values, indices, self.settings.vocab_size)
+        of = {name: pad_sequence([row[name] for row in found], batch_first=True) for name in found[0]}
+        values = of["values"].float()
+        if not self.settings.cells:
+            return TopKLogits(values + of["log_sum"][..., None], of["indices"], self.settings.vocab_size)
+        values[..., 0] = of["own"]
+        rest, total, realised, sizes = (
+            of["rest"],
+            of["total"],
+            of["realised"],
+            (self.settings.num_cells, self.settings.vocab_size),
+        )
+        return CellScores(values, of["indices"], rest, total, realised, *sizes)
 
 
 def _settings(header: dict[str, str] | None, path: Path) -> ScoreSettings:

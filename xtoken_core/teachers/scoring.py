@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from xtoken_core.losses.cell_scores import CellCut
 from xtoken_core.losses.logits import HiddenLogits
+from xtoken_core.losses.selection import next_token_ids
 from xtoken_core.models import final_hidden, head_logits
 from xtoken_core.teachers.scores import ScoreSettings, is_part, part_file, write_part
 
@@ -25,11 +29,15 @@ _LOGITS = 2**26
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def score_rows(model: Any, rows: Any, folder: Path, settings: ScoreSettings) -> int:
-    """Writes what a model says of prepared rows to parts in `folder`; parts that are there already are left. The tokens scored.
+Cut = Callable[[HiddenLogits, Tensor], dict[str, Tensor]]
+"""From logits [R, L, V] and the tokens [R, L] of the same rows to what is stored of them, [R, L, ...] by name."""
 
-    rows: map-style, with `student_ids`, in the order of the file. The model stays where it is.
+
+@torch.no_grad()
+def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: ScoreSettings, cut: Cut) -> int:
+    """Writes what a model says of rows of its tokens to parts in `folder`; parts that are there already are left. The tokens scored.
+
+    rows: in their order, int64 [T] each; read when they are scored. The model stays where it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scored = 0
@@ -38,8 +46,7 @@ def score_rows(model: Any, rows: Any, folder: Path, settings: ScoreSettings) -> 
         if is_part(path, settings):
             continue
         started = time.monotonic()
-        ids = [torch.as_tensor(rows[i]["student_ids"]).long() for i in range(first, min(first + PART_ROWS, len(rows)))]
-        tensors = _score_part(model, ids, settings)
+        tensors = _score_part(model, [rows[i] for i in range(first, min(first + PART_ROWS, len(rows)))], settings, cut)
         write_part(path, tensors, settings)
         tokens = len(tensors["realised"])
         scored += tokens
@@ -47,41 +54,47 @@ def score_rows(model: Any, rows: Any, folder: Path, settings: ScoreSettings) -> 
     return scored
 
 
-def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings) -> dict[str, Tensor]:
+def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut) -> dict[str, Tensor]:
     """The tensors of one part; rows run by length, so that little is padded."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, dict[str, Tensor]] = {}
     while order:
         size = max(1, _FORWARD_TOKENS // len(ids[order[-1]]))
         batch, order = order[-size:], order[:-size]
-        width = len(ids[batch[-1]])
-        padded = torch.stack([torch.nn.functional.pad(ids[i], (0, width - len(ids[i]))) for i in batch]).to(model.device)
-        hidden = final_hidden(model, padded)
+        padded = pad_sequence([ids[i] for i in batch], batch_first=True).to(model.device)
+        scores = cut(head_logits(model, final_hidden(model, padded), settings.vocab_size), padded)
+        scores["values"] = scores["values"] if settings.dtype == "float32" else scores["values"].half()
+        scores = {name: tensor.cpu() for name, tensor in scores.items()}
         for n, i in enumerate(batch):
-            found[i] = _score_row(head_logits(model, hidden[n : n + 1, : len(ids[i])], settings.vocab_size), ids[i], settings)
-    tensors = {name: torch.cat([found[i][name] for i in range(len(ids))]) for name in found[0]}
+            found[i] = {name: tensor[n, : len(ids[i])] for name, tensor in scores.items()}
+    tensors = {name: torch.cat([found[i][name] for i in range(len(ids))]) for name in settings.tensors}
     return tensors | {"starts": torch.tensor([0, *map(len, ids)]).cumsum(0)}
 
 
-def _score_row(logits: HiddenLogits, ids: Tensor, settings: ScoreSettings) -> dict[str, Tensor]:
-    """The scores of one row of T tokens, on the CPU."""
-    step = max(1, _LOGITS // settings.vocab_size)
-    parts = []
-    for first in range(0, len(ids), step):
-        z = replace(logits, hidden=logits.hidden[:, first : first + step]).dense()[0].float()
-        following = torch.nn.functional.pad(ids[first + 1 : first + 1 + len(z)], (0, 1))[: len(z)].to(z.device)
-        top, log_sum = z.topk(settings.top_k), z.logsumexp(-1)
-        realised = z.gather(1, following[:, None])[:, 0] - log_sum
-        values = top.values - log_sum[:, None]
-        parts.append(
-            {
-                "values": values if settings.dtype == "float32" else values.half(),
-                "indices": top.indices.int(),
-                "log_sum": log_sum,
-                "log_normaliser": (z / settings.temperature).logsumexp(-1),
-                "realised": realised,
-            }
-        )
-    row = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    row["realised"][-1] = 0.0
-    return row
+def likeliest_tokens(k: int, temperature: float) -> Cut:
+    """The cut of a teacher that has the student's vocabulary."""
+
+    def cut(logits: HiddenLogits, ids: Tensor) -> dict[str, Tensor]:
+        step = max(1, _LOGITS // logits.shape[2])
+        hidden, following = logits.hidden.flatten(0, 1), next_token_ids(ids).flatten()
+        parts = []
+        for first in range(0, len(hidden), step):
+            z = replace(logits, hidden=hidden[None, first : first + step]).dense()[0].float()
+            top, log_sum = z.topk(k), z.logsumexp(-1)
+            realised = z.gather(1, following[first : first + step, None])[:, 0] - log_sum
+            parts.append((top.values - log_sum[:, None], top.indices.int(), realised, log_sum, (z / temperature).logsumexp(-1)))
+        names = ("values", "indices", "realised", "log_sum", "log_normaliser")
+        return {name: torch.cat(column).unflatten(0, ids.shape) for name, column in zip(names, zip(*parts))}
+
+    return cut
+
+
+def likeliest_cells(cut_to: CellCut) -> Cut:
+    """The cut of any other teacher."""
+
+    def cut(logits: HiddenLogits, ids: Tensor) -> dict[str, Tensor]:
+        scores = cut_to(logits, ids)
+        told = {"values": scores.values, "indices": scores.indices, "own": scores.values[..., 0]}
+        return told | {"rest": scores.rest, "total": scores.total, "realised": scores.realised}
+
+    return cut

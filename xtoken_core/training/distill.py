@@ -49,7 +49,7 @@ from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
-from xtoken_core.training.scored import scored_teachers
+from xtoken_core.training.scored import check_classes, scored_teachers
 from xtoken_core.training.settings import rank_timeout, training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
@@ -112,7 +112,8 @@ def _train(
 ) -> TrainingSummary:
     started, first_rank = time.monotonic(), _is_first_rank()
     transformers_logging.disable_progress_bar()
-    data = _data(spec, inputs, () if baseline else scored_teachers(spec, inputs))
+    scored = () if baseline else scored_teachers(spec, inputs)
+    data = _data(spec, inputs, scored)
     args = training_arguments(spec, out_dir, len(data.train))
     watch = Watch(args.process_index, args.world_size, spec.training.timeout)
     watch.start()
@@ -126,6 +127,7 @@ def _train(
 
     loaded = _load_student(spec, checkpoint, alone=baseline)
     teachers = () if baseline else ready_teachers(spec, inputs, loaded, args.device)
+    check_classes(spec, teachers, scored)
     learnable = {teacher.id: teacher.learnable for teacher in teachers if teacher.learnable is not None}
     if checkpoint is not None and learnable:
         for teacher_id, weights in load_file(checkpoint / LEARNABLE_FILE).items():

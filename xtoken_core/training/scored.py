@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from xtoken_core.configs import head_rows
 from xtoken_core.data.reading import load_rows
+from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.scores import ScoredTeacher, Scores, rows_digest
 from xtoken_core.tokenization import TokenTable
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.training.teachers import ReadyTeacher
 
 
 def shared_rows(spec: DistillationSpec, student: TokenTable) -> int:
     """Ids that the student and every teacher of its vocabulary have a row of the lm_head for. Raises InputError."""
     heads = [head_rows(ref) for ref in (spec.student.model, *(t.model for t in spec.teachers if not t.cross_tokenizer))]
     return min(len(student), *heads)
+
+
+def scored_column(teacher: TeacherSpec) -> str:
+    """The column of prepared rows that holds the tokens of a teacher."""
+    return f"{teacher_column(teacher.id)}_ids" if teacher.cross_tokenizer else "student_ids"
+
+
+def check_classes(spec: DistillationSpec, teachers: Sequence[ReadyTeacher], scored: Sequence[ScoredTeacher | None]) -> None:
+    """Raises InputError for scores of other classes than a teacher's loss compares, or made for another temperature."""
+    for index, (teacher, read) in enumerate(zip(teachers, scored, strict=True)):
+        name, cells = f"teachers.{index} ({teacher.id}): scores", teacher.projection and teacher.projection.cells
+        if read is None:
+            continue
+        if teacher.mode not in (None, "partition_kl"):
+            raise InputError(f"{name}: mode: {teacher.mode} needs the running teacher; scores serve partition_kl")
+        if read.settings.cells != (cells.digest() if cells else ""):
+            raise InputError(f"{name}: made for another vocabulary of the student or the teacher")
+        if cells and read.settings.temperature != spec.loss.temperature:
+            asked, told = spec.loss.temperature, read.settings.temperature
+            raise InputError(f"{name}: made for loss.temperature {told:g}, and this run's is {asked:g}")
 
 
 def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[ScoredTeacher | None, ...]:
@@ -34,7 +58,8 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
         if len(places) != len(inputs.rows):
             raise InputError(f"{name}: {len(places)} were given for {len(inputs.rows)} shards of rows")
         scored = ScoredTeacher([Scores(local_copy(str(place))) for place in places])
-        if scored.settings.rows != rows_digest(load_rows(local_copy(str(inputs.rows[0])) / "train")):
+        train = load_rows(local_copy(str(inputs.rows[0])) / "train")
+        if scored.settings.rows != rows_digest(train, scored_column(teacher)):
             raise InputError(f"{name}: {places[0]}: made of other rows than these")
         found.append(scored)
     return tuple(found)

@@ -113,7 +113,7 @@ def _ready(
     mode = _mode(spec, name, teacher, inputs.modes)
     return ReadyTeacher(
         id=teacher.id,
-        setup=_setup(spec, name, teacher, len(table), table.min_rows, device),
+        setup=None if teacher.scores is not None else _setup(spec, name, teacher, len(table), table.min_rows, device),
         fingerprint=table.fingerprint,
         weight=weight,
         mode=mode,

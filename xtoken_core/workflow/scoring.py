@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from xtoken_core.data.reading import load_rows
 from xtoken_core.errors import InputError
+from xtoken_core.losses import CellCut
 from xtoken_core.models import load_model, vocabulary_rows
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.partition import Partition, build_partition
+from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.teachers.scores import ScoreSettings, rows_digest
-from xtoken_core.teachers.scoring import score_rows
+from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
-from xtoken_core.training.scored import shared_rows
+from xtoken_core.training.scored import scored_column, shared_rows
 from xtoken_core.training.settings import compute_dtype
 from xtoken_core.workflow.versions import model_version
 
@@ -27,18 +33,49 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     if teacher is None or teacher.scores is None:
         known = [t.id for t in spec.teachers if t.scores is not None]
         raise InputError(f"teacher: {teacher_id}: one of {', '.join(known) or 'none'} has scores in the spec")
-    table = TokenTable.from_tokenizer(load_tokenizer(spec.student.model, spec.student.tokenizer))
-    ids, train, dtype = shared_rows(spec, table), load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
+    student, column = _table(spec.student), scored_column(teacher)
+    train, dtype = load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
+    table = _table(teacher) if teacher.cross_tokenizer else student
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
-        rows=rows_digest(train),
-        top_k=min(teacher.scores.top_k, ids),
-        vocab_size=ids,
+        rows=rows_digest(train, column),
+        top_k=0,
+        vocab_size=len(table) if teacher.cross_tokenizer else shared_rows(spec, student),
         temperature=spec.loss.temperature,
         dtype=str(dtype).removeprefix("torch."),
     )
     model = load_model(teacher.model, dtype, spec.training.attention)
-    vocabulary_rows(model, ids, table.min_rows, teacher.model)
+    vocabulary_rows(model, settings.vocab_size, table.min_rows, teacher.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    return score_rows(model, train, Path(folder), settings)
+    settings, cut = _classes(
+        settings, teacher.scores.top_k, build_partition(student, table).to(device) if teacher.cross_tokenizer else None
+    )
+    return score_rows(model, _Column(train, column), Path(folder), settings, cut)
+
+
+def _table(model: StudentSpec | TeacherSpec) -> TokenTable:
+    return TokenTable.from_tokenizer(load_tokenizer(model.model, model.tokenizer))
+
+
+def _classes(settings: ScoreSettings, top_k: int, cells: Partition | None) -> tuple[ScoreSettings, Cut]:
+    """The settings with what is listed: at most `top_k` cells, or where there are none tokens; and the cut to them."""
+    if cells is None:
+        k = min(top_k, settings.vocab_size)
+        return replace(settings, top_k=k), likeliest_tokens(k, settings.temperature)
+    cut = CellCut.of(cells, settings.vocab_size, top_k, settings.temperature)
+    return replace(settings, top_k=cut.k, cells=cells.digest(), num_cells=cells.num_cells), likeliest_cells(cut)
+
+
+@dataclass(frozen=True)
+class _Column(Sequence[Tensor]):
+    """A column of prepared rows, each read when it is asked for."""
+
+    rows: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.as_tensor(self.rows[index][self.name]).long()

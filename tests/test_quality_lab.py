@@ -53,6 +53,7 @@ def plan(folder: Path) -> dict:
         {"name": "first", "variant": "first_row", **one},
         {"name": "joined", "variant": "joined", **one},
         {"name": "softer", "teacher_temperature": 3.0, **one},
+        {"name": "few", "cells": 4, **one},
         {"name": "reached", "loss": {"mode": "p_kl", "vocab_topk": 64}, "variant": "reached", "teachers": [0]},
         {"name": "two", "loss": loss, "domains": [0, 1]},
         {"name": "everywhere", "loss": loss},
@@ -67,7 +68,7 @@ def test_every_arm_trains_once(folder: Path) -> None:
     for _ in range(2):
         run(folder / "plan.json", folder / "out", ["cpu"], 600)
     lines = [json.loads(line) for file in (folder / "out").glob("*.jsonl") for line in file.read_text().splitlines()]
-    assert [line.get("failed") for line in lines] == [None] * 11
+    assert [line.get("failed") for line in lines] == [None] * 12
     assert all(0 < line["held_out"]["code"] < 20 and [step for step, _ in line["curve"]] == [0, 1, 2] for line in lines)
     assert len({line["curve"][0][1] for line in lines}) == 2  # every arm starts from its setting's weights
     assert load_model(str(folder / "trained")).lm_head.weight.isfinite().all()
@@ -76,7 +77,8 @@ def test_every_arm_trains_once(folder: Path) -> None:
     assert all(f"| {job['arm']['name']} | 2 |" in table for job in plan(folder)["jobs"])
     assert "### same" in table and "<svg" in (folder / "report.svg").read_text()
     kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
-    assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "softer")}) == 3
+    assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "softer", "few")}) == 4
+    assert kd["partition"] > kd["few"]
     assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
 
 

@@ -60,6 +60,8 @@ class Arm:
     """For each teacher of the setting the number of the domain that it is heard on; None: on all."""
     teacher_temperature: float = 1.0
     """Softens the teachers' distributions, not the student's."""
+    cells: int | None = None
+    """partition_kl: the teachers' likeliest cells of each row that are heard one by one, as from stored scores; None: all."""
 
     def spec(self) -> LossSpec:
         """Its loss; without one any will do."""

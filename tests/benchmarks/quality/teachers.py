@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.benchmarks.quality.arms import Arm, Setting
 from tests.benchmarks.quality.rows import Rows
-from xtoken_core.losses import HiddenLogits, TeacherBatch
+from xtoken_core.losses import CellCut, HiddenLogits, TeacherBatch
 from xtoken_core.models import final_hidden, head_logits, load_model
 from xtoken_core.projection import Projection
 
@@ -35,6 +36,8 @@ class CachedTeacher:
     projection_file: str | None
     tokens_per_second: float
     """Of its forward pass, as far as this worker ran it."""
+    cut: CellCut | None = None
+    """What is left of its cells; None: all."""
 
     def read(self, index: Tensor) -> Tensor:
         """[n, T, D]: the hidden states of some rows, in page-locked memory where there is a GPU."""
@@ -50,13 +53,19 @@ class CachedTeacher:
         if domain is not None:
             fields["chunk_valid"] = fields["chunk_valid"] & (rows.arrays["domain"][index] == domain)[:, None]
         mode = arm.spec().mode if self.projection else None
-        return TeacherBatch(replace(self.head, hidden=hidden), projection=self.projection, mode=mode, **fields)
+        logits = replace(self.head, hidden=hidden)
+        heard = logits if self.cut is None else self.cut(logits, fields["input_ids"])
+        return TeacherBatch(heard, projection=self.projection, mode=mode, **fields)
 
     def of(self, arm: Arm) -> CachedTeacher:
         """The same as an arm hears it."""
         teacher = self
         if arm.teacher_temperature != 1.0:
             teacher = replace(teacher, head=replace(self.head, weight=self.head.weight / arm.teacher_temperature))
+        if arm.cells is not None:
+            assert self.projection is not None and self.projection.cells is not None
+            cut = CellCut.of(self.projection.cells, len(self.head.weight), arm.cells, arm.spec().temperature)
+            teacher = replace(teacher, cut=cut)
         if arm.variant == "reached":
             return teacher._reached()
         if arm.variant == "joined":
@@ -142,7 +151,7 @@ def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared
 
 
 @torch.no_grad()
-def _fill(states: Tensor, model: torch.nn.Module, ids: Tensor) -> None:
+def _fill(states: Tensor, model: PreTrainedModel, ids: Tensor) -> None:
     """Writes the final hidden states of rows, 32 at a time."""
     for place, batch in zip(states.split(32), ids.split(32)):
         place.copy_(final_hidden(model, batch))

@@ -43,7 +43,7 @@ def plan(folder: Path) -> dict:
     ]
     common = {"data": str(folder / "data"), "held_out": ["code"], "rows": 8, "batch": 4}
     settings = [
-        {"name": "cross", "student": str(folder / "student"), "teachers": teachers, **common},
+        {"name": "cross", "student": str(folder / "student"), "teachers": [*teachers, teachers[0] | {"columns": 0}], **common},
         {"name": "same", "student": str(folder / "teacher"), "teachers": [{"model": teachers[0]["model"]}], "as_teacher": True, "keep_layers": 1, **common},
     ]  # fmt: skip
     one = {"loss": loss, "teachers": [0]}
@@ -55,11 +55,14 @@ def plan(folder: Path) -> dict:
         {"name": "softer", "teacher_temperature": 3.0, **one},
         {"name": "few", "cells": 4, **one},
         {"name": "reached", "loss": {"mode": "p_kl", "vocab_topk": 64}, "variant": "reached", "teachers": [0]},
-        {"name": "two", "loss": loss, "domains": [0, 1]},
-        {"name": "everywhere", "loss": loss},
+        {"name": "two", "loss": loss, "teachers": [0, 1], "domains": [0, 1]},
+        {"name": "everywhere", "loss": loss, "teachers": [0, 1]},
+        {"name": "again", "loss": loss, "teachers": [2]},
     ]
     jobs = [{"setting": "cross", "arm": arm, "steps": 2} for arm in arms]
     jobs += [{"setting": "same", "arm": arm, "steps": 2} for arm in (arms[0], {"name": "kl", "loss": {}})]
+    settings.append(settings[0] | {"name": "scarce", "rows": 4})
+    jobs.append({"setting": "scarce", "arm": arms[0], "steps": 2})
     return {"settings": settings, "jobs": [*jobs, jobs[0] | {"batch": 2, "seed": 1, "save": str(folder / "trained")}]}
 
 
@@ -68,17 +71,20 @@ def test_every_arm_trains_once(folder: Path) -> None:
     for _ in range(2):
         run(folder / "plan.json", folder / "out", ["cpu"], 600)
     lines = [json.loads(line) for file in (folder / "out").glob("*.jsonl") for line in file.read_text().splitlines()]
-    assert [line.get("failed") for line in lines] == [None] * 12
+    assert [line.get("failed") for line in lines] == [None] * 14
     assert all(0 < line["held_out"]["code"] < 20 and [step for step, _ in line["curve"]] == [0, 1, 2] for line in lines)
     assert len({line["curve"][0][1] for line in lines}) == 2  # every arm starts from its setting's weights
     assert load_model(str(folder / "trained")).lm_head.weight.isfinite().all()
     write_report(folder / "out", folder / "report")
     table = (folder / "report.md").read_text()
     assert all(f"| {job['arm']['name']} | 2 |" in table for job in plan(folder)["jobs"])
-    assert "### same" in table and "<svg" in (folder / "report.svg").read_text()
+    assert (
+        all(f"### {setting}" in table for setting in ("cross", "same", "scarce"))
+        and "<svg" in (folder / "report.svg").read_text()
+    )
     kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
     assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "softer", "few")}) == 4
-    assert kd["partition"] > kd["few"]
+    assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]
     assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
 
 
@@ -97,7 +103,7 @@ def test_a_course_goes_through_its_points() -> None:
 
 def test_a_teacher_is_read_in_the_order_of_its_rows() -> None:
     head = HiddenLogits(torch.empty(0), torch.zeros(3, 2))
-    teacher = CachedTeacher(torch.arange(8.0).view(4, 1, 2), 4, head, None, None, 0.0)
+    teacher = CachedTeacher(0, 0, torch.arange(8.0).view(4, 1, 2), 4, head, None, None, 0.0)
     steps = list(feed({0: teacher}, torch.tensor([3, 0, 2, 1]).split(2), torch.device("cpu")))
     assert [hidden[0][:, 0, 0].tolist() for _, hidden in steps] == [[6.0, 0.0], [4.0, 2.0]]
 

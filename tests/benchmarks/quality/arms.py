@@ -14,12 +14,14 @@ from xtoken_core.spec import LossSpec
 
 @dataclass(frozen=True)
 class LabTeacher:
-    """A teacher of a setting. Its number among the setting's teachers is that of its columns in the rows."""
+    """A teacher of a setting."""
 
     model: str
     """Model folder or .gguf file."""
     projection: str | None = None
     """File of W and cells; None: the student's own vocabulary."""
+    columns: int | None = None
+    """Number of its columns in the rows; None: its own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class Arm:
     """Softens the teachers' distributions, not the student's."""
     cells: int | None = None
     """partition_kl: the teachers' likeliest cells of each row that are heard one by one, as from stored scores; None: all."""
+
+    def heard(self, setting: Setting) -> tuple[int, ...]:
+        """Numbers of the setting's teachers that it hears."""
+        if self.loss is None:
+            return ()
+        return tuple(range(len(setting.teachers))) if self.teachers is None else self.teachers
 
     def spec(self) -> LossSpec:
         """Its loss; without one any will do."""
@@ -112,5 +120,5 @@ class Plan:
     def ready(self, job: Job) -> bool:
         """Whether every model that the job needs is there."""
         setting = self.setting(job.setting)
-        models = [setting.student, *(teacher.model for teacher in setting.teachers if job.arm.loss is not None)]
+        models = [setting.student, *(setting.teachers[n].model for n in job.arm.heard(setting))]
         return all(Path(model).exists() for model in models)

@@ -23,8 +23,11 @@ class Row:
 
     setting: str
     arm: str
+    """Its name; after a comma, what its jobs changed of the setting."""
     steps: int
     rate: float | None
+    speed: float
+    """Steps a second of the student, its teacher's hidden states at hand, of those runs of the arm that shared their GPU with the fewest."""
     lines: tuple[dict[str, Any], ...]
 
     def mean(self, text: str) -> float:
@@ -37,12 +40,6 @@ class Row:
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
-    def speed(self) -> float:
-        """Steps a second of the student, its teacher's hidden states at hand."""
-        fewest = min(line.get("workers", 1) for line in self.lines)
-        return statistics.mean(line["steps_per_second"] for line in self.lines if line.get("workers", 1) == fewest)
-
-    @property
     def seconds(self) -> float:
         """GPU seconds of the run, its teacher's hidden states at hand."""
         return self.steps / self.speed
@@ -51,12 +48,23 @@ class Row:
 def read(folder: Path) -> list[Row]:
     """The results in a folder's .jsonl files (or in one such file), arms of several seeds together; failed ones left out."""
     files = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
+    lines = [json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for line in (json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()):
+    speeds: dict[tuple[Any, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
         if "failed" not in line:
-            job = line["job"]
-            groups[job["setting"], job["arm"]["name"], job["steps"], job["rate"]].append(line)
-    return [Row(*key, tuple(lines)) for key, lines in groups.items()]
+            job, same = line["job"], (line["job"]["setting"], line["job"]["arm"]["name"], line["job"].get("batch"))
+            groups[*same, job["steps"], job["rate"]].append(line)
+            speeds[same][line.get("workers", 1)].append(line["steps_per_second"])
+    return [
+        Row(key[0], _name(*key[1:]), key[3], key[4], statistics.mean(min(speeds[key[:3]].items())[1]), tuple(lines))
+        for key, lines in groups.items()
+    ]
+
+
+def _name(arm: str, batch: int | None, _: int, rate: float | None) -> str:
+    """Of an arm, with what its jobs changed of the setting."""
+    return arm + ("" if batch is None else f", batch {batch}") + ("" if rate is None else f", rate {rate:g}")
 
 
 def same_time(row: Row, others: Sequence[Row], text: str, extra: float = 0.0) -> float | None:
@@ -77,14 +85,13 @@ def table(rows: Sequence[Row]) -> list[str]:
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
         texts = list(own[0].lines[0]["held_out"])
-        ces = [row for row in own if row.arm == CE and row.rate is None]
+        ces = [row for row in own if row.arm == CE]
         lines += [f"### {setting}", "", f"| arm | steps | {' | '.join(texts)} | CE in the same GPU time | tokens/s | seeds |"]
         lines.append("|" + "---|" * (5 + len(texts)))
         for row in sorted(own, key=lambda row: (row.steps, row.mean(texts[0]))):
-            name = row.arm if row.rate is None else f"{row.arm}, rate {row.rate:g}"
             at_time = None if row.arm == CE else same_time(row, ces, texts[0])
-            speed = statistics.mean(line["tokens_per_second"] for line in row.lines)
-            cells = [name, row.steps, *(_with_error(row, text) for text in texts), "" if at_time is None else f"{at_time:.4f}"]
+            speed = row.speed * statistics.mean(line["tokens_per_second"] / line["steps_per_second"] for line in row.lines)
+            cells = [row.arm, row.steps, *(_with_error(row, text) for text in texts), "" if at_time is None else f"{at_time:.4f}"]
             lines.append("| " + " | ".join(map(str, [*cells, f"{speed:,.0f}", len(row.lines)])) + " |")
         lines.append("")
     return lines

@@ -27,6 +27,10 @@ PART = 400
 class CachedTeacher:
     """A teacher whose hidden states are there."""
 
+    number: int
+    """Among the teachers of its setting."""
+    columns: int
+    """Number of its columns in the rows."""
     states: Tensor
     """[rows, T, D] in a file that every worker maps; its first `count` rows are there."""
     count: int
@@ -44,12 +48,12 @@ class CachedTeacher:
         found = torch.empty(len(index), *self.states.shape[1:], dtype=self.states.dtype, pin_memory=self.head.weight.is_cuda)
         return torch.index_select(self.states, 0, index, out=found)
 
-    def batch(self, rows: Rows, number: int, index: Tensor, hidden: Tensor, arm: Arm) -> TeacherBatch:
-        """What the loss reads of this teacher, number `number` of its setting, for some rows."""
-        fields = rows.teacher_fields(number, index)
+    def batch(self, rows: Rows, index: Tensor, hidden: Tensor, arm: Arm) -> TeacherBatch:
+        """What the loss reads of this teacher for some rows."""
+        fields = rows.teacher_fields(self.columns, index)
         if arm.variant == "first_row":
             fields["chunk_exact"] = torch.zeros_like(fields["chunk_exact"])
-        domain = None if arm.domains is None else arm.domains[number]
+        domain = None if arm.domains is None else arm.domains[self.number]
         if domain is not None:
             fields["chunk_valid"] = fields["chunk_valid"] & (rows.arrays["domain"][index] == domain)[:, None]
         mode = arm.spec().mode if self.projection else None
@@ -120,11 +124,12 @@ def claim(path: Path) -> bool:
 def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared: Path, device: torch.device) -> CachedTeacher:
     """Teacher `number` of a setting, with hidden states over the first `count` rows; those that others compute meanwhile are waited for."""
     teacher = setting.teachers[number]
+    columns = number if teacher.columns is None else teacher.columns
     folder = shared / f"hidden-{Path(teacher.model).name}-{Path(setting.data).name}"
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(teacher.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     width = model.config.get_text_config().hidden_size
-    shape = (len(rows), rows.teacher_ids(number, torch.arange(1, device=device)).shape[1], width)
+    shape = (len(rows), rows.teacher_ids(columns, torch.arange(1, device=device)).shape[1], width)
     size = shape[0] * shape[1] * shape[2]
     states = torch.from_file(str(folder / "states.bin"), shared=True, size=size, dtype=model.dtype).view(shape)
     parts = range(0, count, PART)
@@ -133,9 +138,9 @@ def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared
         if claim(folder / f"{start}.claim"):
             index = torch.arange(start, min(start + PART, len(rows)), device=device)
             started = time.monotonic()
-            _fill(states[start : start + PART], model, rows.teacher_ids(number, index))
+            _fill(states[start : start + PART], model, rows.teacher_ids(columns, index))
             seconds += time.monotonic() - started
-            tokens += int(rows.attention(number, index).sum())
+            tokens += int(rows.attention(columns, index).sum())
             (folder / f"{start}.done").touch()
     projection = None if teacher.projection is None else Projection.load(teacher.projection)
     known = None if projection is None else projection.teacher_vocab_size
@@ -147,7 +152,7 @@ def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared
     while not all((folder / f"{start}.done").exists() for start in parts):
         time.sleep(0.2)
     projection = None if projection is None else projection.to(device)
-    return CachedTeacher(states, count, head, projection, teacher.projection, tokens / max(seconds, 1e-9))
+    return CachedTeacher(number, columns, states, count, head, projection, teacher.projection, tokens / max(seconds, 1e-9))
 
 
 @torch.no_grad()

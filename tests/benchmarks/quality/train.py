@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Bench:
         forward = torch.compile(model.base_model, dynamic=False) if device.type == "cuda" else model.base_model
         return cls(setting, device, shared, model, start, forward, rows, dict(zip(setting.held_out, held_out)), {})
 
+    def serves(self, setting: Setting) -> bool:
+        """Whether the arms of a setting can train here: it differs in how many rows are read, and how, at most."""
+        return replace(setting, name=self.setting.name, rows=self.setting.rows, rate=self.setting.rate) == self.setting
+
     def teacher(self, number: int, count: int) -> CachedTeacher:
         """A teacher with hidden states over the first `count` rows, loaded when they are first asked for."""
         if number not in self.teachers or self.teachers[number].count < count:
@@ -88,16 +92,16 @@ class Bench:
         return self.setting.vocabulary or int(self.model.config.get_text_config().vocab_size)
 
 
-def train(bench: Bench, job: Job) -> dict[str, Any]:
+def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     """Trains an arm from the student's first weights; what it came to."""
-    setting, arm, device = bench.setting, job.arm, bench.device
+    arm, device = job.arm, bench.device
     bench.model.load_state_dict(bench.start)
     spec = arm.spec()
     rate = setting.rate if job.rate is None else job.rate
     optimizer = torch.optim.AdamW(bench.model.parameters(), lr=rate, weight_decay=0.0, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
     rows, batch_size = setting.rows if job.rows is None else job.rows, job.batch or setting.batch
-    chosen = _teachers(bench, arm, rows)
+    chosen = {n: bench.teacher(n, rows).of(arm) for n in arm.heard(setting)}
     scale: Tensor | None = None
     losses: list[dict[str, float]] = []
     main, *others = bench.held_out
@@ -109,7 +113,7 @@ def train(bench: Bench, job: Job) -> dict[str, Any]:
             settled = time.monotonic()
         batch = bench.rows.student(index)
         masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-        teachers = [t.batch(bench.rows, n, index, hidden[n], arm) for n, t in chosen.items()]
+        teachers = [t.batch(bench.rows, index, hidden[n], arm) for n, t in chosen.items()]
         totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale)
         logits = head_logits(bench.model, bench.hidden(batch["input_ids"], bench.forward), bench.vocabulary)
         if spec.dynamic_scaling:
@@ -154,13 +158,6 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.save_pretrained(part, state_dict=state)
     part.rename(folder)
-
-
-def _teachers(bench: Bench, arm: Arm, rows: int) -> dict[int, CachedTeacher]:
-    if arm.loss is None:
-        return {}
-    numbers = range(len(bench.setting.teachers)) if arm.teachers is None else arm.teachers
-    return {n: bench.teacher(n, rows).of(arm) for n in numbers}
 
 
 def _rate(step: int, steps: int) -> float:

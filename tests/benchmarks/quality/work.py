@@ -18,7 +18,7 @@ from tests.benchmarks.quality.train import Bench, train
 
 
 def worker(plan_file: Path, out: Path, device_name: str, workers: int, deadline: float) -> None:
-    """Takes the plan's jobs in order, those of the setting at hand first, until none is left or time is up.
+    """Takes the plan's jobs in order, those that need nothing loaded first, until none is left or time is up.
 
     workers: how many share the device, which says how much a line's speed is worth.
 
@@ -40,10 +40,11 @@ def worker(plan_file: Path, out: Path, device_name: str, workers: int, deadline:
             time.sleep(1)
             continue
         try:
-            if bench is None or bench.setting != plan.setting(job.setting):
+            setting = plan.setting(job.setting)
+            if bench is None or not bench.serves(setting):
                 bench = None
-                bench = Bench.open(plan.setting(job.setting), device, out)
-            line = train(bench, job) | {"workers": workers}
+                bench = Bench.open(setting, device, out)
+            line = train(bench, setting, job) | {"workers": workers}
         except Exception:
             line = {"key": job.key, "failed": traceback.format_exc(limit=-6)}
         with result.open("a", encoding="utf-8") as file:
@@ -53,7 +54,7 @@ def worker(plan_file: Path, out: Path, device_name: str, workers: int, deadline:
 def _next(plan: Plan, out: Path, bench: Bench | None) -> Job | None:
     """The first job that nobody has claimed."""
     ready = [job for job in plan.jobs if plan.ready(job)]
-    own = [job for job in ready if bench is not None and job.setting == bench.setting.name]
+    own = [job for job in ready if bench is not None and bench.serves(plan.setting(job.setting))]
     others = [job for job in ready if job not in own]
     return next((job for job in own + others if claim(out / f"{job.key}.claim")), None)
 

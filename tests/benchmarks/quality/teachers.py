@@ -101,7 +101,8 @@ def feed(
     def read(index: Tensor) -> dict[int, Tensor]:
         return {n: teacher.read(index) for n, teacher in teachers.items()}
 
-    with ThreadPoolExecutor(1) as reader:
+    begin = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # a thread begins on device 0
+    with ThreadPoolExecutor(1, "reader", *begin) as reader:
         ahead = reader.submit(read, order[0])
         for step, index in enumerate(order):
             hidden = ahead.result()

@@ -122,6 +122,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
                 totals = totals.with_scale(
                     dynamic_scale(loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals), totals, spec)
                 )
+            assert totals.scale is not None
             totals = totals.with_scale(totals.scale * ratio_at(arm, step, job.steps))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
         out.loss.backward()

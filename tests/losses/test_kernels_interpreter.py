@@ -48,7 +48,8 @@ def test_kernels_agree_with_plain_path(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition", "hidden_two_partitions"]
+    "name",
+    ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition", "hidden_two_partitions", "hidden_scored"],
 )
 def test_tiles_change_nothing(name, monkeypatch):
     """Cut into tiles of a few rows, never through a chunk; cells of several segments."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tests.support.losses_cases import MODES, random_batch, random_projection, random_teacher
-from xtoken_core.losses import HiddenLogits, TopKLogits, plain
+from xtoken_core.losses import CellCut, HiddenLogits, TopKLogits, plain
 from xtoken_core.losses.logits import AveragedLogits, LogitsForm, as_form
 from xtoken_core.losses.resolve import resolve_teachers
 from xtoken_core.losses.types import Coefficients, StudentBatch
@@ -16,7 +16,7 @@ from xtoken_core.spec import LossSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: teachers' modes (`same`, `same_part` of the samples, `top_k`, `averaged`, p_kl, gold, h_kl), options of the loss, and how logits come."""
+    """One batch: teachers' modes (`same`, `same_part` of the samples, `top_k`, `averaged`, `scored`: partition_kl of some cells, p_kl, gold, h_kl), options of the loss, and how logits come."""
 
     modes: tuple[str, ...]
     options: dict = field(default_factory=dict)
@@ -73,6 +73,8 @@ CASES = {
     ),
     "hidden_two_partitions": Case(("partition_kl", "partition_kl"), {}, hidden=True, coefficients=True, seed=34),
     "hidden_partition_beside_same": Case(("same", "partition_kl"), {"vocab_topk": 12}, hidden=True, coefficients=True, seed=35),
+    "hidden_scored": Case(("scored",), {}, hidden=True, coefficients=True, seed=36),
+    "hidden_scored_late": Case(("scored", "partition_kl"), {}, hidden=True, seed=37),
     "hidden_averaged": Case(("averaged",), {}, hidden=True, coefficients=True, seed=29),
 }
 
@@ -92,14 +94,17 @@ def build(case: Case):
     student = _formed(logits, generator, case.head) if case.hidden else as_form(logits)
     teachers = []
     for i, mode in enumerate(case.modes):
-        cross = mode in MODES
-        teacher = random_teacher(case.seed + 7 * i, case.batch, case.length, case.vocab, cross, mode=mode if cross else None)
+        cross, told = mode in (*MODES, "scored"), "partition_kl" if mode == "scored" else mode
+        teacher = random_teacher(case.seed + 7 * i, case.batch, case.length, case.vocab, cross, mode=told if cross else None)
         if cross and case.top_k_entries != 3:
             w = random_projection(generator, case.vocab, teacher.logits.shape[-1], case.top_k_entries)
             w.indices[:] = torch.where(w.indices >= 0, w.indices % max(case.vocab // 4, 1), -1)  # columns that many tokens map to
             teacher = replace(teacher, projection=w)
         if case.hidden and mode != "top_k":
             teacher = replace(teacher, logits=_formed(teacher.logits, generator, {}))
+        if mode == "scored":
+            cut = CellCut.of(teacher.projection.cells, teacher.logits.shape[2], 4, spec.temperature)
+            teacher = replace(teacher, logits=cut(teacher.logits, teacher.input_ids))
         if mode == "same_part":
             teacher = replace(teacher, token_mask=mask * (torch.arange(case.batch) % 2 == 0)[:, None])
         if mode == "top_k":

@@ -26,6 +26,7 @@
     launch.py           cheaper launches
     autograd.py         all of it, differentiable
     cell_masses.py      partition_kl: masses of cells
+    scored_cells.py     partition_kl: the same of a teacher's scores
     partition.py        partition_kl: KL and gradient
     modes.py            `term_sums`: partition_kl beside the others
 

@@ -6,6 +6,8 @@ predict further tokens of realised chunks, and of the student all others that co
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.kernels.autograd import scaled
 from xtoken_core.losses.kernels.cell_masses import BLOCK, COLUMNS, SPLITS, CellSide, CellVocabulary
 from xtoken_core.losses.kernels.launch import ceil_div, launch
+from xtoken_core.losses.kernels.scored_cells import ScoredSide
 from xtoken_core.losses.kernels.sources import HiddenGradients
-from xtoken_core.losses.logits import HiddenLogits
+from xtoken_core.losses.logits import HiddenLogits, Logits
 from xtoken_core.losses.partition import ComparedChunks, chunk_sums, compared_chunks, realised_part
 from xtoken_core.losses.selection import FLOOR, next_token_mask
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
@@ -105,11 +109,13 @@ def takes(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> bool:
     return (
         spec.temperature == 1.0
         and not spec.reverse_kl
-        and all(
-            isinstance(form, HiddenLogits) and form.bias is None and form.scale == 1.0 and form.softcap is None
-            for form in (student.logits, teacher.logits)
-        )
+        and _plain(student.logits)
+        and (_plain(teacher.logits) or isinstance(teacher.logits, CellScores))
     )
+
+
+def _plain(form: Logits) -> bool:
+    return isinstance(form, HiddenLogits) and form.bias is None and form.scale == 1.0 and form.softcap is None
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,11 @@ class Wanted:
 
 def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wanted) -> tuple[Tensor, list[Tensor | None]]:
     """Of what `takes`: [3] float64 sums (partition_kl, cross-entropy, tokens that are the argmax), and the gradients by the student's tensors."""
-    form, theirs = student.logits, teacher.logits
-    assert isinstance(form, HiddenLogits) and isinstance(theirs, HiddenLogits)
-    assert teacher.projection is not None and teacher.input_ids is not None
+    form = student.logits
+    assert isinstance(form, HiddenLogits) and teacher.projection is not None
     chunks = compared_chunks(student, teacher, spec)
     own = CellVocabulary(form, teacher.projection, "student", student.input_ids)
-    other = CellVocabulary(theirs, teacher.projection, "teacher", teacher.input_ids)
+    other = _teacher_side(teacher)
     counted = None if wanted.ce is None else next_token_mask(student.token_mask, student.sample_mask).flatten()
     tiles = _tiles(chunks, counted)
     gradients = HiddenGradients(own.source, form, len(tiles) == 1) if wanted.gradients else None
@@ -139,13 +144,23 @@ def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wa
     sums = torch.zeros(3, dtype=torch.float64, device=form.device)
     for tile in tiles:
         own_side = own.side(*_padded(tile.student_rows, tile.student_chunk, tile))
-        other_side = other.side(*_padded(tile.teacher_rows, tile.teacher_chunk, tile))
+        other_side = other(*_padded(tile.teacher_rows, tile.teacher_chunk, tile), own_side)
         part, rows = slice(tile.low, tile.high), tile.student_rows
         counts = None if counted is None else torch.nn.functional.pad(counted[rows], (0, tile.columns - len(rows)))
         sums += _compare(own_side, other_side, chunks.cell[part], chunks.realised[part], counts, wanted)
         if gradients is not None:
             gradients.add_rows(own_side.logits[:, : len(rows)].T, rows)
     return sums, [] if gradients is None else list(gradients.finished())
+
+
+def _teacher_side(teacher: TeacherBatch) -> Callable[[Tensor, Tensor, CellSide], CellSide | ScoredSide]:
+    """From the rows and chunks of a tile's columns, and the student's side, to the teacher's."""
+    form = teacher.logits
+    if isinstance(form, CellScores):
+        return functools.partial(ScoredSide.of, form)
+    assert isinstance(form, HiddenLogits) and teacher.projection is not None and teacher.input_ids is not None
+    vocabulary = CellVocabulary(form, teacher.projection, "teacher", teacher.input_ids)
+    return lambda rows, chunk, _: vocabulary.side(rows, chunk)
 
 
 def sum_and_gradients(
@@ -234,7 +249,9 @@ def _padded(rows: Tensor, chunk: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(rows, (0, more)), torch.nn.functional.pad(chunk, (0, more), value=tile.high - tile.low)
 
 
-def _compare(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, counted: Tensor | None, wanted: Wanted) -> Tensor:
+def _compare(
+    own: CellSide, other: CellSide | ScoredSide, cell: Tensor, realised: Tensor, counted: Tensor | None, wanted: Wanted
+) -> Tensor:
     """A tile's sums, as of `run`; its gradient takes the place of the student's logits. counted: [columns] bool, for the cross-entropy."""
     count, columns, log_probs = len(cell), own.logits.shape[1], own.log_probs()
     scales = torch.cat([own.scales(), other.scales()])
@@ -265,7 +282,7 @@ def _compare(own: CellSide, other: CellSide, cell: Tensor, realised: Tensor, cou
 
 
 def _realised(
-    own: CellSide, other: CellSide, log_probs: Tensor, cell: Tensor, realised: Tensor, scales: Tensor
+    own: CellSide, other: CellSide | ScoredSide, log_probs: Tensor, cell: Tensor, realised: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The realised part of a tile, and its derivatives by the log probabilities of tokens and by the log masses of `cell`."""
     count = len(cell)

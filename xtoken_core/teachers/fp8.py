@@ -61,8 +61,9 @@ def to_fp8(model: PreTrainedModel, device: torch.device, who: str) -> None:
     for layer in decoder_layers(model):
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
-                fits = type(child) is nn.Linear and not any(size % _MULTIPLE for size in child.weight.shape)
-                if fits and name not in _ROUTERS:
+                if not isinstance(child, nn.Linear) or name in _ROUTERS:
+                    continue
+                if not any(size % _MULTIPLE for size in child.weight.shape):
                     setattr(module, name, Fp8Linear(child, device))
                     found += 1
     if not found:

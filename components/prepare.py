@@ -25,12 +25,14 @@ def prepare(spec: str, rows: Output[Dataset], shard: int = 0) -> NamedTuple("Out
 
     with step("prepare", rows):
         from xtoken_core.data.prepare import prepare_rows
+        from xtoken_core.data.rows import load_sides
         from xtoken_core.workflow.views import View
 
         parsed = View.from_text(spec)
-        prepare_rows(parsed, f"{rows.path}/train", "train", shard)
+        sides = load_sides(parsed)
+        prepare_rows(parsed, f"{rows.path}/train", "train", shard, sides)
         if shard == 0 and parsed.data.validation:
-            prepare_rows(parsed, f"{rows.path}/validation", "validation")
+            prepare_rows(parsed, f"{rows.path}/validation", "validation", sides=sides)
         return (rows.uri,)
 
 

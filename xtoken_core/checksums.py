@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -46,6 +47,12 @@ def damage(folder: Path) -> str | None:
             return path.relative_to(folder).as_posix()
     pairs = zip(known.items(), _digests(files), strict=True)
     return next((name for (name, before), now in pairs if before != now), None)
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    here, there = (sorted(path.relative_to(top) for path in _files(top, None)) for top in (folder, other))
+    return here == there and all(filecmp.cmp(folder / name, other / name, shallow=False) for name in here)
 
 
 def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import texts, tiny_model, tiny_run
+from xtoken_core.data.documents import Document
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats, windows
 from xtoken_core.evaluation.evaluate import bits_interval, evaluate, held_out, load_for
+from xtoken_core.evaluation.samples import samples
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.subject import BEFORE, LAST, teacher_subject
 from xtoken_core.spec import DistillationSpec, EvaluationSpec
@@ -138,6 +141,32 @@ def test_groups_are_measured_into_one_folder(run, tmp_path):
     assert teachers[0].bits_per_byte.documents.bytes == whole.bits_per_byte.documents.bytes
     with pytest.raises(InputError, match="group: pupils: not one of teachers, student-before"):
         Group.named("pupils")
+
+
+def test_a_last_checkpoint_that_is_the_best_is_measured_once(run, tmp_path, capsys):
+    folder, spec = run
+    for state in ("best", "last"):
+        shutil.copytree(folder / "same", tmp_path / "run" / state)
+    best, last = evaluate_group(parsed(spec), Group.AFTER, tmp_path / "once", tmp_path / "run")
+    assert capsys.readouterr().out.splitlines() == ["evaluating student_after_best", "student_after_last is student_after_best"]
+    assert (last.subject, last.model) == (LAST, f"{tmp_path}/run/last") and last.bits_per_byte == best.bits_per_byte
+    assert read_evaluations(tmp_path / "once") == [best, last]
+
+    shutil.copy(folder / "student" / "model.safetensors", tmp_path / "run" / "last")
+    best, last = evaluate_group(parsed(spec), Group.AFTER, tmp_path / "twice", tmp_path / "run")
+    assert last.bits_per_byte.total != best.bits_per_byte.total
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_samples_are_what_each_prompt_alone_gives(run, stateful):
+    model, tok = loaded(run[0] / "other")
+    model._is_stateful = stateful
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn(model.get_output_embeddings().weight.shape))
+    documents = [Document(i, "tale", f"tale:{i}", text) for i, text in enumerate(texts(3))]
+    together = samples(model, tok, documents)
+    assert len({len(tok(sample.prompt)["input_ids"]) for sample in together}) > 1  # so that some are padded
+    assert len({sample.text for sample in together}) == 3
+    assert together == [sample for document in documents for sample in samples(model, tok, [document])]
 
 
 @pytest.mark.parametrize(

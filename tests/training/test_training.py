@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.processes import forked
 from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, start, steps
+from xtoken_core.configs import compute_dtype
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
 from xtoken_core.errors import InputError
@@ -25,7 +26,7 @@ from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers.setup import TeacherError
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training import distill as training
-from xtoken_core.training.settings import compute_dtype, training_arguments
+from xtoken_core.training.settings import training_arguments
 from xtoken_core.training.student import MicroBatch, Student
 from xtoken_core.training.teachers import ReadyTeacher
 

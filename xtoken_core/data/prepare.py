@@ -42,19 +42,23 @@ BATCH_DOCUMENTS = 64
 
 
 def prepare_rows(
-    spec: DistillationSpec, folder: str | Path, split: Literal["train", "validation"] = "train", shard: int = 0
+    spec: DistillationSpec,
+    folder: str | Path,
+    split: Literal["train", "validation"] = "train",
+    shard: int = 0,
+    sides: Sequence[Side] | None = None,
 ) -> RowStatistics:
     """Writes the rows of one share of the documents to `folder` (rows.arrow, rows.json) and returns the statistics.
 
     Shard k of `data.shards` takes documents k, k + shards, ...; all shards together hold the rows that one alone would.
-    Validation documents are not sharded. Raises InputError for unreadable or empty input, and where a teacher has no
-    chunk in common with the student.
+    Validation documents are not sharded. `sides`: what `load_sides` gives of the spec, where it is at hand. Raises InputError
+    for unreadable or empty input, and where a teacher has no chunk in common with the student.
     """
     from tqdm import tqdm
 
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    sides = load_sides(spec)
+    sides = load_sides(spec) if sides is None else sides
     uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
     domains = [part.domain or "" for part in spec.data.parts] if split == "train" else [""] * len(uris)
     documents = read_documents(uris, spec.data, shard, shards)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from xtoken_core import storage
+from xtoken_core.configs import compute_dtype
 from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Side, empty
@@ -78,8 +79,11 @@ def evaluate(
 
 
 def load_for(spec: DistillationSpec, subject: Subject, checkpoint: str | Path | None) -> tuple[Loaded, str]:
-    """The model (on the GPU, in bfloat16, if there is one) with its tokenizer, and where it is from. Raises InputError."""
-    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+    """The model (on the GPU, if there is one; in what `training.precision` computes in) with its tokenizer, and where it is from.
+
+    Raises InputError.
+    """
+    dtype, device = compute_dtype(spec.training.precision), "cuda" if torch.cuda.is_available() else "cpu"
     named = _named(spec, subject)
     reference, tokenizer = (named.model, named.tokenizer) if checkpoint is None else (str(checkpoint), None)
     loaded = load(reference, tokenizer, subject.key, dtype, spec.training.attention)

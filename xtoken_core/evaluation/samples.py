@@ -22,42 +22,42 @@ def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Seq
 
     The prompt is a text's beginning, or a chat up to the assistant's first answer.
     """
-    results = []
+    asked, begun = [], []
     for document in _one_of_each(documents)[:SAMPLES]:
         prompt, reference = _prompt(tok, document)
-        bos = row_bos(tok)
-        ids = tok(prompt, add_special_tokens=False)["input_ids"]
-        if isinstance(document.content, str) and bos is not None:
-            ids = [bos, *ids]
-        text = _continued(model, tok, ids, SAMPLE_TOKENS)
-        results.append(Sample(prompt=prompt, text=text, reference=reference))
-    return results
+        asked.append((prompt, reference))
+        begun.append(_ids(tok, prompt, opened=isinstance(document.content, str)))
+    # what models that carry a state along make of padding in front is another text
+    together = [[row] for row in begun] if getattr(model, "_is_stateful", False) else [begun]
+    texts = [text for rows in together if rows for text in _continued(model, tok, rows, SAMPLE_TOKENS)]
+    return [Sample(prompt=prompt, text=text, reference=reference) for (prompt, reference), text in zip(asked, texts, strict=True)]
 
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tok: PreTrainedTokenizerFast, said: str, tokens: int) -> str:
     """The greedy answer to one message, of at most so many tokens; of a model without a chat template, the text goes on."""
-    if tok.chat_template is None:
-        bos = row_bos(tok)
-        ids = ([] if bos is None else [bos]) + tok(said, add_special_tokens=False)["input_ids"]
-    else:
+    if tok.chat_template is not None:
         turns = [{"role": "user", "content": said}]
-        ids = tok(str(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)), add_special_tokens=False)[
-            "input_ids"
-        ]
-    return _continued(model, tok, ids, tokens)
+        said = str(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _continued(model, tok, [_ids(tok, said, opened=tok.chat_template is None)], tokens)[0]
 
 
-def _continued(model: PreTrainedModel, tok: PreTrainedTokenizerFast, ids: list[int], tokens: int) -> str:
-    inputs = torch.tensor([ids], device=model.device)
+def _ids(tok: PreTrainedTokenizerFast, text: str, opened: bool) -> list[int]:
+    """The ids of a text; `opened`: behind BOS, where rows of the tokenizer begin with one."""
+    bos = row_bos(tok) if opened else None
+    ids: list[int] = tok(text, add_special_tokens=False)["input_ids"]
+    return ids if bos is None else [bos, *ids]
+
+
+def _continued(model: PreTrainedModel, tok: PreTrainedTokenizerFast, rows: list[list[int]], tokens: int) -> list[str]:
+    """The greedy continuations of rows of ids, of at most so many tokens each; the rows are padded in front, and run together."""
+    pad, size = tok.pad_token_id if tok.pad_token_id is not None else 0, max(map(len, rows))
+    inputs = torch.tensor([[pad] * (size - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (size - len(row)) + [1] * len(row) for row in rows], device=model.device)
     output = model.generate(  # type: ignore[operator]
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+        inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=pad, use_cache=True
     )
-    return str(tok.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+    return [str(tok.decode(row[size:], skip_special_tokens=True)) for row in output]
 
 
 def _one_of_each(documents: Sequence[Document]) -> list[Document]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from xtoken_core.configs import compute_dtype
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
 from xtoken_core.training.checkpoints import KEPT
 
@@ -19,20 +19,6 @@ def training_loss(spec: DistillationSpec, baseline: bool) -> LossSpec:
     if baseline:
         return LossSpec(mode="p_kl", dynamic_scaling=True)
     return spec.loss.model_copy(update={"mode": "p_kl"}) if spec.loss.mode == "auto" else spec.loss
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """What `training.precision` means on this machine. `auto`: bfloat16 where the hardware multiplies it; where it does not, it is
-    emulated, some thirty times slower than float32 on a CPU with AVX2 alone.
-    """
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    if torch.cuda.is_available():
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 does not tell
-        has = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
-    return torch.bfloat16 if has else torch.float32
 
 
 def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> TrainingArguments:

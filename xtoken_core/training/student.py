@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from xtoken_core.configs import compute_dtype
 from xtoken_core.data.batch import Batch
 from xtoken_core.layers import decoder_layers, prune_layers
 from xtoken_core.losses import StepTotals, StudentBatch, TeacherBatch, distillation_loss, loss_sums
@@ -17,7 +18,6 @@ from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.models import Loaded, final_hidden, head_logits, load_model
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
 from xtoken_core.training.adapters import add_adapters, check_lora
-from xtoken_core.training.settings import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xtoken_core.configs import weight_bytes
+from xtoken_core.configs import compute_dtype, weight_bytes
 from xtoken_core.data.batch import Side
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
@@ -29,7 +29,7 @@ from xtoken_core.teachers.setup import Logits, Shards, TeacherSetup
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.ranks import MEETING
-from xtoken_core.training.settings import compute_dtype, training_loss
+from xtoken_core.training.settings import training_loss
 
 LARGEST_SHARE = 0.6
 """Of a GPU's memory: a teacher whose weights take more is sharded over ranks, where there are several."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtoken_core.configs import compute_dtype
 from xtoken_core.data.reading import load_rows
 from xtoken_core.errors import InputError
 from xtoken_core.losses import CellCut
@@ -20,7 +21,6 @@ from xtoken_core.teachers.scores import ScoreSettings, rows_digest
 from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.scored import scored_column, shared_rows
-from xtoken_core.training.settings import compute_dtype
 from xtoken_core.workflow.versions import model_version
 
 

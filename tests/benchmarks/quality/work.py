@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -43,6 +44,9 @@ def worker(plan_file: Path, out: Path, device_name: str, workers: int, deadline:
             setting = plan.setting(job.setting)
             if bench is None or not bench.serves(setting):
                 bench = None
+                torch.compiler.reset()  # what was compiled holds the weights of the setting before
+                gc.collect()
+                torch.cuda.empty_cache()
                 bench = Bench.open(setting, device, out)
             line = train(bench, setting, job) | {"workers": workers}
         except Exception:

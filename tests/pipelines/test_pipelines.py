@@ -259,6 +259,7 @@ STEPS = ("overlap", "projections", "prepare", "distill", "baseline", "evaluate_s
         ("teachers.big.projection.top_k=2", {"distill", "projections"}),
         ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teachers"}),
         ("student.keep_layers=2", {"distill", "baseline", "evaluate_student"}),
+        ("training.precision=fp32", {"distill", "baseline", "evaluate_student", "evaluate_teachers"}),
         ("evaluation.limit=3", {"evaluate_student", "evaluate_teachers"}),
         ("evaluation.ce_baseline=true", set()),
         ("output.uri=elsewhere", set()),

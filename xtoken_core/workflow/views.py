@@ -51,9 +51,9 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "loss": _DIVERGENCE,
         "data": _TEXTS,
         "evaluation": _MEASURES,
-        "training": ("attention",),
+        "training": ("attention", "precision"),
     },
-    "evaluate_teachers": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention",)},
+    "evaluate_teachers": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention", "precision")},
 }
 """Fields of the spec that each kind of step reads; `*`: all."""
 

@@ -55,7 +55,8 @@ class Arm:
     ratio: tuple[float, ...] = (1.0,)
     """KD as a share of CE over the run, at places evenly spaced from its start to its end, linear between; only with dynamic scaling."""
     variant: str | None = None
-    """`first_row`: partition_kl without its realised part; `reached`: only teacher columns that W reaches; `joined`: cells joined."""
+    """`first_row`: partition_kl without its realised part; `reached`: only teacher columns that W reaches; `joined`: cells joined;
+    `second`: with a second stage (`second.py`) on what follows the cell."""
     teachers: tuple[int, ...] | None = None
     """Which teachers of the setting; None: all."""
     domains: tuple[int | None, ...] | None = None

@@ -27,7 +27,7 @@ SEGMENT = 64
 """Most tokens that one program adds up for a cell; larger cells are several segments."""
 BLOCK = 32
 """Segments, cells or tokens of a program."""
-SPLITS = 16
+SPLITS = 64
 """Parts into which the tokens or cells of a column are split, where each is gone through from first to last."""
 
 

@@ -143,13 +143,14 @@ def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wa
         gradients.hidden.zero_()
     sums = torch.zeros(3, dtype=torch.float64, device=form.device)
     for tile in tiles:
-        own_side = own.side(*_padded(tile.student_rows, tile.student_chunk, tile))
+        own_rows, own_chunk = _padded(tile.student_rows, tile.student_chunk, tile)
+        own_side = own.side(own_rows, own_chunk)
         other_side = other(*_padded(tile.teacher_rows, tile.teacher_chunk, tile), own_side)
         part, rows = slice(tile.low, tile.high), tile.student_rows
         counts = None if counted is None else torch.nn.functional.pad(counted[rows], (0, tile.columns - len(rows)))
         sums += _compare(own_side, other_side, chunks.cell[part], chunks.realised[part], counts, wanted)
         if gradients is not None:
-            gradients.add_rows(own_side.logits[:, : len(rows)].T, rows)
+            gradients.add_rows(own_side.logits.T, own_rows, len(rows))
     return sums, [] if gradients is None else list(gradients.finished())
 
 

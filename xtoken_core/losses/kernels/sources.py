@@ -129,10 +129,13 @@ class HiddenGradients:
         torch.mm(gradient, self.source.weight, out=self.hidden[rows])
         self._add_head(gradient, self.source.hidden[rows])
 
-    def add_rows(self, gradient: Tensor, rows: Tensor) -> None:
-        """As `add`, of a tile that holds the rows `rows` [n], each in one tile; those in none are the caller's to fill."""
+    def add_rows(self, gradient: Tensor, rows: Tensor, count: int) -> None:
+        """As `add`, of a tile of the rows `rows` [n], each in one tile; those in none are the caller's to fill.
+
+        The gradients of those from `count` on are zero: they are there since products of other sizes are several times slower.
+        """
         assert self.source.hidden is not None and self.source.weight is not None
-        self.hidden[rows] = gradient @ self.source.weight
+        self.hidden[rows[:count]] = (gradient @ self.source.weight)[:count]
         self._add_head(gradient, self.source.hidden[rows])
 
     def _add_head(self, gradient: Tensor, hidden: Tensor) -> None:

@@ -17,6 +17,7 @@ def distill(
     scores: list = [],  # noqa: B006 - KFP reads the default
     baseline: bool = False,
     checkpoints: str = "",
+    candidate: str = "",
 ):
     """Train the student on the teachers' distributions and the text, or (baseline) on the text only.
 
@@ -31,14 +32,19 @@ def distill(
         scores: Folders or URIs that score wrote, teacher after teacher, of each one a folder per shard of rows.
         baseline: Cross-entropy only, on the same rows in the same order.
         checkpoints: Folder or URI for checkpoints from which an interrupted training resumes; none by default.
+        candidate: The candidate that a pilot's verdict chose, as verdict prints it, which is trained; ce is the one without teachers.
     """
     from xtoken_core.workflow.step import step
 
     with step("distill-baseline" if baseline else "distill", run):
+        import json
+
+        from xtoken_core.spec.pilot import CE
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
         from xtoken_core.training.inputs import TrainingInputs, by_teacher
         from xtoken_core.workflow.figures import log_figures, training_facts, training_figures
+        from xtoken_core.workflow.rungs import as_candidate, candidate_of
         from xtoken_core.workflow.versions import own_folder
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
@@ -46,6 +52,10 @@ def distill(
         parsed = View.from_text(spec)
         w = matrices(parsed, projections.path if projections else None)
         inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores))
+        if candidate:
+            chosen = candidate_of(json.loads(candidate))
+            parsed, baseline = as_candidate(parsed, chosen), chosen.name == CE
+            print(f"as the pilot chose: {chosen.name}", flush=True)
         own = own_folder(checkpoints, parsed, inputs, baseline, [rows.uri, projections.uri if projections else "", *scores])
         summary = distill(parsed, inputs, run.path, baseline, own)
         run.metadata |= training_facts(parsed, summary)

@@ -13,8 +13,9 @@ def report(
     metrics: Output[Metrics],
     overlap: Input[Artifact],
     rows: Input[Dataset],
-    run: Input[Model],
+    run: Input[Model] = None,
     baseline: Input[Model] = None,
+    pilot: Input[Artifact] = None,
     projections: Input[Artifact] = None,
     evaluated_teachers: Input[Artifact] = None,
     evaluated_before: Input[Artifact] = None,
@@ -36,8 +37,9 @@ def report(
         metrics: The main figures, for KFP.
         overlap: What overlap wrote.
         rows: What prepare wrote (shard 0).
-        run: What distill wrote.
+        run: What distill wrote; none where a pilot is all there is.
         baseline: What distill wrote with --baseline.
+        pilot: What verdict wrote.
         projections: What projections wrote.
         evaluated_teachers: What evaluate wrote for the group teachers.
         evaluated_before: What evaluate wrote for student-before.
@@ -69,6 +71,7 @@ def report(
             run,
             baseline,
             projections,
+            pilot=pilot,
             evaluations={group: artifact for group, artifact in zip(Group, results) if artifact},
             shards=shards,
             tasks=[Task(**task) for task in tasks],

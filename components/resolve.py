@@ -15,6 +15,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         ("score", str),
         ("distill", str),
         ("baseline", str),
+        ("trial", str),
         ("evaluate_student", str),
         ("evaluate_teachers", str),
         ("report", str),
@@ -42,6 +43,7 @@ def resolve(spec: str, overrides: str = "", compiled: str = "") -> NamedTuple(  
         score: What score reads.
         distill: What distill reads.
         baseline: What distill reads for the twin that is trained on cross-entropy only.
+        trial: What trial reads.
         evaluate_student: What evaluate reads for the student and its twin.
         evaluate_teachers: What evaluate reads for the teachers.
         report: What report reads, which is the whole spec with its overrides.

@@ -7,6 +7,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components.audit import audit
 from components.compare import compare
 from components.distill import distill
 from components.evaluate import evaluate
@@ -17,10 +18,15 @@ from components.projection import projection
 from components.report import report
 from components.resolve import resolve
 from components.score import score
+from components.standing import standing
+from components.trial import trial
+from components.verdict import verdict
 from pipelines.cluster import Size
 from pipelines.tasks import Tasks
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec.pilot import CE
 from xtoken_core.workflow.resolve import shape
+from xtoken_core.workflow.rungs import Rung, rungs
 from xtoken_core.workflow.subjects import Group, groups
 from xtoken_core.workflow.views import view
 
@@ -46,8 +52,13 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
         tasks = Tasks(compiled)
         views = _resolved(tasks, compiled, spec, overrides)
         shared = _shared(tasks, compiled, views)
-        before = _evaluated(tasks, compiled, Group.BEFORE, views, **shared.agreement)
-        _trained(tasks, compiled, views, shared, before | _twin(tasks, compiled, views, shared))
+        if compiled.pilot is not None and compiled.pilot.then == "stop":
+            before = _evaluated(tasks, compiled, Group.BEFORE, views)
+            _reported(tasks, views, shared, before | _piloted(tasks, compiled, views, shared, before))
+        else:
+            before = _evaluated(tasks, compiled, Group.BEFORE, views, **shared.agreement)
+            before |= _piloted(tasks, compiled, views, shared, before)
+            _trained(tasks, compiled, views, shared, before | _twin(tasks, compiled, views, shared))
 
     pipeline.__doc__ = PARAMETERS
     return _pipeline(pipeline, compiled, _description(compiled))
@@ -103,6 +114,11 @@ class Shared:
     """The teachers' evaluation, where they are evaluated."""
     scores: dict[str, Any]
     """`scores`, where a teacher has some computed."""
+
+    @property
+    def taught(self) -> dict[str, Any]:
+        """What a training with teachers takes beside rows."""
+        return {"modes": self.audit["modes"], **self.matrices, **self.scores}
 
     @property
     def agreement(self) -> dict[str, Any]:
@@ -184,13 +200,60 @@ def _twin(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared) 
 def _trained(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, results: dict[str, Any]) -> None:
     """Adds the training, its evaluation and the report; `results`: what else the report reads, by its inputs."""
     given = _training(compiled, views, shared)
-    taught = {"modes": shared.audit["modes"], **shared.matrices, **shared.scores}
-    run = tasks.add(name="distill", spec=views["distill"], **given, **taught)["run"]
+    chosen = {"candidate": results.pop("candidate")} if "candidate" in results else {}
+    run = tasks.add(name="distill", spec=views["distill"], **given, **shared.taught, **chosen)["run"]
     after = _evaluated(tasks, compiled, Group.AFTER, views, run=run, **shared.agreement)
+    _reported(tasks, views, shared, {"run": run, **after, **results})
+
+
+def _reported(tasks: Tasks, views: Any, shared: Shared, results: dict[str, Any]) -> None:
+    """Adds the report; `results`: what it reads beside what all trainings share."""
+    results.pop("candidate", None)
     shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
     told = {"tasks": tasks.edges, "inputs": views["inputs"], "resolved": shared.views["times"], **shards}
-    read = {"overlap": shared.audit["report"], "rows": shared.rows, "run": run, **shared.matrices, **shared.teachers}
-    tasks.add(report, "report", spec=views["report"], **told, **read, **after, **results)
+    read = {"overlap": shared.audit["report"], "rows": shared.rows, **shared.matrices, **shared.teachers}
+    tasks.add(report, "report", spec=views["report"], **told, **read, **results)
+
+
+def _piloted(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, before: dict[str, Any]) -> dict[str, Any]:
+    """Adds the pilot, if the spec has one: the audit, rung after rung, the verdict. Its `pilot` is the report's, `candidate` distill's."""
+    if compiled.pilot is None:
+        return {}
+    evaluated = {"before": before["evaluated_before"], "teachers": shared.teachers["evaluated_teachers"]}
+    audited = tasks.add(audit, "audit", **evaluated)["lines"]
+    fields = [candidate.model_dump(mode="json", exclude_defaults=True) for candidate in compiled.pilot.candidates]
+    results: list[Any] = []
+    names: dict[str, Any] = {}
+    ladder = rungs(compiled.pilot)
+    for rung in ladder:
+        done = [_tried(tasks, compiled, views, shared, rung, {"candidates": [{"name": CE}]})]
+        for place in range(rung.candidates):  # on the first rung only its own candidate concerns a task, and the cache
+            among = {"candidates": fields, "place": place, **names} if names else {"candidates": [fields[place]]}
+            done.append(_tried(tasks, compiled, views, shared, rung, among | shared.taught))
+        results += done
+        if rung != ladder[-1]:
+            names = {"standing": tasks.add(standing, f"standing-{rung.number}", results=done)["names"]}
+    shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
+    told = {"spec": views["report"], "results": results, "audited": audited, "rows": shared.rows, **shards}
+    found = tasks.add(verdict, "verdict", **told)
+    return {"pilot": found["pilot"], "candidate": found["chosen"]}
+
+
+def _tried(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, rung: Rung, inputs: dict[str, Any]) -> Any:
+    """Adds a short run; what it comes to. `inputs`: the candidate, or those among which the place is."""
+    who = str(inputs["place"]) if "place" in inputs else inputs["candidates"][0]["name"]
+    more = {"more_rows": shared.uris[1:]} if shared.uris[1:] else {}
+    given = {"spec": views["trial"], "rows": shared.rows, "checkpoints": views["checkpoints"], **more, **inputs}
+    return tasks.add(
+        trial,
+        f"trial-{rung.number}-{who}",
+        after=["audit"],
+        size=Size.HEAVY,
+        gpus=compiled.resources.gpus_per_node,
+        rung=rung.number,
+        share=repr(rung.share),
+        **given,
+    )["result"]
 
 
 def _training(compiled: DistillationSpec, views: Any, shared: Shared) -> dict[str, Any]:

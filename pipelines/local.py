@@ -145,6 +145,8 @@ def kept(spec: DistillationSpec) -> str:
 def answer(spec: DistillationSpec, run: Run) -> str:
     """Did it help? The table that ends a run, and where things lie."""
     uri = spec.output.uri.rstrip("/")
+    if run.summary is None:  # a pilot that nothing follows
+        return answer_table(run, {"report": f"{uri}/report.html", "figures": f"{uri}/pilot.json"})
     student = "student/best" if spec.data.validation else "student/last"
     return answer_table(run, {"report": f"{uri}/report.html", "student": f"{uri}/{student}", "logs": f"{uri}/logs"})
 

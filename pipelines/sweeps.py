@@ -27,6 +27,8 @@ def variants(path: Path, overrides: Sequence[str], over: Sequence[str]) -> dict[
     Each publishes under its label at the spec's `output.uri`. Raises InputError for a field whose values would change more than training.
     """
     axes = [_axis(text) for text in over]
+    if DistillationSpec.from_yaml(path, overrides).pilot is not None:
+        raise InputError("pilot: a sweep has none; its candidates are the sweep's values")
     found: dict[str, DistillationSpec] = {}
     for values in itertools.product(*(values for _, values in axes)):
         changes = [f"{key}={json.dumps(value)}" for (key, _), value in zip(axes, values)]

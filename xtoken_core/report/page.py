@@ -16,6 +16,7 @@ from xtoken_core.report.charts import Measured, Spans, duration, interval_plot
 from xtoken_core.report.curves import FIRST_TEACHER, STUDENT, TWIN, charts, phase_bars, run_seconds, task_bars
 from xtoken_core.report.dag import dag_picture
 from xtoken_core.report.facts import run_facts, teacher_facts
+from xtoken_core.report.pilot import pilot_section
 from xtoken_core.report.projection_summary import density_picture
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import everybody, label, verdict
@@ -44,6 +45,7 @@ def render_report(run: Run) -> str:
         title=run.name,
         verdict=verdict(run),
         standing=standing(run),
+        pilot=pilot_section(run.pilot),
         cautions=cautions(run),
         results=[table for table in (tables.bits_table(run), tables.tasks_table(run), tables.agreement_table(run)) if table],
         parts_of_groups=tables.parts_table(run),

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from xtoken_core.errors import InputError
 from xtoken_core.results.evaluation import Evaluation
+from xtoken_core.results.pilot import Pilot
 from xtoken_core.results.record import Record, text_of
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.subject import BEST, LAST, Subject
@@ -60,6 +61,7 @@ class Run(Record):
     summary: TrainingSummary | None = None
     baseline_summary: TrainingSummary | None = None
     results: list[Evaluation] = []
+    pilot: Pilot | None = None
     overlap: OverlapReport | None = None
     projections: dict[str, ProjectionStats] = {}
     """By teacher."""

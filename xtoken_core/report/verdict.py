@@ -11,7 +11,9 @@ import numpy as np
 from xtoken_core.evaluation.intervals import Estimate, difference_interval, ratio_interval
 from xtoken_core.report.run import Run
 from xtoken_core.results.evaluation import Bits, Documents, Evaluation, TaskScore
+from xtoken_core.results.pilot import Extent, Outlook, Pilot
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
+from xtoken_core.spec.pilot import CE
 
 LABELS = {
     BEFORE: "student before",
@@ -150,8 +152,53 @@ class Verdict:
         return "\n".join([self.headline, *self.sentences])
 
 
+def extent(found: Extent, sign: int = 1) -> str:
+    """`+0.0123 [+0.0050, +0.0196]`; with sign -1 that of the negated figure."""
+    low, high = (found.low, found.high) if sign > 0 else (-found.high, -found.low)
+    return f"{sign * found.value:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def pilot_verdict(pilot: Pilot) -> Verdict:
+    """What a pilot says of the main run, headline first."""
+    best, lengths = pilot.outlooks[0], sorted({trial.steps for trial in pilot.trials})
+    tone = "good" if pilot.chosen != CE else "bad" if best.expected and best.expected.high < 0 else "even"
+    return Verdict(
+        tone,
+        pilot.reason,
+        [
+            *_on_best(pilot, best),
+            *_on_others(pilot),
+            *pilot.audit,
+            (
+                f"It rests on {len(pilot.trials)} short runs of {', '.join(f'{steps:,}' for steps in lengths)} steps, each with a whole schedule."
+            ),
+        ],
+    )
+
+
+def _on_best(pilot: Pilot, best: Outlook) -> Iterator[str]:
+    settings = f", {', '.join(best.changes)}" if best.changes else ""
+    yield f"{best.candidate}: teachers {', '.join(best.teachers)}{settings}."
+    if best.same_time and best.cost:
+        lasts = "" if pilot.enough_text else ", for which the text does not last without repeats"
+        yield (
+            f"Against cross-entropy with the same GPU time ({best.cost:.1f} times the steps{lasts}): "
+            f"{extent(best.same_time)} bits per byte."
+        )
+
+
+def _on_others(pilot: Pilot) -> Iterator[str]:
+    for other in pilot.outlooks[1:]:
+        if other.expected:
+            yield f"{other.candidate}: {extent(other.expected)}, from runs of up to {other.measured[-1].steps:,} steps."
+        else:
+            yield f"{other.candidate}: no outcome: {other.failed}"
+
+
 def verdict(run: Run) -> Verdict:
-    """What the run's evaluations say, headline first."""
+    """What the run's evaluations say, headline first; of a pilot that nothing has followed, what that says."""
+    if run.pilot is not None and run.summary is None:
+        return pilot_verdict(run.pilot)
     before, best, last, after = run.result(BEFORE), run.result(BEST), run.result(LAST), run.after
     gain = bits_difference(after, before)
     if gain is None:
@@ -160,13 +207,14 @@ def verdict(run: Run) -> Verdict:
     a, b = bits_per_byte(after) or 0.0, bits_per_byte(before) or 0.0
     change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({100 * (a - b) / b:+.0f} %)"
     against_twin = twin_differences(run)
+    taught = "Distillation" if run.pilot is None or run.pilot.chosen != CE else "Cross-entropy only, as the pilot chose,"
     helped = {
         "bad": "The student improved, but cross-entropy alone does better",
         "even": "The student improved, but cross-entropy alone does as well",
-    }.get(against_twin[0].tone if against_twin else "", "Distillation helped")
+    }.get(against_twin[0].tone if against_twin else "", f"{taught} helped")
     answer = {
         "good": f"{helped}: {change}.",
-        "bad": f"Distillation made the student worse: {change}.",
+        "bad": f"{taught} made the student worse: {change}.",
         "even": f"No difference beyond the noise: {change}."
         if math.isfinite(gain.low)
         else f"One document says little: {change}, noise unknown.",
@@ -179,6 +227,7 @@ def verdict(run: Run) -> Verdict:
         *_on_twin(run, against_twin),
         *_on_teachers(run, b, a),
         *_on_tasks(after, before),
+        *([f"The pilot had said: {run.pilot.reason}"] if run.pilot else []),
     ]
     tone = gain.tone
     if tone == "good" and any(d.tone != "good" for d in against_twin):

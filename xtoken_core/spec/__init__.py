@@ -8,6 +8,7 @@ from xtoken_core.spec.data import DataSpec, TrainSource
 from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
 from xtoken_core.spec.output import OutputSpec
+from xtoken_core.spec.pilot import CandidateSpec, PilotSpec
 from xtoken_core.spec.resources import NodeRequirement, ResourcesSpec, SecretEnv, Toleration, VolumeClaim
 from xtoken_core.spec.student import LoraSpec, StudentSpec
 from xtoken_core.spec.teachers import Mode, ProjectionSpec, TeacherSpec
@@ -15,6 +16,7 @@ from xtoken_core.spec.training import TrainingSpec
 from xtoken_core.spec.whole import DistillationSpec
 
 __all__ = [
+    "CandidateSpec",
     "DataSpec",
     "DistillationSpec",
     "EvaluationSpec",
@@ -23,6 +25,7 @@ __all__ = [
     "Mode",
     "NodeRequirement",
     "OutputSpec",
+    "PilotSpec",
     "ProjectionSpec",
     "ResourcesSpec",
     "SecretEnv",

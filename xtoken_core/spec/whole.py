@@ -15,6 +15,7 @@ from xtoken_core.spec.data import DataSpec
 from xtoken_core.spec.evaluation import EvaluationSpec
 from xtoken_core.spec.loss import LossSpec
 from xtoken_core.spec.output import OutputSpec
+from xtoken_core.spec.pilot import CandidateSpec, PilotSpec
 from xtoken_core.spec.resources import ResourcesSpec
 from xtoken_core.spec.section import Section
 from xtoken_core.spec.student import StudentSpec
@@ -39,6 +40,11 @@ class DistillationSpec(Section):
     loss: LossSpec = Field(LossSpec(), description="the distillation loss")
     data: DataSpec = Field(description="documents, and how they become rows")
     training: TrainingSpec = Field(TrainingSpec(), description="the optimisation")
+    pilot: PilotSpec | None = Field(
+        None,
+        description="short runs of several candidates before the main run, and a verdict",
+        examples=[{"candidates": [{"name": "all"}]}],
+    )
     evaluation: EvaluationSpec = Field(
         EvaluationSpec(), description="what the student, its former self and the teachers are measured on"
     )
@@ -62,6 +68,7 @@ class DistillationSpec(Section):
         yield from (f"output.promote_if: {why}" for why in self._promotion_contradictions())
         if self.student.lora is not None and self.training.sharding == "fsdp":
             yield "student.lora: trains with sharding: ddp only"
+        yield from (f"pilot.{why}" for why in self._pilot_contradictions())
         if self.training.attention == "flash_attention_2":
             if self.training.precision == "fp32":
                 yield "training.precision: fp32 has no flash_attention_2"
@@ -79,6 +86,35 @@ class DistillationSpec(Section):
             yield "needs bits per byte (evaluation.bits_per_byte, and text for it)"
         if self.output.promote_if == "better_than_ce" and not self.evaluation.ce_baseline:
             yield "better_than_ce needs evaluation.ce_baseline"
+
+    def _pilot_contradictions(self) -> Iterator[str]:
+        """What of the run a pilot cannot be made of."""
+        if self.pilot is None:
+            return
+        if not self.measures_bits:
+            yield "candidates: need bits per byte (evaluation.bits_per_byte, and text for it)"
+        if self.resources.nodes > 1 and self.pilot.then == "best":
+            yield "then: best trains on one host only, and resources.nodes is more"
+        if self.pilot.then == "stop" and self.output.registry is not None:
+            yield "then: stop leaves no student for output.registry"
+        scored = any(teacher.scores is not None for teacher in self.teachers)
+        for index, candidate in enumerate(self.pilot.candidates):
+            try:
+                tried = self.of_candidate(candidate)
+            except InputError as e:
+                yield from (f"candidates.{index}: {line}" for line in str(e).splitlines())
+            else:
+                if scored and tried.loss.temperature != self.loss.temperature:
+                    yield f"candidates.{index}: {candidate.name}: loss.temperature: the scores, which all share, are made at one"
+
+    def of_candidate(self, candidate: CandidateSpec) -> Self:
+        """The spec as a candidate of its pilot has it, without the pilot. Raises InputError, which begins with the candidate's name."""
+        data = self.model_dump(mode="json", exclude_defaults=True) | {"pilot": None}
+        known = [teacher.id for teacher in self.teachers]
+        if unknown := [teacher for teacher in candidate.teachers or () if teacher not in known]:
+            raise InputError(f"{candidate.name}: teachers: {unknown[0]}: not one of {', '.join(known)}")
+        data["teachers"] = [t for t in data["teachers"] if candidate.teachers is None or t["id"] in candidate.teachers]
+        return self.from_text(json.dumps(data), candidate.set, source=candidate.name)
 
     def _teacher_contradictions(self, teacher: TeacherSpec) -> Iterator[str]:
         """What of one teacher contradicts the loss."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from xtoken_core import storage
 from xtoken_core.results.evaluation import Evaluation
+from xtoken_core.results.pilot import Pilot, Trial
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 
@@ -60,6 +61,17 @@ def training_facts(spec: DistillationSpec, summary: TrainingSummary) -> dict[str
         "commit": (summary.environment and summary.environment.commit) or "",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def trial_figures(trial: Trial) -> dict[str, float]:
+    """Scalars of a short run."""
+    figures = {"bits_per_byte": trial.bits_per_byte, "steps": trial.steps, "seconds_per_step": trial.seconds_per_step}
+    return {name: round(float(value), 4) for name, value in figures.items() if value is not None}
+
+
+def pilot_figures(pilot: Pilot) -> dict[str, float]:
+    """Scalars of a verdict: the gain that is expected of each candidate over cross-entropy, in bits per byte."""
+    return {f"gain_{o.candidate}".replace("-", "_"): round(o.expected.value, 4) for o in pilot.outlooks if o.expected}
 
 
 def evaluation_figures(results: Sequence[Evaluation]) -> dict[str, float]:

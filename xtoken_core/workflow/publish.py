@@ -18,6 +18,7 @@ from xtoken_core.errors import RunError, blamed
 from xtoken_core.report.card import model_card
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
+from xtoken_core.results.pilot import Pilot
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.results.vocabulary import OverlapReport
 from xtoken_core.results.workflow import ReadInput, StepTimes, Task
@@ -43,10 +44,11 @@ class Parts:
     overlap: Artifact
     rows: Artifact
     """Of the first shard."""
-    run: Artifact
-    """What training wrote."""
+    run: Artifact | None
+    """What training wrote; None where a pilot is all there is."""
     baseline: Artifact | None = None
     projections: Artifact | None = None
+    pilot: Artifact | None = None
     evaluations: Mapping[Group, Artifact] = field(default_factory=dict)
     shards: Sequence[str] = ()
     """Where the other shards of the rows lie, whose statistics are read there."""
@@ -63,6 +65,7 @@ class Parts:
             "projections": self.projections,
             "distill": self.run,
             "distill-baseline": self.baseline,
+            "verdict": self.pilot,
             "prepare": self.rows,
             **{f"evaluate-{group}": artifact for group, artifact in self.evaluations.items()},
         }
@@ -75,7 +78,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     """Writes the report to `page` and publishes the run at `output.uri`; returns the run as the report saw it.
 
     Published: student/best and student/last (Hugging Face folders), report.html, run.json (what the report was made from),
-    spec.yaml, logs/, projections/, serving/ (for KServe and vLLM).
+    spec.yaml, logs/, projections/, serving/ (for KServe and vLLM), pilot.json; of a pilot that nothing follows no student.
     The checkpoints that it took go afterwards, since nothing can be lost any more.
     Raises InputError where publishing fails (no space, not allowed, not reachable), with nothing half-written, and RunError
     where what training wrote is damaged.
@@ -88,8 +91,9 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
     times = parts.times() | {f"prepare-{n}": StepTimes(started=c.started, seconds=c.seconds) for n, c in enumerate(counted)}
     run = Run.collect(
         spec,
-        parts.run.path,
+        parts.run.path if parts.run else None,
         parts.baseline.path if parts.baseline else None,
+        pilot=Pilot.read(parts.pilot.path) if parts.pilot else None,
         overlap=OverlapReport.read(parts.overlap.path),
         prepare={split: all_shards(c) for split, c in (("train", counted), ("validation", held_out)) if c},
         projections=projection_stats(spec, parts.projections.path) if parts.projections else {},
@@ -104,7 +108,8 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
             encoding="utf-8",
         )
-        _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(student_folder(spec)).name}"))
+        if parts.run:
+            _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(student_folder(spec)).name}"))
         for name, source in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(source.absolute())
@@ -166,7 +171,10 @@ def _kept(parts: Parts) -> dict[str, Path]:
         if artifact:
             run = Path(artifact.path)
             kept |= {f"logs/{name}{file}": run / file for file in ("log.jsonl", "summary.json", "tensorboard")}
-    kept |= {f"student/{checkpoint}": Path(parts.run.path) / checkpoint for checkpoint in ("best", "last")}
+    if parts.run:
+        kept |= {f"student/{checkpoint}": Path(parts.run.path) / checkpoint for checkpoint in ("best", "last")}
     if parts.projections:
         kept["projections"] = Path(parts.projections.path)
+    if parts.pilot:
+        kept["pilot.json"] = Path(parts.pilot.path)
     return {name: path for name, path in kept.items() if path.exists()}

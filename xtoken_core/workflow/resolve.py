@@ -43,6 +43,7 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
         **{f"teachers.{t.id}.projection": "a projection" if t.cross_tokenizer else "none" for t in spec.teachers},
         "data.shards": spec.data.shards,
         "scores": [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None],
+        "pilot": spec.pilot and spec.pilot.model_dump(mode="json"),
         "evaluation.ce_baseline": spec.evaluation.ce_baseline,
         "evaluation": groups(spec),
     }
@@ -58,6 +59,7 @@ class Resolved(NamedTuple):
     score: str
     distill: str
     baseline: str
+    trial: str
     evaluate_student: str
     evaluate_teachers: str
     report: str
@@ -106,6 +108,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         "score": view(spec, "score", versions.of(models)),
         "distill": view(spec, "distill", versions.of(models)),
         "baseline": view(spec, "baseline", versions.of([student])),
+        "trial": view(spec, "trial", versions.of(models, texts)),
         "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
         "evaluate_teachers": view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)),
         "report": spec,

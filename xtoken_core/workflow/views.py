@@ -45,6 +45,11 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "resources": ("nodes", "gpus_per_node"),
     },
     "baseline": {**_TOKENIZERS, "student": ("*",), "data": ("*",), "training": ("*",), "resources": ("gpus_per_node",)},
+    "trial": {
+        **dict.fromkeys(("student", "teachers", "loss", "data", "training"), ("*",)),
+        "evaluation": ("bits_per_byte", "texts", "window"),
+        "resources": ("gpus_per_node",),
+    },
     "evaluate_student": {
         **_TOKENIZERS,
         "student": ("*",),

@@ -1,0 +1,102 @@
+"""Where a curve will be: the value of a training's outcome at more steps than were run, with an interval.
+
+Outcomes are those of separate trainings, each with its whole schedule. Their curve over the logarithm of the steps is taken for a
+level plus a slope that wanders: a stationary Ornstein-Uhlenbeck process around zero. Far ahead the slope is forgotten, the mean
+bends to level, and the variance grows with the distance. The process is Gaussian, so that the forecast is a regression with this
+covariance (Rasmussen and Williams, 2006, "Gaussian Processes for Machine Learning", section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xtoken_core.evaluation.intervals import Z95
+
+MEMORY = 3.0
+"""Doublings of the steps over which a slope is remembered (to 1/e)."""
+
+SHARE, TRUST = 0.2, 2.0
+"""Before any is seen, gains are taken to change by a fifth of what cross-entropy gains with a doubling; that counts like two sightings."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The outcome of one training."""
+
+    steps: float
+    value: float
+    error: float
+    """Standard error."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An expected value and its standard deviation."""
+
+    value: float
+    error: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.value - Z95 * self.error
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.value + Z95 * self.error
+
+
+def forecast(points: Sequence[Point], steps: float, slope: float, error: float = 0.0) -> Forecast:
+    """The value of one more training, of so many steps.
+
+    slope: standard deviation of the change that a doubling of the steps makes. error: of that training's own measurement.
+    """
+    return _conditioned(points, np.array([1.0]), np.array([steps]), slope, error)
+
+
+def forecast_change(points: Sequence[Point], start: float, end: float, slope: float) -> Forecast:
+    """How much the value changes from `start` to `end` steps; `slope` as of `forecast`."""
+    return _conditioned(points, np.array([1.0, -1.0]), np.array([end, start]), slope, 0.0)
+
+
+def slopes(points: Sequence[Point]) -> list[float]:
+    """Changes by a doubling of the steps, between neighbours."""
+    ordered = sorted(points, key=lambda point: point.steps)
+    return [(b.value - a.value) / float(np.log2(b.steps / a.steps)) for a, b in zip(ordered, ordered[1:]) if b.steps > a.steps]
+
+
+def gain_slope(reference: Sequence[Point], gains: Sequence[Sequence[Point]]) -> float:
+    """The standard deviation of what a doubling of the steps changes in gains over `reference`, from those of all candidates.
+
+    The mean of squares with what is known beforehand (SHARE, TRUST): that of an inverse chi-square prior.
+    """
+    seen = [slope for points in gains for slope in slopes(points)]
+    before = SHARE * float(np.mean(np.abs(slopes(reference) or [0.0])))
+    return float(np.sqrt((TRUST * before**2 + np.square(seen).sum()) / (TRUST + len(seen))))
+
+
+def _conditioned(points: Sequence[Point], weights: np.ndarray, targets: np.ndarray, slope: float, error: float) -> Forecast:
+    """The weighted sum of the curve at `targets` (steps), given the points."""
+    known = np.log2([point.steps for point in points])
+    values, errors = np.array([[point.value, point.error] for point in points]).T
+    origin, slope = known.max(), max(slope, 1e-9)
+    here, there = known - origin, np.log2(targets) - origin
+    level = 1e4 * (slope**2 + float(np.square(values).max()))  # as good as unknown
+    among = level + slope**2 * _wandering(here, here) + np.diag(errors**2 + 1e-9 * slope**2)
+    across = level + slope**2 * _wandering(there, here)
+    ahead = level + slope**2 * _wandering(there, there)
+    gain = np.linalg.solve(among, across.T).T
+    variance = weights @ (ahead - gain @ across.T) @ weights
+    return Forecast(float(weights @ gain @ values), float(np.sqrt(max(variance, 0.0) + error**2)))
+
+
+def _wandering(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Covariance [A, B] of the integral from 0 of a slope of variance 1 that is forgotten over MEMORY."""
+    x, y = np.abs(a)[:, None] / MEMORY, np.abs(b)[None, :] / MEMORY
+    one_side = 2 * np.minimum(x, y) - 1 + np.exp(-x) + np.exp(-y) - np.exp(-np.abs(x - y))
+    across = -(1 - np.exp(-x)) * (1 - np.exp(-y))  # one before the origin, one after it
+    return MEMORY**2 * np.where(np.sign(a)[:, None] * np.sign(b)[None, :] < 0, across, one_side)

@@ -16,17 +16,8 @@ NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report", "compare")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
 training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
 
-RETRIED = (
-    "distill",
-    "distill-baseline",
-    "evaluate-student-before",
-    "evaluate-student-after",
-    "evaluate-baseline",
-    "evaluate-teachers",
-    "report",
-    "compare",
-)
-"""Tasks that are tried again where they fail."""
+RETRIED = ("distill", "launch", "trial", "evaluate", "report", "compare")
+"""Components whose tasks are tried again where they fail."""
 
 
 class Tasks:
@@ -75,7 +66,7 @@ class Tasks:
         # KFP tries again whatever the reason: before training that is mostly bad input, which stays bad (and what was done
         # waits in the cache for another run); from training on, pre-emption.
         amounts = amounts_of(self._resources, size, self._resolved)
-        on_cluster(task, self._resources, amounts, gpus, retried=name in RETRIED)
+        on_cluster(task, self._resources, amounts, gpus, retried=component.python_func.__name__ in RETRIED)
         if name == "resolve":
             self._resolved = task.outputs
         return task.outputs

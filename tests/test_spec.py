@@ -193,7 +193,7 @@ def test_all_complaints_come_at_once_and_say_what_was_meant():
         'spec: data.validation: should be a list (got {"a": 1})',
         "spec: training.max_step: no such field; did you mean max_steps?",
         "spec: max_steps: no such field; did you mean training.max_steps?",
-        "spec: zzz: no such field; there are name, student, teachers, loss, data, training, evaluation, output, resources",
+        "spec: zzz: no such field; there are name, student, teachers, loss, data, training, pilot, evaluation, output, resources",
     ]
 
 

@@ -16,7 +16,9 @@ from xtoken_core.errors import ERROR_FILE, InputError, left_error
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.evaluations import read_evaluations
 
-NAMES = ("resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report")
+NAMES = (
+    "resolve", "overlap", "projection", "prepare", "distill", "evaluate", "report", "audit", "trial", "standing", "verdict"
+)  # fmt: skip
 
 
 def component(name):

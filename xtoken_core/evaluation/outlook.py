@@ -15,8 +15,11 @@ import numpy as np
 
 from xtoken_core.evaluation.intervals import Z95
 
-MEMORY = 3.0
-"""Doublings of the steps over which a slope is remembered (to 1/e)."""
+MEMORY, CURVE_MEMORY = 3.0, 10.0
+"""Doublings of the steps over which a slope is remembered (to 1/e): that of a gain, and that of a curve of bits per byte itself."""
+
+CURVE_SHARE = 0.5
+"""Standard deviation of such a curve's slope, as a share of the slope that was seen."""
 
 SHARE, TRUST = 0.2, 2.0
 """Before any is seen, gains are taken to change by a fifth of what cross-entropy gains with a doubling; that counts like two sightings."""
@@ -55,12 +58,14 @@ def forecast(points: Sequence[Point], steps: float, slope: float, error: float =
 
     slope: standard deviation of the change that a doubling of the steps makes. error: of that training's own measurement.
     """
-    return _conditioned(points, np.array([1.0]), np.array([steps]), slope, error)
+    found = _conditioned(points, np.array([1.0]), np.array([steps]), slope, MEMORY)
+    return Forecast(found.value, float(np.hypot(found.error, error)))
 
 
-def forecast_change(points: Sequence[Point], start: float, end: float, slope: float) -> Forecast:
-    """How much the value changes from `start` to `end` steps; `slope` as of `forecast`."""
-    return _conditioned(points, np.array([1.0, -1.0]), np.array([end, start]), slope, 0.0)
+def forecast_change(points: Sequence[Point], start: float, end: float) -> Forecast:
+    """How much a curve of bits per byte changes from `start` to `end` steps."""
+    slope = CURVE_SHARE * float(np.mean(np.abs(slopes(points) or [0.0])))
+    return _conditioned(points, np.array([1.0, -1.0]), np.array([end, start]), slope, CURVE_MEMORY)
 
 
 def slopes(points: Sequence[Point]) -> list[float]:
@@ -79,24 +84,24 @@ def gain_slope(reference: Sequence[Point], gains: Sequence[Sequence[Point]]) -> 
     return float(np.sqrt((TRUST * before**2 + np.square(seen).sum()) / (TRUST + len(seen))))
 
 
-def _conditioned(points: Sequence[Point], weights: np.ndarray, targets: np.ndarray, slope: float, error: float) -> Forecast:
+def _conditioned(points: Sequence[Point], weights: np.ndarray, targets: np.ndarray, slope: float, memory: float) -> Forecast:
     """The weighted sum of the curve at `targets` (steps), given the points."""
     known = np.log2([point.steps for point in points])
     values, errors = np.array([[point.value, point.error] for point in points]).T
     origin, slope = known.max(), max(slope, 1e-9)
     here, there = known - origin, np.log2(targets) - origin
     level = 1e4 * (slope**2 + float(np.square(values).max()))  # as good as unknown
-    among = level + slope**2 * _wandering(here, here) + np.diag(errors**2 + 1e-9 * slope**2)
-    across = level + slope**2 * _wandering(there, here)
-    ahead = level + slope**2 * _wandering(there, there)
+    among = level + slope**2 * _wandering(here, here, memory) + np.diag(errors**2 + 1e-9 * slope**2)
+    across = level + slope**2 * _wandering(there, here, memory)
+    ahead = level + slope**2 * _wandering(there, there, memory)
     gain = np.linalg.solve(among, across.T).T
     variance = weights @ (ahead - gain @ across.T) @ weights
-    return Forecast(float(weights @ gain @ values), float(np.sqrt(max(variance, 0.0) + error**2)))
+    return Forecast(float(weights @ gain @ values), float(np.sqrt(max(variance, 0.0))))
 
 
-def _wandering(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Covariance [A, B] of the integral from 0 of a slope of variance 1 that is forgotten over MEMORY."""
-    x, y = np.abs(a)[:, None] / MEMORY, np.abs(b)[None, :] / MEMORY
+def _wandering(a: np.ndarray, b: np.ndarray, memory: float) -> np.ndarray:
+    """Covariance [A, B] of the integral from 0 of a slope of variance 1 that is forgotten over `memory`."""
+    x, y = np.abs(a)[:, None] / memory, np.abs(b)[None, :] / memory
     one_side = 2 * np.minimum(x, y) - 1 + np.exp(-x) + np.exp(-y) - np.exp(-np.abs(x - y))
     across = -(1 - np.exp(-x)) * (1 - np.exp(-y))  # one before the origin, one after it
-    return MEMORY**2 * np.where(np.sign(a)[:, None] * np.sign(b)[None, :] < 0, across, one_side)
+    return memory**2 * np.where(np.sign(a)[:, None] * np.sign(b)[None, :] < 0, across, one_side)

@@ -8,6 +8,7 @@ from statistics import median
 
 import numpy as np
 
+from xtoken_core.checksums import FILE as SEAL
 from xtoken_core.data.statistics import statistics_of
 from xtoken_core.evaluation.evaluate import held_out, load_for, measure_bits
 from xtoken_core.results.evaluation import BitsPerByte, Documents
@@ -46,7 +47,7 @@ def run_place(
         trial = _measured(tried, place, summary, folder)
     except NonFiniteError as e:
         trial = Trial(candidate=name, rung=place.rung, steps=tried.training.max_steps, failed=str(e))
-    for leftover in (*(str(folder / part) for part in ("last", "best", "checkpoints")), *([own] if own else [])):
+    for leftover in (*(str(folder / part) for part in ("last", "best", "checkpoints", SEAL)), *([own] if own else [])):
         remove(leftover)
     print(f"{name}: {trial.failed or f'{trial.bits_per_byte:.4f} bits per byte'}", flush=True)
     return trial

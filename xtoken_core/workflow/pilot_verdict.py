@@ -10,15 +10,12 @@ import numpy as np
 
 from xtoken_core.errors import InputError, RunError
 from xtoken_core.evaluation.intervals import Z95, ratio_interval
-from xtoken_core.evaluation.outlook import Forecast, Point, forecast, forecast_change, gain_slope, slopes
+from xtoken_core.evaluation.outlook import Forecast, Point, forecast, forecast_change, gain_slope
 from xtoken_core.report.verdict import extent
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.pilot import Extent, Gain, Outlook, Pilot, Trial
 from xtoken_core.spec import CandidateSpec, DistillationSpec
 from xtoken_core.spec.pilot import CE
-
-SHARE_OF_CURVE = 0.5
-"""Of cross-entropy's own change by a doubling of the steps, how much that change may change."""
 
 DRAWN = 12
 """Steps between the last short run and the main run's end at which the expected gain is told."""
@@ -115,9 +112,8 @@ def _outlook(spec: DistillationSpec, candidate: CandidateSpec, runs: Sequence[Tr
 
 
 def _same_time(expected: Forecast, known: _Known, cost: float) -> Extent:
-    """The gain over cross-entropy that goes on for `cost` times the steps; its own curve bends: see SHARE_OF_CURVE."""
-    slope = SHARE_OF_CURVE * float(np.mean(np.abs(slopes(known.curve) or [0.0])))
-    more = forecast_change(known.curve, known.steps, known.steps * cost, slope)
+    """The gain over cross-entropy that goes on for `cost` times the steps."""
+    more = forecast_change(known.curve, known.steps, known.steps * cost)
     return _extent(Forecast(expected.value + more.value, hypot(expected.error, more.error)))
 
 
@@ -137,10 +133,10 @@ def _choice(best: Outlook, enough_text: bool) -> tuple[str, str]:
             f"Do not distil: {best.candidate} is expected {ahead} after {gain.steps:,} steps, which is not told apart from nothing. "
             "A larger pilot.budget or more held-out text narrows the interval."
         )
-    if enough_text and other is not None and other.high < 0:
+    if enough_text and other is not None and other.value <= 0:
         return CE, (
             f"Do not distil: {best.candidate} is expected {ahead} after {gain.steps:,} steps, but each takes {best.cost:.1f} times as long. "
-            f"Cross-entropy given that time is ahead, by {extent(other, -1)}, and there is text for it."
+            f"Cross-entropy given that time is expected ahead, by {extent(other, -1)}, and there is text for it."
         )
     return best.candidate, f"Distil as {best.candidate}: {ahead} are expected after {gain.steps:,} steps."
 

@@ -9,7 +9,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from xtoken_core.spec import DistillationSpec, NodeRequirement, ResourcesSpec
-from xtoken_core.workflow.resolve import output_lasts
+from xtoken_core.workflow.shape import output_lasts
 
 
 def image_caution(image: str) -> str | None:

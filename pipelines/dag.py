@@ -25,8 +25,8 @@ from pipelines.cluster import Size
 from pipelines.tasks import Tasks
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.pilot import CE
-from xtoken_core.workflow.resolve import shape
 from xtoken_core.workflow.rungs import Rung, rungs
+from xtoken_core.workflow.shape import shape
 from xtoken_core.workflow.subjects import Group, groups
 from xtoken_core.workflow.views import view
 

@@ -23,12 +23,12 @@ from pipelines.status import Status
 from pipelines.steps import warm_steps
 from pipelines.warm import servers
 from xtoken_core.checksums import FILE as CHECKSUMS
+from xtoken_core.checksums import check_whole
 from xtoken_core.errors import ERROR_FILE, InputError, RunError, left_error
 from xtoken_core.report.answer import answer_table
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.publish import check_whole
-from xtoken_core.workflow.resolve import CHECKPOINTS
+from xtoken_core.workflow.shape import CHECKPOINTS
 from xtoken_core.workflow.step import RUNNER
 
 QUIET = {

@@ -23,7 +23,7 @@ from pipelines.compiling import compile_spec, compile_sweep, documents
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
-from xtoken_core.workflow.resolve import check_ranks, shape
+from xtoken_core.workflow.shape import check_ranks, shape
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 """States in which a run stays. (The client's own waiting does not know CANCELED.)"""

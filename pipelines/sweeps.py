@@ -11,7 +11,7 @@ from pathlib import Path
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.text import parse_text
-from xtoken_core.workflow.resolve import shape
+from xtoken_core.workflow.shape import shape
 from xtoken_core.workflow.views import view
 
 SHARED = ("overlap", "projections", "prepare", "score", "evaluate_teachers")

@@ -23,7 +23,8 @@ FLOORS = (
     ("losses", "data"),
     ("projection", "projection_files", "overlap", "alignment", "partition", "same_vocabulary"),
     ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "spec", "results", "costs"),
-    ("storage", "uris", "errors", "forking", "compilations", "finite", "checksums", "processes", "identity"),
+    ("checksums",),
+    ("storage", "uris", "errors", "forking", "compilations", "finite", "processes", "identity"),
 )
 """Packages, and rooms of xtoken_core, from the top down: one imports its own floor and those below."""
 

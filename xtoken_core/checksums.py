@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from xtoken_core import storage
+from xtoken_core.errors import RunError
+
 FILE = "checksums.json"
 """In the folder that it describes: {name: [bytes, SHA-256]}."""
 
@@ -47,6 +50,13 @@ def damage(folder: Path) -> str | None:
             return path.relative_to(folder).as_posix()
     pairs = zip(known.items(), _digests(files), strict=True)
     return next((name for (name, before), now in pairs if before != now), None)
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises RunError, and removes the folder, unless what training wrote is as it was written: then the next run makes it again."""
+    if damaged := damage(Path(path)):
+        storage.remove(str(path))
+        raise RunError(f"{path}: {damaged} is not as training wrote it; it was removed, and another run makes it again")
 
 
 def same_files(folder: Path, other: Path) -> bool:

@@ -20,7 +20,7 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
     """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
     from pipelines import compiling
     from pipelines.cluster import image_caution, output_caution, retry_caution
-    from xtoken_core.workflow.resolve import check_ranks
+    from xtoken_core.workflow.shape import check_ranks
 
     if check and spec is not None:
         raise click.UsageError("--check: is about the specs of pipelines/specs; give no SPEC")

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
-from xtoken_core.checksums import damage
+from xtoken_core.checksums import check_whole, damage
 from xtoken_core.errors import InputError, RunError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.checkpoints import checkpoint_of_step, latest_checkpoint, owned, training_identity
 from xtoken_core.training.inputs import TrainingInputs
-from xtoken_core.workflow.publish import check_whole
 
 FILES = [
     "model.safetensors",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -78,3 +80,11 @@ def test_a_run_that_is_not_there_is_one_line(verb, tmp_path):
     more = ("owner/name",) if verb == ("push",) else ()
     done = call("pipelines", *verb, tmp_path / "none", *more)
     assert (done.returncode, done.stderr) == (2, f"{tmp_path}/none/spec.yaml: no such file or folder\n")
+
+
+def test_a_run_begins_without_the_libraries_that_its_steps_need():
+    """Which take ten seconds to load: the process that steps are forked from does so meanwhile."""
+    loaded = (
+        "import sys, pipelines.local, pipelines.submit; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"

@@ -17,7 +17,8 @@ from tests.support.tiny import texts, tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.results.pilot import Pilot
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import resolve, shape
+from xtoken_core.workflow.resolve import resolve
+from xtoken_core.workflow.shape import shape
 
 CANDIDATES = [{"name": "same", "teachers": ["same"]}, {"name": "other", "teachers": ["other"], "set": ["loss.mode=h_kl"]}]
 

@@ -25,7 +25,8 @@ from tests.support.processes import ended, forked, left_in_shared_memory
 from tests.support.tiny import tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.resolve import CHECKPOINTS, WIRING, resolve, shape
+from xtoken_core.workflow.resolve import resolve
+from xtoken_core.workflow.shape import CHECKPOINTS, WIRING, shape
 from xtoken_core.workflow.subjects import groups, subjects
 from xtoken_core.workflow.views import View, view
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import yaml
 
 from xtoken_core import storage
-from xtoken_core.checksums import damage
+from xtoken_core.checksums import check_whole
 from xtoken_core.data.statistics import all_shards, statistics_of
-from xtoken_core.errors import RunError, blamed
+from xtoken_core.errors import blamed
 from xtoken_core.report.card import model_card
 from xtoken_core.report.page import write_report
 from xtoken_core.report.run import Run
@@ -145,13 +145,6 @@ def _write_serving(spec: DistillationSpec, folder: Path, weights: int) -> None:
     (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
     if service := inference_service(spec, student, weights):
         (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")
-
-
-def check_whole(path: str | Path) -> None:
-    """Raises RunError, and removes the folder, unless what training wrote is as it was written: then the next run makes it again."""
-    if damaged := damage(Path(path)):
-        storage.remove(str(path))
-        raise RunError(f"{path}: {damaged} is not as training wrote it; it was removed, and another run makes it again")
 
 
 def _step_times(metadata: Mapping[str, Any]) -> StepTimes:

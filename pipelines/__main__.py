@@ -8,7 +8,7 @@ from importlib.metadata import version
 import click
 
 from components.cli import run_command
-from pipelines.commands import cluster, new, runs, specs, students, sweeps
+from pipelines.commands import cluster, completion, new, runs, specs, students, sweeps
 
 
 @click.group()
@@ -34,6 +34,7 @@ for _command in (
     students.chat,
     students.export,
     students.push,
+    completion.completion,
 ):
     cli.add_command(_command)
 

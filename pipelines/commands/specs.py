@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.commands.options import SET, SPEC, write_text
+from pipelines.commands.options import SET, SPEC, fields, write_text
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.fields import SpecField, spec_fields
@@ -25,7 +25,7 @@ def validate(spec: Path, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("field", required=False)
+@click.argument("field", required=False, shell_complete=fields)
 def explain(field: str | None) -> None:
     """Tell what a field of the spec means, which values it takes and its default; of a section, its fields; without FIELD, all."""
     wanted = (field or "").replace("[]", "").strip(".")

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from click.shell_completion import BashComplete
 from jsonschema import Draft202012Validator
 
+from pipelines.__main__ import cli
 from pipelines.status import Status, statuses
 from tests.support.cli import call
 from xtoken_core.spec import DistillationSpec
@@ -50,6 +53,40 @@ def test_a_first_spec_is_valid_and_names_its_schema(tmp_path, kind, held_out):
     assert json.loads((tmp_path / named).read_text())["title"] == "DistillationSpec"
     again = call("pipelines", "init", spec, *flags)
     assert (again.returncode, again.stderr) == (2, f"{spec}: is there already\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_how_to_complete(shell):
+    assert "_XTOKEN_COMPLETE=" in call("pipelines", "completion", shell).stdout
+    assert call("pipelines", "completion", "csh").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "meant"),
+    [
+        ([], "comp", ["compare", "compile", "completion"]),
+        (["explain"], "training.learn", ["training.learning_rate"]),
+        (["explain"], "teachers.wei", ["teachers.weight"]),
+        (["run", "x.yaml", "--set"], "training.learn", ["training.learning_rate="]),
+        (["run", "x.yaml", "--set"], "teachers.wei", []),
+    ],
+)
+def test_commands_and_fields_are_completed(words, begun, meant):
+    assert [found.value for found in BashComplete(cli, {}, "xtoken", "_").get_completions(words, begun)] == meant
+
+
+def test_bash_completes(tmp_path):
+    program = tmp_path / "xtoken"
+    program.write_text(f"#!{sys.executable}\nfrom pipelines.__main__ import main\nmain()\n")
+    program.chmod(0o755)
+    script = f"""{call("pipelines", "completion", "bash").stdout}
+        COMP_WORDS=(xtoken stat) COMP_CWORD=1
+        _xtoken_completion xtoken
+        echo "${{COMPREPLY[@]}}"
+    """
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=os.environ | path)
+    assert (told.stdout, told.stderr) == ("status\n", "")
 
 
 def test_version():

@@ -66,6 +66,23 @@ def test_submit_uploads_runs_and_follows(run, server):
     assert "resolve: failed" in again.stdout and again.stdout.splitlines()[-1].endswith("FAILED")
 
 
+def test_status_tells_the_last_runs_there(tmp_path):
+    with FakeKfp(tmp_path) as server:
+        asked = ("status", "--endpoint", server.url)
+        assert call("pipelines", *asked).stdout == f"{server.url}: no runs\n"
+        for hour, (name, state, tasks) in enumerate(
+            [("old", "SUCCEEDED", ()), ("new", "RUNNING", ("distill", "evaluate-teachers"))]
+        ):
+            details = [{"task_id": task, "display_name": task, "state": "RUNNING"} for task in tasks]
+            details.append({"task_id": "resolve", "display_name": "resolve", "state": "SUCCEEDED"})
+            run = {"run_id": name, "display_name": name, "state": state, "run_details": {"task_details": details}}
+            server.runs[name] = run | {"created_at": f"2026-11-27T0{hour}:00:00Z"}
+        told = call("pipelines", *asked)
+        assert told.stdout.splitlines() == ["new: RUNNING, at work: distill, evaluate-teachers", "old: SUCCEEDED"]
+    gone = call("pipelines", *asked)
+    assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and server.url in gone.stderr
+
+
 def test_an_image_that_is_not_pinned_is_told_and_none_is_refused(run, server):
     tagged, unset = (("--set", f"resources.image={name}") for name in ("example.org/x:1", ResourcesSpec().image))
     caution = "resources.image: example.org/x:1 can come to mean another image"

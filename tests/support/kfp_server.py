@@ -124,6 +124,10 @@ class FakeKfp:
         threading.Thread(target=self._execute, args=(run, spec["pipeline_spec"], parameters), daemon=True).start()
         return run
 
+    def RunService_ListRuns(self, given: dict[str, Any]) -> dict[str, Any]:
+        newest = sorted(_inside(self.runs, given), key=lambda run: run["created_at"], reverse=True)
+        return _listed("runs", newest[: int(given["page_size"])], given)
+
     def RunService_GetRun(self, given: dict[str, Any]) -> dict[str, Any]:
         return _found(self.runs, given["run_id"], "Run")
 

@@ -43,9 +43,14 @@ class Result:
         return _loaded(place, place)
 
     def former_student(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model that the student was before, whole, and its tokenizer."""
+        """The model that the student was before, of the layers that it has kept, and its tokenizer."""
+        from xtoken_core.layers import prune_layers
+
         student = self.spec.student
-        return _loaded(student.model, student.tokenizer or student.model)
+        model, tokenizer = _loaded(student.model, student.tokenizer or student.model)
+        if student.keep_layers is not None:
+            prune_layers(model, student.keep_layers)
+        return model, tokenizer
 
     def student_place(self, checkpoint: str | None = None) -> str:
         """Path or URI of the student's folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -22,16 +23,25 @@ CONVERTER = "convert_hf_to_gguf.py"
 @click.option("--tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of an answer, at most.")
 def chat(run: str, checkpoint: str | None, alone: bool, tokens: int) -> None:
     """Talk to the student of a finished run, beside its former self; RUN is what output.uri said. An empty line ends it."""
+    from transformers.utils.logging import disable_progress_bar
+
     from pipelines.api import load
     from xtoken_core.evaluation.samples import answer
 
+    disable_progress_bar()
     result = load(run)
     voices = {"student": result.student(checkpoint)}
     if not alone:
         voices = {"before": result.former_student(), **voices}
-    while said := click.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
+    while said := _said():
         for who, (model, tokenizer) in voices.items():
             click.echo(f"{who}> {answer(model, tokenizer, said, tokens)}")
+
+
+def _said() -> str:
+    """The next message; empty at the end of the input (Ctrl-D)."""
+    click.echo("you> ", nl=False)
+    return sys.stdin.readline().strip()
 
 
 @click.command()
@@ -70,6 +80,10 @@ def push(run: str, repository: str, checkpoint: str | None, public: bool) -> Non
         api = HfApi()
         api.create_repo(repository, private=not public, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Student of a distillation")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as e:
-        raise InputError(f"{repository}: the hub refuses: {' '.join(str(e).split())[:300]}") from None
+    except HfHubHTTPError as e:
+        status, why = e.response.status_code, e.server_message or "no reason given"
+        login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
+        raise InputError(f"{repository}: the hub refuses ({status}): {why}{login}") from None
+    except (HFValidationError, LocalTokenNotFoundError, OSError) as e:
+        raise InputError(f"{repository}: cannot be pushed: {' '.join(str(e).split())[:300]}") from None
     click.echo(str(done))

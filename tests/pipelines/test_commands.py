@@ -1,18 +1,29 @@
 """The commands around a run: explain, schema, status, completion; and a finished run from Python, on a folder that stands for one."""
 
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from click.shell_completion import BashComplete
+from huggingface_hub import constants
 from jsonschema import Draft202012Validator
+from transformers import AutoModelForCausalLM
 
 from pipelines.__main__ import cli
 from pipelines.status import Status, statuses
 from tests.support.cli import call
+from tests.support.hub_server import Hub
+from tests.support.report_sample import sample_run
+from tests.support.tiny import tiny_run
+from xtoken_core.report.card import model_card
 from xtoken_core.spec import DistillationSpec
 
 
@@ -110,6 +121,77 @@ def test_export_without_the_converter_says_how(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = call("pipelines", "export", tmp_path, "--gguf", tmp_path / "x.gguf")
     assert done.returncode == 2 and "convert_hf_to_gguf.py of llama.cpp is not on the PATH" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder as a run leaves it, its student a tiny model."""
+    folder = tmp_path_factory.mktemp("finished")
+    spec = tiny_run(folder)
+    run = sample_run(folder / "parts")
+    (folder / "out").mkdir()
+    run.save(folder / "out" / "run.json")
+    (folder / "out" / "spec.yaml").write_text(yaml.safe_dump(spec))
+    for checkpoint in ("best", "last"):
+        shutil.copytree(folder / "same", folder / "out" / "student" / checkpoint)
+        (folder / "out" / "student" / checkpoint / "README.md").write_text(model_card(run, checkpoint))
+    return folder / "out"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose protocol has no stand-in
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
+    with Hub({}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def test_a_student_is_pushed_with_its_card_and_loads_from_what_the_hub_has(finished, hub, tmp_path):
+    for flags, checkpoint in (((), "best"), (("--public", "--checkpoint", "last"), "last")):
+        done = call("pipelines", "push", finished, "org/small", *flags)
+        assert done.returncode == 0 and hub.endpoint in done.stdout, done.stderr
+        sent = {path.name: path.read_bytes() for path in (finished / "student" / checkpoint).iterdir()}
+        assert hub.models == {"org/small": sent} and hub.private == {"org/small": not flags}
+    for name, content in hub.models["org/small"].items():
+        (tmp_path / name).write_bytes(content)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "told"),
+    [
+        ("org/small", "hf_another", "the hub refuses (401): Invalid username or password.; log in"),
+        ("no name", "hf_of_the_tests", "cannot be pushed: Repo id must"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_without_the_token(finished, hub, repository, token, told, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    done = call("pipelines", "push", finished, repository)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr and token not in done.stderr
+    assert hub.models == {}
+
+
+def test_chat_answers_beside_the_former_self(finished, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("once upon\n\n"))
+    told = call("pipelines", "chat", finished, "--tokens", 4)
+    assert told.returncode == 0 and re.search(r"you> before> .*\nstudent> .*\nyou> ", told.stdout, re.S), told
+    monkeypatch.setattr("sys.stdin", io.StringIO("once upon\n"))  # the input ends
+    alone = call("pipelines", "chat", finished, "--tokens", 4, "--alone")
+    assert alone.returncode == 0 and "before>" not in alone.stdout and not alone.stderr, alone
+
+
+@pytest.mark.parametrize(("works", "code"), [(True, 0), (False, 2)])
+def test_export_calls_the_converter(finished, tmp_path, monkeypatch, works, code):
+    """One that stands for llama.cpp's."""
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(f'#!/bin/sh\n{"cp" if works else "false"} "$1/model.safetensors" "$3"\n')
+    converter.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = call("pipelines", "export", finished, "--gguf", tmp_path / "x.gguf", "--checkpoint", "last")
+    assert done.returncode == code and (tmp_path / "x.gguf").exists() == works
+    assert works or "could not convert" in done.stderr
 
 
 @pytest.mark.parametrize("verb", [("chat",), ("push",)])

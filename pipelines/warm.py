@@ -15,7 +15,7 @@ from typing import TextIO
 
 import psutil
 
-from xtoken_core.forking import start_server
+from xtoken_core.forking import start_process, start_server
 
 IMPORTED = [
     "kfp.dsl.executor_main",
@@ -35,7 +35,7 @@ def fork(target: Callable[..., object], *arguments: object) -> tuple[ForkServerP
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_forked, args=(theirs, dict(os.environ), target, arguments))
     with _no_main():
-        process.start()
+        start_process(process)
     theirs.close()
     output = os.fdopen(os.dup(ours.fileno()), encoding="utf-8", errors="replace")
     ours.close()

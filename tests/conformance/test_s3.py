@@ -23,7 +23,7 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import progress
+from xtoken_core.storage import claims, progress
 
 MIB = 2**20
 
@@ -49,6 +49,8 @@ def s3(weed, tmp_path, monkeypatch):
     for name, value in weed.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(claims, "REFRESH", 0.5)
+    monkeypatch.setattr(claims, "PATIENCE", 2.0)
     s3fs.S3FileSystem.clear_instance_cache()
     fs = s3fs.S3FileSystem()
     if not fs.exists("bucket"):

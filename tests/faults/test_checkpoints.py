@@ -131,7 +131,7 @@ def test_two_runs_never_share_a_checkpoint_folder(base, values, tmp_path, fault)
     with owned(tmp_path), pytest.raises(InputError, match=f"^{tmp_path}: another run") as told:
         run(values, base, tmp_path / "out", checkpoint_uri=str(tmp_path))
     fault("a second run on one checkpoint folder", "refused in one line", told.value)
-    with owned(tmp_path, None, "s3://bucket/elsewhere"):  # given back when the first has ended
+    with owned(tmp_path, None):  # given back when the first has ended
         pass
 
 

@@ -4,6 +4,7 @@ Endpoint and credentials come from the environment as AWS tools take them (`AWS_
 Relative paths are relative to the working directory. Everything a user can get wrong raises `InputError`.
 """
 
+from xtoken_core.storage.claims import claimed
 from xtoken_core.storage.ownership import MANIFEST, RUN_FILE, Manifest, check_place, check_space
 from xtoken_core.storage.places import filesystem
 from xtoken_core.storage.publishing import publish
@@ -28,6 +29,7 @@ __all__ = [
     "cache_folder",
     "check_place",
     "check_space",
+    "claimed",
     "expand",
     "filesystem",
     "fingerprint",

@@ -5,6 +5,7 @@ A published run carries a list of its files under its name. Only what such a lis
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -65,7 +66,8 @@ def check_place(uri: str, name: str, replace: bool = False) -> None:
         probe = f"{os.path.dirname(target)}/.{os.path.basename(target)}.probe"
         fs.makedirs(os.path.dirname(target), exist_ok=True)
         fs.pipe_file(probe, b"probe")
-        fs.rm_file(probe)
+        with contextlib.suppress(FileNotFoundError):  # another looks at the same place just now
+            fs.rm_file(probe)
 
 
 def check_space(uri: str, model: str, copies: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from xtoken_core.storage.claims import claimed
 from xtoken_core.storage.ownership import MANIFEST, Manifest
 from xtoken_core.storage.places import filesystem, reported
 from xtoken_core.storage.progress import progress
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _PART = 16 * 2**20
 
 
-def publish(folder: str | Path, uri: str) -> None:
+def publish(folder: str | Path, uri: str, allowed: Callable[[], None] = lambda: None) -> None:
     """Copies a local folder to `uri`, where it appears whole or not at all; what was there before is replaced.
 
     Locally: a copy beside the target, then a rename. On an object store, which has no renames: an upload beside the target
@@ -33,7 +34,8 @@ def publish(folder: str | Path, uri: str) -> None:
     and comes last, so that in between there is no model to load, and files of two publications never lie side by side.
     (One who reads a file before that and the next one after it gets both; no store can prevent it under one name.)
     What an interrupted publication left beside `uri` is removed by the next one.
-    Raises InputError (no space left, not allowed, not reachable) with nothing left behind. A single file is taken as well.
+    Raises InputError (no space left, not allowed, not reachable, another is at it) with nothing left behind. A single file is
+    taken as well. `allowed` raises it where the place must stay as it is; it is called when no other can publish there any more.
     """
     fs, target = filesystem(uri)
     if Path(folder).is_file() and is_remote(uri):  # an object is there whole or not at all
@@ -46,10 +48,12 @@ def publish(folder: str | Path, uri: str) -> None:
         for name in names
     }
     staging = f"{os.path.dirname(target)}/.{os.path.basename(target)}.partial"
-    with reported(uri):
+    with claimed(uri, "publishes") as still_ours, reported(uri):
+        allowed()
         try:
             _clear(fs, staging, target)
             _upload(fs, Path(folder), files, staging, uri)
+            still_ours()
             (_commit_by_copy if is_remote(uri) else _commit_by_rename)(fs, staging, target, files)
         finally:
             with contextlib.suppress(Exception):

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 
 from xtoken_core.errors import InputError
-from xtoken_core.forking import start_server
+from xtoken_core.forking import start_process, start_server
 from xtoken_core.losses.logits import HiddenLogits, TopKLogits
 from xtoken_core.teachers.setup import Inputs, Logits, TeacherError, TeacherSetup
 from xtoken_core.teachers.transport import Inbox, Shape, remove_traces
@@ -48,7 +48,7 @@ class Teacher:
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, setup, os.getpid(), dict(os.environ))
         self._process = context.Process(target=teacher_main, args=arguments, name=setup.name, daemon=True)
-        self._process.start()
+        start_process(self._process)
         theirs.close()  # so that reading ends when the teacher does
 
     def wait_ready(self) -> None:

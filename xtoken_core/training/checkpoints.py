@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from xtoken_core.checksums import damage, seal, write_whole
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import folders, is_remote, local_copy, normalize, publish, remove
+from xtoken_core.storage import claimed, folders, local_copy, publish, remove
 from xtoken_core.training.inputs import TrainingInputs
 
 logger = logging.getLogger(__name__)
@@ -52,27 +51,12 @@ class Progress:
 
 @contextmanager
 def owned(*places: str | Path | None) -> Iterator[None]:
-    """Within, no other run on this machine may use these folders for checkpoints. Raises InputError where one does.
-
-    A lock ends with the process that holds it, however that ends. Places behind a URI are not locked.
-    """
-    held = []
-    try:
+    """Within, no other run may use these folders and URIs for checkpoints. Raises InputError where one does."""
+    with ExitStack() as held:
         for place in places:
-            if place is None or is_remote(str(place)):
-                continue
-            folder = Path(normalize(str(place)))
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / ".lock").open("a", encoding="utf-8")
-            held.append(file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{folder}: another run that goes on just now keeps its checkpoints there") from None
+            if place is not None:
+                held.enter_context(claimed(str(place), "keeps its checkpoints"))
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
 NEUTRAL = {"timeout", "skip_nonfinite", "log_steps", "save_steps", "report_to"}

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from xtoken_core.errors import InputError, RunError, errors_left_in, leave_error, left_error
-from xtoken_core.forking import start_server
+from xtoken_core.forking import start_process, start_server
 from xtoken_core.processes import end_with, show_log
 from xtoken_core.training.ranks import MEETING
 
@@ -47,7 +47,7 @@ def on_every_gpu(gpus: int, body: Callable[..., Any], arguments: tuple[Any, ...]
         ranks = [context.Process(target=_rank, args=(rank, *given), name=f"rank {rank}") for rank in range(gpus)]
         with _ended(ranks):
             for process in ranks:
-                process.start()
+                start_process(process)
             if (failed := _first_to_fail(ranks)) is not None:
                 raise left_error(error) or _died(failed)
             return result.get()

@@ -118,8 +118,8 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         manifest = storage.Manifest.of_folder(folder, spec.name)
         (folder / storage.MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
         with blamed("output.uri"):
-            storage.check_place(spec.output.uri, spec.name, spec.output.replace)
-            storage.publish(folder, spec.output.uri)
+            place = (spec.output.uri, spec.name, spec.output.replace)
+            storage.publish(folder, spec.output.uri, allowed=lambda: storage.check_place(*place))
     for path in trainings:
         if checkpoints := TrainingSummary.read(f"{path}/summary.json").checkpoints:
             storage.remove(checkpoints)

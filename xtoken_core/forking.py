@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
+from typing import Any
 
 LONGEST_FOLDER = 75
 """Bytes of the path of the folder for temporary files: in it lies the server's socket, whose path may have 107."""
@@ -58,7 +59,7 @@ def start_process(process: ForkServerProcess) -> None:
 
 def _renew_server() -> None:
     """Starts a new server where the old one has ended; a copy of the old one has an own one from then on."""
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if vars(server).pop("ensure_running", None) is not None:
         server._inherited_fds = server._forkserver_alive_fd = server._forkserver_address = server._forkserver_pid = None
         multiprocessing.set_forkserver_preload([])

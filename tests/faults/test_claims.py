@@ -99,6 +99,7 @@ def test_of_many_at_once_one_has_the_place(root, fault):
 
 
 def hold(root: str, ready: str) -> None:
+    claims.REFRESH = 0.5
     with owned(None, root):
         Path(ready).touch()
         time.sleep(600)

@@ -25,6 +25,7 @@ def report(
     inputs: list = [],  # noqa: B006
     resolved: dict = {},  # noqa: B006
     shards: list = [],  # noqa: B006
+    pipeline_run: str = "",
 ):
     """Write the report, and publish student, report, logs and projections at output.uri, whole or not at all.
 
@@ -49,6 +50,7 @@ def report(
         inputs: What was read, as field, uri and version, as resolve prints them.
         resolved: When the run's first step began and how long it took, as resolve prints them in times.
         shards: URIs of the other shards' rows.
+        pipeline_run: Id of the run of Kubeflow Pipelines.
     """
     from pathlib import Path
 
@@ -60,11 +62,13 @@ def report(
         from xtoken_core.results.workflow import ReadInput, StepTimes, Task
         from xtoken_core.spec import DistillationSpec
         from xtoken_core.workflow.figures import log_figures
+        from xtoken_core.workflow.kubeflow import pipeline_run as pipeline_run_of
         from xtoken_core.workflow.publish import Parts, finish
         from xtoken_core.workflow.registry import register
         from xtoken_core.workflow.subjects import Group
 
         results = (evaluated_teachers, evaluated_before, evaluated_after, evaluated_baseline)
+        parsed = DistillationSpec.from_text(spec)
         parts = Parts(
             overlap,
             rows,
@@ -77,13 +81,15 @@ def report(
             tasks=[Task(**task) for task in tasks],
             inputs=[ReadInput(**entry) for entry in inputs],
             resolved=StepTimes(**resolved),
+            pipeline_run=pipeline_run_of(pipeline_run, parsed.output.pipelines_ui),
         )
-        parsed = DistillationSpec.from_text(spec)
         finished = finish(parsed, parts, page.path)
         told = register(parsed, finished)
         print(told, flush=True)
         Path(summary.path).write_text(f"{markdown(finished)}\n{told}\n", encoding="utf-8")
-        page.metadata |= {"published": parsed.output.uri, "registry": told}
+        for artifact in (page, summary):
+            artifact.metadata["published"] = parsed.output.uri
+        page.metadata["registry"] = told
         log_figures(metrics, figures(finished))
 
 

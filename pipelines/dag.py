@@ -211,6 +211,7 @@ def _reported(tasks: Tasks, views: Any, shared: Shared, results: dict[str, Any])
     results.pop("candidate", None)
     shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
     told = {"tasks": tasks.edges, "inputs": views["inputs"], "resolved": shared.views["times"], **shards}
+    told["pipeline_run"] = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     read = {"overlap": shared.audit["report"], "rows": shared.rows, **shared.matrices, **shared.teachers}
     tasks.add(report, "report", spec=views["report"], **told, **read, **results)
 

@@ -13,6 +13,7 @@ from pipelines.submit import Cluster
 from tests.support.cli import call
 from tests.support.kfp_server import FakeKfp
 from tests.support.tiny import tiny_run
+from xtoken_core.report.run import Run
 from xtoken_core.spec import ResourcesSpec
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     resources = {"image": IMAGE, "pvc": [{"name": "work", "mount_path": str(folder)}]}
     spec = tiny_run(folder, teachers=1) | {"evaluation": {"bits_per_byte": False}, "resources": resources}
+    spec["output"]["pipelines_ui"] = "https://kubeflow.example.org/pipeline/"
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     assert call("pipelines", "compile", folder / "spec.yaml", "-o", folder / "compiled.yaml").returncode == 0
     return folder
@@ -59,6 +61,9 @@ def test_submit_uploads_runs_and_follows(run, server):
     assert done.stdout.splitlines()[-1].endswith("SUCCEEDED")
     assert (run / "out" / "student" / "last" / "config.json").exists()
     assert [experiment["display_name"] for experiment in server.experiments.values()] == ["new"]
+    made_by = Run.published(str(run / "out")).pipeline_run
+    assert made_by.id.isdigit() and made_by.url == f"https://kubeflow.example.org/pipeline/#/runs/details/{made_by.id}"
+    assert f'<a href="{made_by.url}"' in (run / "out" / "report.html").read_text()
 
     again = submit(run, server, "--set", "student.model=/absent", "--wait")  # overrides go with the run: the same version serves
     assert f"{version}: reused" in again.stdout and len(server.versions) == 1

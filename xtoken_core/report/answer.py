@@ -40,8 +40,8 @@ def metrics(run: Run) -> dict[str, float]:
 
 
 def markdown(run: Run) -> str:
-    """The verdict and its table for KFP's `Markdown` artifact."""
-    return "\n".join([f"## {run.name}", "", *answer_lines(run), ""])
+    """The verdict, its table and where the run is published, for KFP's `Markdown` artifact."""
+    return "\n".join([f"## {run.name}", "", *answer_lines(run), "", f"Published at `{run.spec['output']['uri']}`.", ""])
 
 
 def answer_lines(run: Run) -> list[str]:

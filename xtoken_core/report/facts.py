@@ -23,6 +23,10 @@ def run_facts(run: Run) -> Iterator[Fact]:
     if run.summary and run.summary.environment:
         yield from _machine(run.summary.environment)
     yield "published at", run.spec["output"]["uri"]
+    if run.pipeline_run:
+        yield "pipeline run", run.pipeline_run.url or run.pipeline_run.id
+        if run.pipeline_run.namespace:
+            yield "namespace", run.pipeline_run.namespace
     if run.created:
         yield "report made", run.made
 

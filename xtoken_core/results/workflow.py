@@ -1,4 +1,4 @@
-"""The workflow itself: what was read, and its tasks."""
+"""The workflow itself: what was read, its tasks, and the run of Kubeflow Pipelines."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ class StepTimes(Record):
     started: float | None = None
     """Unix time."""
     seconds: float | None = None
+
+
+class PipelineRun(Record):
+    """The run of Kubeflow Pipelines that a run was made by."""
+
+    id: str
+    namespace: str | None = None
+    url: str | None = None
+    """Of its page."""
 
 
 class Task(Record):

@@ -40,6 +40,11 @@ class OutputSpec(Section):
     replace: bool = Field(
         False, description="publish in place of whatever folder lies at uri; default: only of an earlier run of the same name"
     )
+    pipelines_ui: Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")] | None = Field(
+        None,
+        description="address of Kubeflow Pipelines' pages, so that the report links to its run there",
+        examples=["https://kubeflow.example.org/pipeline"],
+    )
     registry: RegistrySpec | None = Field(None, description="where the student is registered; default: nowhere")
     promote_if: Literal["better_than_before", "better_than_ce"] | BetterThan | None = Field(
         None,

@@ -21,7 +21,7 @@ from xtoken_core.report.run import Run
 from xtoken_core.results.pilot import Pilot
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.results.vocabulary import OverlapReport
-from xtoken_core.results.workflow import ReadInput, StepTimes, Task
+from xtoken_core.results.workflow import PipelineRun, ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.evaluations import read_evaluations
 from xtoken_core.workflow.registry import student_folder
@@ -57,6 +57,7 @@ class Parts:
     inputs: Sequence[ReadInput] = ()
     resolved: StepTimes = StepTimes()
     """Of the run's first step, which no cache ever holds: what started before it was taken from the cache."""
+    pipeline_run: PipelineRun | None = None
 
     def times(self) -> dict[str, StepTimes]:
         """When each task ran, as far as its artifact tells."""
@@ -99,6 +100,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         projections=projection_stats(spec, parts.projections.path) if parts.projections else {},
         results=[result for artifact in parts.evaluations.values() for result in read_evaluations(artifact.path)],
         inputs=list(parts.inputs),
+        pipeline_run=parts.pipeline_run,
         tasks=[_timed(task, times.get(task.name, StepTimes()), parts.resolved) for task in parts.tasks],
     )
     with tempfile.TemporaryDirectory() as scratch:

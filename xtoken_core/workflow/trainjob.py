@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from xtoken_core.errors import InputError, RunError
@@ -21,13 +20,13 @@ from xtoken_core.identity import identity
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
 from xtoken_core.training.trackers import PIPELINES_MLFLOW
+from xtoken_core.workflow.kubeflow import namespace
 from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
 
 PLURAL = "trainjobs"
 POLL_SECONDS = 5.0
 PATIENCE = 60
 """Failed looks at a running job, one after the other, after which its launcher gives up (five minutes)."""
-NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class TrainJobError(RunError):
@@ -71,9 +70,8 @@ def run_job(job: Mapping[str, Any]) -> None:
     import urllib3
 
     _load_config(kubernetes)
-    namespace = NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
     jobs, pods = kubernetes.client.CustomObjectsApi(), kubernetes.client.CoreV1Api()
-    place = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
+    place = {"group": GROUP, "version": VERSION, "namespace": namespace() or "default", "plural": PLURAL}
     name = job["metadata"]["name"]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

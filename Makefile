@@ -15,7 +15,7 @@ PIP_INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check $(if $(C
 PYTEST       = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OVERRIDES    = $(foreach s,$(SET),--set $(s))
 
-.PHONY: demo test test-fast lint format compile docs clean
+.PHONY: demo test test-fast image-test lint format compile docs clean
 
 demo: $(VENV)/.installed
 	@echo "The demo: SmolLM2-135M loses 18 of its 30 layers, and with them its language. Two teachers give some of it back:"
@@ -29,6 +29,10 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow"
+
+# builds the image by buildah and runs a spec in it: some ten minutes, as root, with Debian's buildah and debootstrap
+image-test: $(VENV)/.installed-test
+	XTOKEN_IMAGE=1 $(BIN)/python -m pytest -s tests/conformance/test_image.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -7,10 +7,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from xtoken_core.errors import InputError
+from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.text import parse_text
+from xtoken_core.workflow.optimization import optimization_job
 from xtoken_core.workflow.shape import shape
 from xtoken_core.workflow.views import view
 
@@ -42,6 +45,12 @@ def variants(path: Path, overrides: Sequence[str], over: Sequence[str]) -> dict[
         raise InputError(f"--over: {len(found)} combinations; a sweep has 2 to {MOST}")
     check_shared(found, [key for key, _ in axes])
     return found
+
+
+def optimization(path: Path, overrides: Sequence[str], over: Sequence[str], rows_of: str) -> dict[str, Any]:
+    """The same sweep as an OptimizationJob of Kubeflow Trainer, on the rows and W of the finished run at `rows_of`. Raises InputError."""
+    variants(path, overrides, over)  # refuses what a sweep refuses
+    return optimization_job(DistillationSpec.from_yaml(path, overrides), dict(map(_axis, over)), Run.published(rows_of))
 
 
 def check_shared(specs: Mapping[str, DistillationSpec], keys: Sequence[str]) -> None:

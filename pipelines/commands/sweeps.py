@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+import yaml
 
 from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOKEN, write_text
 
@@ -19,6 +20,11 @@ from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOK
 @RUNS
 @click.option("--page", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The comparison.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Only compile, to this file.")
+@click.option(
+    "--rows-of",
+    metavar="URI",
+    help="With -o: an OptimizationJob of Kubeflow Trainer, on the rows of the finished run at this output.uri.",
+)
 @click.option("--submit", "submitted", is_flag=True, help="Run on a cluster, and not on this machine.")
 @ENDPOINT
 @NAMESPACE
@@ -30,6 +36,7 @@ def sweep(
     runs: Path,
     page: Path,
     output: Path | None,
+    rows_of: str | None,
     submitted: bool,
     endpoint: str | None,
     namespace: str | None,
@@ -37,11 +44,17 @@ def sweep(
 ) -> None:
     """Run a spec with some fields of its training at several values, as one workflow that shares everything but training.
 
-    Each run is published under its values at output.uri; one page puts them side by side.
+    Each run is published under its values at output.uri; one page puts them side by side. The trials of an OptimizationJob only train.
     """
     from pipelines.compiling import compile_sweep
-    from pipelines.sweeps import variants
+    from pipelines.sweeps import optimization, variants
 
+    if rows_of is not None:
+        if output is None or submitted:
+            raise click.UsageError("--rows-of: writes a resource for kubectl; give -o, and no --submit")
+        write_text(output, yaml.safe_dump(optimization(spec, overrides, over, rows_of), sort_keys=False))
+        click.echo(f"{output}: written; kubectl create -f {output}")
+        return
     found = variants(spec, overrides, over)
     if output is not None:
         write_text(output, compile_sweep(found))

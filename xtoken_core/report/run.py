@@ -17,7 +17,7 @@ from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.subject import BEST, LAST, Subject
 from xtoken_core.results.training import LogLine, TrainingSummary, read_log
 from xtoken_core.results.vocabulary import OverlapReport, ProjectionStats
-from xtoken_core.results.workflow import PipelineRun, ReadInput, Task
+from xtoken_core.results.workflow import PipelineRun, Prepared, ReadInput, Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import RUN_FILE, local_copy
 
@@ -69,6 +69,7 @@ class Run(Record):
     """Of all shards together, by split: train, validation."""
     inputs: list[ReadInput] = []
     tasks: list[Task] = []
+    prepared: Prepared = Prepared()
     pipeline_run: PipelineRun | None = None
     """None for a run on one machine."""
 

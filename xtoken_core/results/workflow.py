@@ -27,6 +27,15 @@ class StepTimes(Record):
     seconds: float | None = None
 
 
+class Prepared(Record):
+    """Where what a run has prepared lies, for others that train on it."""
+
+    rows: list[str] = []
+    """One path or URI per shard."""
+    projections: str | None = None
+    """Of the folder of every W."""
+
+
 class PipelineRun(Record):
     """The run of Kubeflow Pipelines that a run was made by."""
 

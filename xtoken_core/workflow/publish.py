@@ -21,7 +21,7 @@ from xtoken_core.report.run import Run
 from xtoken_core.results.pilot import Pilot
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.results.vocabulary import OverlapReport
-from xtoken_core.results.workflow import PipelineRun, ReadInput, StepTimes, Task
+from xtoken_core.results.workflow import PipelineRun, Prepared, ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.evaluations import read_evaluations
 from xtoken_core.workflow.registry import student_folder
@@ -31,9 +31,10 @@ from xtoken_core.workflow.vocabularies import projection_stats
 
 
 class Artifact(Protocol):
-    """What a step wrote: a path, and metadata with `started` and `seconds` of the step (see `workflow.step`)."""
+    """What a step wrote: a path, where it lies for others, and metadata with `started` and `seconds` of the step (see `workflow.step`)."""
 
     path: str
+    uri: str
     metadata: dict[str, Any]
 
 
@@ -101,6 +102,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         results=[result for artifact in parts.evaluations.values() for result in read_evaluations(artifact.path)],
         inputs=list(parts.inputs),
         pipeline_run=parts.pipeline_run,
+        prepared=Prepared(rows=[parts.rows.uri, *parts.shards], projections=parts.projections.uri if parts.projections else None),
         tasks=[_timed(task, times.get(task.name, StepTimes()), parts.resolved) for task in parts.tasks],
     )
     with tempfile.TemporaryDirectory() as scratch:

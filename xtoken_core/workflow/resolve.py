@@ -94,7 +94,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     planned = _checked_plan(spec)  # last: what is not there at all has been told by then
     return Resolved(
         **{step: seen.to_json() for step, seen in views.items()},
-        checkpoints=_checkpoints(spec),
+        checkpoints=checkpoints_place(spec),
         teacher_memory=_evaluation_memory(spec, planned.host_memory["teacher"]),
         student_memory=_evaluation_memory(spec, planned.host_memory["student"]),
         inputs=versions.known,
@@ -130,7 +130,7 @@ def _split(overrides: str) -> list[str]:
         raise InputError(f"overrides: {e}") from None
 
 
-def _checkpoints(spec: DistillationSpec) -> str:
+def checkpoints_place(spec: DistillationSpec) -> str:
     """Beside an output that outlives its pod; local runs name a folder that does not depend on the output."""
     default = f"{spec.output.uri.rstrip('/')}.checkpoints" if output_lasts(spec) else ""
     return os.environ.get(CHECKPOINTS, default)

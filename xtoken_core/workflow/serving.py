@@ -39,7 +39,7 @@ def inference_service(spec: DistillationSpec, student: str, weights: int) -> dic
                     "runtime": RUNTIME,
                     "storageUri": place,
                     "args": [f"--model_name={spec.name}", f"--max_model_len={spec.data.max_length}"],
-                    "resources": {"requests": amounts, "limits": amounts},
+                    "resources": {"requests": amounts, "limits": dict(amounts)},
                 }
             }
         },

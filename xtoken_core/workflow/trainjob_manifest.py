@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +15,39 @@ RUNTIME = "xtoken-torch"
 """The ClusterTrainingRuntime of manifests/."""
 
 
+_SCRIPT = (
+    'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && '
+    'exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
+)
+
+
 def worker_command(
     rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: str | None, baseline: bool, checkpoints: str
 ) -> list[str]:
     """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
+    options = ["--run", run_uri, *_inputs(rows, modes, projections, checkpoints), *(["--baseline"] if baseline else [])]
+    return ["sh", "-c", _SCRIPT, "distill", *options]
+
+
+def trial_command(
+    rows: Sequence[str], out: str, modes: Mapping[str, str], projections: str | None, checkpoints: str, fields: Sequence[str]
+) -> list[str]:
+    """So for a trial of an OptimizationJob, whose values of `fields` come as variables; its run is a folder of `out` named by them."""
+    values = {field: f"$KUBEFLOW_TRAINER_OPT_{parameter_name(field).upper()}" for field in fields}
+    folder = "-".join(f"{field.rpartition('.')[2]}-{value}" for field, value in values.items())
+    told = [f'--set {shlex.quote(field)}="{value}"' for field, value in values.items()]
+    script = " ".join([_SCRIPT, *told, f'--run {shlex.quote(out)}/"{folder}"'])
+    return ["sh", "-c", script, "distill", *_inputs(rows, modes, projections, checkpoints)]
+
+
+def parameter_name(field: str) -> str:
+    """The name of a dotted field of the spec as a parameter: a part of a variable's."""
+    return re.sub(r"\W", "_", field)
+
+
+def _inputs(rows: Sequence[str], modes: Mapping[str, str], projections: str | None, checkpoints: str) -> list[str]:
     options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes), sort_keys=True)]
-    options += ["--run", run_uri, "--checkpoints", checkpoints]
-    options += ["--projections", projections] if projections else []
-    options += ["--baseline"] if baseline else []
-    script = 'printf "%s" "$XTOKEN_SPEC" > "${TMPDIR:-/tmp}/spec.yaml" && exec torchrun -m -- components.distill --spec "${TMPDIR:-/tmp}/spec.yaml" "$@"'
-    return ["sh", "-c", script, "distill", *options]
+    return [*options, "--checkpoints", checkpoints, *(["--projections", projections] if projections else [])]
 
 
 def manifest(
@@ -35,7 +60,7 @@ def manifest(
     amounts = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpus_per_node:
         amounts[resources.gpu_type] = str(resources.gpus_per_node)
-    pod = {"metadata": _about(resources.labels, resources.annotations), "spec": _pod(resources)}
+    pod = {"metadata": about(resources.labels, resources.annotations), "spec": _pod(resources)}
     node = {"name": "node", "template": {"spec": {"template": pod}}}
     deadline = resources.active_deadline_seconds
     return {
@@ -43,7 +68,7 @@ def manifest(
         "kind": "TrainJob",
         "metadata": {
             "name": name,
-            **_about({"app.kubernetes.io/name": "xtoken-pipelines"} | resources.pod_labels, resources.annotations),
+            **about({"app.kubernetes.io/name": "xtoken-pipelines"} | resources.pod_labels, resources.annotations),
         },
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": RUNTIME},
@@ -53,7 +78,7 @@ def manifest(
                 "command": list(command),
                 "numNodes": resources.nodes,
                 "numProcPerNode": max(resources.gpus_per_node, 1),
-                "resourcesPerNode": {"requests": amounts, "limits": amounts},
+                "resourcesPerNode": {"requests": amounts, "limits": dict(amounts)},
                 "env": _environment(spec, resources, env or {}),
             },
             "runtimePatches": [
@@ -66,7 +91,8 @@ def manifest(
     }
 
 
-def _about(labels: Mapping[str, str], annotations: Mapping[str, str]) -> dict[str, Any]:
+def about(labels: Mapping[str, str], annotations: Mapping[str, str]) -> dict[str, Any]:
+    """Metadata of a pod or a job."""
     given = {"labels": dict(labels), "annotations": dict(annotations)}
     return {name: values for name, values in given.items() if values}
 

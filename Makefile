@@ -1,4 +1,5 @@
 # make demo   sets up and runs the main job on two real models, on a CPU
+# make pilot  is it worth it? short runs on the demo's models, and a verdict
 # make test   sets up and runs the tests
 # make docs   builds the documentation in build/site
 #
@@ -15,7 +16,7 @@ PIP_INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check $(if $(C
 PYTEST       = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OVERRIDES    = $(foreach s,$(SET),--set $(s))
 
-.PHONY: demo test test-fast image-test lint format compile docs clean
+.PHONY: demo pilot test test-fast image-test lint format compile docs clean
 
 demo: $(VENV)/.installed
 	@echo "The demo: SmolLM2-135M loses 18 of its 30 layers, and with them its language. Two teachers give some of it back:"
@@ -23,6 +24,11 @@ demo: $(VENV)/.installed
 	@echo "At the end: a table of bits per byte on held-out text with a verdict, and runs/demo/output/report.html."
 	$(BIN)/python -m pipelines.demo_models
 	$(BIN)/python -m pipelines run pipelines/specs/demo.yaml $(OVERRIDES)
+
+pilot: $(VENV)/.installed
+	@echo "A pilot of the demo: which teachers, in which mode, are worth a run of 60 steps? Short runs of three candidates, and a verdict."
+	$(BIN)/python -m pipelines.demo_models
+	$(BIN)/python -m pipelines run pipelines/specs/pilot.yaml $(OVERRIDES)
 
 test: $(VENV)/.installed-test
 	$(PYTEST)

@@ -13,6 +13,15 @@ from xtoken_core.spec import DistillationSpec
 
 SCHEMA = "xtoken.schema.json"
 
+PILOT = """pilot:
+  candidates:                # tried in short runs, each against cross-entropy only
+    - name: as-it-is
+    - name: less             # KD at 0.3 of cross-entropy
+      set: [loss.dynamic_scaling=0.3]
+  budget: 0.3                # steps of all short runs, as a share of max_steps
+  then: stop                 # with the verdict; best: the main run follows
+"""
+
 
 @click.command()
 @click.argument("spec", type=click.Path(path_type=Path), default=Path("spec.yaml"))
@@ -21,11 +30,12 @@ SCHEMA = "xtoken.schema.json"
 @click.option("--teacher", "teachers", multiple=True, metavar="[ID=]MODEL", help="A model to learn from; may be repeated.")
 @click.option("--train", prompt="Training data (file, folder, glob or URI)", help="File, folder, glob or URI of the documents.")
 @click.option("--validation", prompt="Validation data (the same; empty: none)", default="", help="The same, held out.")
+@click.option("--pilot", is_flag=True, help="Begin with short runs of two candidates, and a verdict on the whole.")
 @click.option("--name", default="my-student", show_default=True, help="Of the run; its output goes to runs/NAME/output.")
-def init(spec: Path, **answers: str) -> None:
+def init(spec: Path, pilot: bool, **answers: str) -> None:
     """Write a first spec, by flags or by asking; and beside it the schema by which editors complete and check its fields."""
     given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI)"),)
-    text = spec_text(answers | {"teachers": tuple(given)})
+    text = spec_text(answers | {"teachers": tuple(given)}) + (PILOT if pilot else "")
     DistillationSpec.from_text(text, source=str(spec))
     if spec.exists():
         raise InputError(f"{spec}: is there already")

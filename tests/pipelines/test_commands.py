@@ -100,6 +100,16 @@ def test_bash_completes(tmp_path):
     assert (told.stdout, told.stderr) == ("status\n", "")
 
 
+def test_a_first_spec_with_a_pilot(tmp_path):
+    flags = ("--student", "org/small", "--teacher", "org/large", "--train", "text/*.jsonl", "--pilot")
+    done = call("pipelines", "init", tmp_path / "spec.yaml", *flags, "--validation", "held-out.jsonl")
+    assert done.returncode == 0, done.stderr
+    pilot = DistillationSpec.from_yaml(tmp_path / "spec.yaml").pilot
+    assert [candidate.name for candidate in pilot.candidates] == ["as-it-is", "less"] and pilot.then == "stop"
+    without = call("pipelines", "init", tmp_path / "other.yaml", *flags, "--validation", "")
+    assert without.returncode == 2 and "pilot.candidates: need bits per byte" in without.stderr
+
+
 def test_version():
     assert call("pipelines", "--version").stdout.startswith("xtoken ")
 

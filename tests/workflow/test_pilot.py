@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.benchmarks.pilot import main as benchmark
 from xtoken_core.errors import InputError, RunError
 from xtoken_core.report.pilot import pilot_section
 from xtoken_core.report.verdict import pilot_verdict
@@ -225,3 +226,24 @@ def test_a_run_that_a_pilot_does_not_fit_is_refused(overrides, line):
     with pytest.raises(InputError) as caught:
         spec_of(*overrides)
     assert line in str(caught.value)
+
+
+def test_the_benchmark_foretells_long_runs_from_short_ones(tmp_path, capsys):
+    """Two seeds of an arm that is ahead by .01 at any length, beside a run that has no twin of its length."""
+
+    def line(arm, seed, steps, bits):
+        job = {"setting": "code", "arm": {"name": arm, "loss": None if arm == "ce" else {}}, "seed": seed, "steps": steps}
+        return json.dumps({"key": "k", "job": job, "held_out": {"code": bits}})
+
+    lines = [
+        line(arm, seed, steps, 0.8 - 0.01 * np.log2(steps) - (arm != "ce") * 0.01 + seed * 0.0004)
+        for arm in ("ce", "kl")
+        for seed in (0, 1)
+        for steps in (100, 200, 400)
+    ]
+    (tmp_path / "lab.jsonl").write_text("\n".join([*lines, line("kl", 0, 800, 0.6), json.dumps({"summary": 1})]))
+    benchmark([tmp_path / "lab.jsonl"])
+    *cases, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert summary == {"cases": 2, "held": 2, "share": 1.0, "sign_right": 2}
+    assert [(case["seed"], case["short"], case["long"]) for case in cases] == [(0, [100, 200], 400), (1, [100, 200], 400)]
+    assert all(case["expected"] == case["truth"] == 0.01 for case in cases)

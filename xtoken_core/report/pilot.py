@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from xtoken_core.report.charts import Chart, Series, Spans, Style, interval_plot, line_chart
 from xtoken_core.report.tables import MISSING, Cell, Table
-from xtoken_core.report.verdict import Verdict, extent, pilot_verdict
+from xtoken_core.report.verdict import Verdict, pilot_verdict
 from xtoken_core.results.pilot import Extent, Outlook, Pilot
 
 
@@ -73,4 +73,4 @@ def _cell(found: Extent | None, note: str = "") -> Cell:
     if found is None:
         return MISSING
     tone = "good" if found.low > 0 else "bad" if found.high < 0 else "even"
-    return Cell(extent(found), found.value, tone, note=note)
+    return Cell(f"{found.value:+.4f}", found.value, tone, note=f"{found.low:+.4f} to {found.high:+.4f}\n{note}".strip())

@@ -57,7 +57,7 @@ def export(run: str, checkpoint: str | None, gguf: Path) -> None:
     if converter is None:
         raise InputError(f"--gguf: {CONVERTER} of llama.cpp is not on the PATH; clone it and put its folder there")
     folder = local_copy(load(run).student_place(checkpoint))
-    if subprocess.run([converter, str(folder), "--outfile", str(gguf)]).returncode:
+    if subprocess.run([sys.executable, converter, str(folder), "--outfile", str(gguf)]).returncode:
         raise InputError(f"--gguf: {CONVERTER} could not convert {folder}; its last lines are above")
     click.echo(f"{gguf}: written")
 

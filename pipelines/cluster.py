@@ -21,6 +21,20 @@ def image_caution(image: str) -> str | None:
     return f"resources.image: {image} can come to mean another image, which KFP's cache would not notice; name it by digest (NAME@sha256:...)"
 
 
+def size_caution(compiled: str) -> str | None:
+    """What a cluster would make of a compiled pipeline of this size; None where it fits.
+
+    Argo keeps a workflow with all its templates in one object of Kubernetes, whose store takes 1.5 MiB by default; the states of its
+    tasks come on top.
+    """
+    if len(compiled) < LARGEST:
+        return None
+    return (
+        f"compiled pipeline: {len(compiled) / 2**20:.1f} MiB; Kubernetes stores a workflow of at most 1.5 MiB, the states of its tasks "
+        "included; have fewer variants or shards"
+    )
+
+
 def output_caution(spec: DistillationSpec) -> str | None:
     """What would become of an output in a pod's own file system; None where it lasts."""
     if output_lasts(spec):
@@ -40,6 +54,9 @@ def root_caution(spec: DistillationSpec) -> str | None:
     field = "data.shards" if spec.data.shards > 1 else "resources.nodes" if spec.resources.nodes > 1 else None
     return field and f"{field}: above 1, steps read KFP's own bucket with resources.secrets; or name another by --pipeline-root"
 
+
+LARGEST = 2**20
+"""Characters of a compiled pipeline that are surely stored."""
 
 USER = 1000
 """Of manifests/Dockerfile."""

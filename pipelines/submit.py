@@ -18,7 +18,7 @@ import kfp
 import kfp_server_api
 import urllib3
 
-from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution
+from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution, size_caution
 from pipelines.compiling import compile_spec, compile_sweep, documents
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
@@ -119,6 +119,8 @@ def _start(
     **options: Any,
 ) -> tuple[kfp.Client, str]:
     """Starts a run of a compiled pipeline, whose version is named by its content; `options`: others of the client's `run_pipeline`."""
+    if caution := size_caution(compiled):
+        say(caution)
     digest = identity(documents(compiled), length=12)
     client = cluster.client()
     with cluster.reported():
@@ -180,19 +182,42 @@ def _version(
     client: kfp.Client, name: str, version: str, compiled: str, namespace: str | None, say: Callable[[str], None]
 ) -> Any:
     """The pipeline version of this content: found, or uploaded."""
-    if pipelines := client.list_pipelines(filter=_called(name), namespace=namespace, sort_by="created_at").pipelines:
-        pipeline_id = pipelines[0].pipeline_id  # KFP allows others of this name: the first one keeps all versions
-    else:
+
+    def pipelines() -> Any:
+        return client.list_pipelines(filter=_called(name), namespace=namespace, sort_by="created_at").pipelines
+
+    def create() -> Any:
         body = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace)
-        pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=body).pipeline_id
-    if known := client.list_pipeline_versions(pipeline_id, filter=_called(version)).pipeline_versions:
-        say(f"{version}: reused")
-        return known[0]
-    with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "pipeline.yaml"
-        package.write_text(compiled, encoding="utf-8")
-        say(f"{version}: uploading")
-        return client.upload_pipeline_version(str(package), version, pipeline_id=pipeline_id)
+        return client.pipelines.pipeline_service_create_pipeline(pipeline=body)
+
+    pipeline_id = _found_or_made(pipelines, create).pipeline_id  # of several of this name the first one keeps all versions
+
+    def versions() -> Any:
+        known = client.list_pipeline_versions(pipeline_id, filter=_called(version)).pipeline_versions
+        if known:
+            say(f"{version}: reused")
+        return known
+
+    def upload() -> Any:
+        with tempfile.TemporaryDirectory() as scratch:
+            package = Path(scratch) / "pipeline.yaml"
+            package.write_text(compiled, encoding="utf-8")
+            say(f"{version}: uploading")
+            return client.upload_pipeline_version(str(package), version, pipeline_id=pipeline_id)
+
+    return _found_or_made(versions, upload)
+
+
+def _found_or_made(find: Callable[[], Any], make: Callable[[], Any]) -> Any:
+    """The first that is found, else what is made; found again where another submission has made it meanwhile."""
+    if found := find():
+        return found[0]
+    try:
+        return make()
+    except kfp_server_api.ApiException as e:
+        if e.status == 409 and (found := find()):
+            return found[0]
+        raise
 
 
 def _called(name: str) -> str:

@@ -73,6 +73,19 @@ REJECTED = {
         ["resources.tolerations=[{operator: Equal, value: a}]"],
         "resources.tolerations.0.key: operator",
     ),
+    "a token in a plain variable": (
+        ["resources.env={HF_TOKEN: hf_abc}"],
+        "resources.env: HF_TOKEN holds what looks like a secret; name a Kubernetes secret in resources.secrets",
+    ),
+    "a password in a plain variable": (
+        ["resources.env={MLFLOW_TRACKING_URI: 'http://me:pass@host'}"],
+        "resources.env: MLFLOW_TRACKING_URI holds what looks like a secret",
+    ),
+    "a variable of this library": (["resources.env={XTOKEN_SPEC: x}"], "resources.env: XTOKEN_SPEC is this library's own"),
+    "the label that policies go by": (
+        ["resources.labels={app.kubernetes.io/name: mine}"],
+        "resources.labels: app.kubernetes.io/name is the pods' own",
+    ),
     "two volumes in one place": (
         ["resources.pvc=[{name: a, mount_path: /data}, {name: b, mount_path: /data/}]"],
         "resources.pvc.1.mount_path: /data is an earlier claim's",
@@ -133,6 +146,12 @@ REJECTED = {
         ["training.seed=&a [*a]"],
         "--set training.seed: line 1: alias *a stands for nothing that is complete before it",
     ),
+    "a mount over the root": (["resources.pvc=[{name: models, mount_path: /}]"], "resources.pvc.0.mount_path"),
+    "a claim that Kubernetes would refuse": (["resources.pvc=[{name: My_Claim, mount_path: /a}]"], "resources.pvc.0.name"),
+    "an accelerator that is none": (["resources.gpu_type=a b"], "resources.gpu_type"),
+    "an image with blanks": (["resources.image=my image"], "resources.image"),
+    "a queue longer than a label": ([f"resources.queue={'q' * 64}"], "resources.queue"),
+    "teachers whose tasks would have one name": (["teachers.0.id=a--b"], "teachers.0.id"),
     "a relative mount": (["resources.pvc=[{name: models, mount_path: models}]"], "resources.pvc.0.mount_path"),
     "an environment variable that is none": (["resources.secrets=[{secret: s, key: k, env: a-b}]"], "resources.secrets.0.env"),
     "no teacher": (["teachers=[]"], "teachers"),

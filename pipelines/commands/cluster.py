@@ -19,7 +19,7 @@ from xtoken_core.spec import DistillationSpec
 def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None, check: bool) -> None:
     """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
     from pipelines import compiling
-    from pipelines.cluster import image_caution, output_caution, retry_caution
+    from pipelines.cluster import image_caution, output_caution, retry_caution, size_caution
     from xtoken_core.workflow.shape import check_ranks
 
     if check and spec is not None:
@@ -33,6 +33,8 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
             if caution:
                 click.echo(caution, err=True)
         text = compiling.compile_spec(parsed)
+        if caution := size_caution(text):
+            click.echo(caution, err=True)
         if output is None:
             click.echo(text, nl=False)
         else:

@@ -46,6 +46,7 @@ def sweep(
 
     Each run is published under its values at output.uri; one page puts them side by side. The trials of an OptimizationJob only train.
     """
+    from pipelines.cluster import size_caution
     from pipelines.compiling import compile_sweep
     from pipelines.sweeps import optimization, variants
 
@@ -57,7 +58,10 @@ def sweep(
         return
     found = variants(spec, overrides, over)
     if output is not None:
-        write_text(output, compile_sweep(found))
+        text = compile_sweep(found)
+        if caution := size_caution(text):
+            click.echo(caution, err=True)
+        write_text(output, text)
         click.echo(f"{output}: written: {', '.join(found)}")
     elif submitted:
         from pipelines.submit import Cluster, submit_sweep

@@ -106,6 +106,14 @@ def test_what_serves_the_student_is_kserves_own_type(tmp_path, uri):
         check_types(service, "V1beta1InferenceService", "service")
 
 
+@pytest.mark.parametrize("name", ["7b-student", "x" * 100, "a" * 22 + "-" * 20 + "b"])
+def test_the_name_of_the_service_is_a_part_of_a_host_name(tmp_path, name):
+    spec, _ = made(tmp_path)
+    named = spec.model_copy(update={"name": name, "output": spec.output.model_copy(update={"uri": "s3://bucket/run"})})
+    service = inference_service(named, "student/best", 2**30)["metadata"]["name"]
+    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", service) and len(f"{service}-predictor-{'n' * 20}") <= 63
+
+
 def test_kserve_is_not_rendered_for_what_it_cannot_reach(tmp_path):
     spec = parts(tmp_path)["spec"]
     assert inference_service(spec, "student/best", 2**30) is None

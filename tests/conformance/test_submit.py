@@ -122,6 +122,23 @@ def test_two_users_have_a_pipeline_each(run, tmp_path):
         assert refused.returncode == 2 and "namespace is empty" in refused.stderr
 
 
+def test_two_submissions_at_once_share_one_pipeline(run, tmp_path, monkeypatch):
+    """One has looked before the other has made it: the server says 409, and it is looked for again."""
+    nothing = ("--set", "student.model=/absent")
+    with FakeKfp(tmp_path) as server:
+        assert submit(run, server, *nothing).returncode == 0
+        look, looks = server.PipelineService_ListPipelines, []
+
+        def late(given):
+            looks.append(given)
+            return {} if len(looks) == 1 else look(given)
+
+        monkeypatch.setattr(server, "PipelineService_ListPipelines", late)
+        done = submit(run, server, *nothing)
+        assert done.returncode == 0 and ": reused" in done.stdout, done.stderr
+        assert len(server.pipelines) == len(server.versions) == 1
+
+
 def test_steps_that_read_each_other_by_uri_want_a_pipeline_root(run, server):
     sharded = ("--set", "data.shards=2", "--set", "student.model=/absent")
     assert "data.shards: above 1, steps read KFP's own bucket" in submit(run, server, *sharded).stdout

@@ -7,6 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipelines.__main__ import cli
+from pipelines.cluster import size_caution
 from pipelines.compiling import compile_sweep, documents
 from pipelines.sweeps import variants
 from tests.support.tiny import tiny_run
@@ -74,6 +75,14 @@ def test_values_that_are_lists_and_several_fields():
     from pipelines.sweeps import _axis
 
     assert _axis("student.keep_layers=[0, 1],2") == ("student.keep_layers", [[0, 1], 2])
+
+
+def test_a_workflow_that_kubernetes_would_not_store_is_told():
+    assert size_caution("x" * 2**20) == (
+        "compiled pipeline: 1.0 MiB; Kubernetes stores a workflow of at most 1.5 MiB, the states of its tasks included; have fewer "
+        "variants or shards"
+    )
+    assert size_caution("x" * 1000) is None
 
 
 @pytest.mark.slow

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from xtoken_core.spec.section import Quantity, Section
+from xtoken_core.uris import has_keys
 
 NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 """A Kubernetes object's name (RFC 1123)."""
+
+LABEL_NAME = r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
+"""Such a name as the value of a label."""
 
 LABEL = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 """Keys and values of labels; annotations have the same keys."""
 
+APPLICATION = "app.kubernetes.io/name"
+"""The label by which the network policies of manifests/ find the pods."""
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_key|private_key)$", re.IGNORECASE)
+"""Names of variables whose values are nobody's business."""
+
 
 class SecretEnv(Section):
     """An environment variable filled from a Kubernetes secret; its value is never in the spec."""
 
-    secret: str = Field(min_length=1, description="name of the Kubernetes secret", examples=["hub-token"])
-    key: str = Field(min_length=1, description="key in the secret", examples=["token"])
+    secret: str = Field(pattern=NAME, description="name of the Kubernetes secret", examples=["hub-token"])
+    key: str = Field(pattern=r"^[-._A-Za-z0-9]{1,253}$", description="key in the secret", examples=["token"])
     env: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="the environment variable", examples=["HF_TOKEN"])
 
 
 class Toleration(Section):
     """A Kubernetes toleration of the GPU steps."""
 
-    key: str | None = Field(None, description="the taint's key; default: any", examples=["nvidia.com/gpu"])
+    key: Annotated[str, Field(pattern=LABEL)] | None = Field(
+        None, description="the taint's key; default: any", examples=["nvidia.com/gpu"]
+    )
     operator: Literal["Exists", "Equal"] = Field("Exists", description="whether the taint's value is compared")
     value: str | None = Field(None, description="the taint's value, for operator: Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
@@ -46,14 +59,14 @@ class Toleration(Section):
 class VolumeClaim(Section):
     """An existing PersistentVolumeClaim and where the steps see it."""
 
-    name: str = Field(min_length=1, description="name of the claim", examples=["models"])
-    mount_path: str = Field(pattern=r"^/", description="where it is mounted in every step", examples=["/models"])
+    name: str = Field(pattern=NAME, description="name of the claim", examples=["models"])
+    mount_path: str = Field(pattern=r"^/+[^/:][^:]*$", description="where it is mounted in every step", examples=["/models"])
 
 
 class NodeRequirement(Section):
     """What a node's label must be for a GPU step to run there."""
 
-    key: str = Field(min_length=1, description="the label", examples=["nvidia.com/gpu.product"])
+    key: str = Field(pattern=LABEL, description="the label", examples=["nvidia.com/gpu.product"])
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field("In", description="as in Kubernetes")
     values: Annotated[tuple[str, ...], Field(strict=False, max_length=100)] = Field(
         (), description="what the label is compared with", examples=[["NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"]]
@@ -71,7 +84,9 @@ class ResourcesSpec(Section):
     """What the steps get on a cluster; a local run ignores all of it."""
 
     image: str = Field(
-        "registry.example.org/xtoken:unset", description="image of every step: your build of manifests/Dockerfile, by digest"
+        "registry.example.org/xtoken:unset",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
+        description="image of every step: your build of manifests/Dockerfile, by digest",
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="as in Kubernetes")
     gpus_per_node: Annotated[int, Field(ge=0, le=1024)] = Field(
@@ -80,7 +95,7 @@ class ResourcesSpec(Section):
     nodes: Annotated[int, Field(gt=0, le=10_000)] = Field(
         1, description="hosts of the distill step; more than one runs as a Kubeflow TrainJob"
     )
-    gpu_type: str = Field("nvidia.com/gpu", description="Kubernetes resource name of the accelerator")
+    gpu_type: str = Field("nvidia.com/gpu", pattern=LABEL, description="Kubernetes resource name of the accelerator")
     cpu: Quantity = Field(
         "8", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)$", description="CPU cores of a step", examples=["16", "500m"]
     )
@@ -101,7 +116,7 @@ class ResourcesSpec(Section):
     retries: Annotated[int, Field(ge=0, le=100)] = Field(
         2, description="of training, which goes on from its last checkpoint (see training.save_steps), and of every step after it"
     )
-    node_selector: dict[str, str] = Field(
+    node_selector: dict[Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
         default_factory=dict, description="labels that a node must have", examples=[{"pool": "h100"}]
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False, max_length=100)] = Field(
@@ -110,10 +125,10 @@ class ResourcesSpec(Section):
     node_affinity: Annotated[tuple[NodeRequirement, ...], Field(strict=False, max_length=100)] = Field(
         (), description="what a node must fulfil for a GPU step, all of it"
     )
-    queue: Annotated[str, Field(pattern=NAME)] | None = Field(
+    queue: Annotated[str, Field(pattern=LABEL_NAME)] | None = Field(
         None, description="Kueue's LocalQueue that admits step pods and TrainJobs", examples=["team-a"]
     )
-    priority_class: Annotated[str, Field(pattern=NAME)] | None = Field(
+    priority_class: Annotated[str, Field(pattern=LABEL_NAME)] | None = Field(
         None, description="Kueue's WorkloadPriorityClass of step pods and TrainJobs; needs a queue", examples=["low"]
     )
     service_account: Annotated[str, Field(pattern=NAME)] | None = Field(
@@ -157,6 +172,13 @@ class ResourcesSpec(Section):
         for index, secret in enumerate(self.secrets):
             if secret.env in self.env:
                 yield f"secrets.{index}.env: {secret.env} is set in env too"
+        if APPLICATION in self.labels:
+            yield f"labels: {APPLICATION} is the pods' own, by which network policies find them"
+        for name, value in self.env.items():
+            if name.startswith("XTOKEN_"):
+                yield f"env: {name} is this library's own"
+            elif _SECRET.search(name) or has_keys(value):  # it would lie in the compiled pipeline, for all to read
+                yield f"env: {name} holds what looks like a secret; name a Kubernetes secret in resources.secrets"
 
     @property
     def pod_labels(self) -> dict[str, str]:

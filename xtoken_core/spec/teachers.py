@@ -53,7 +53,10 @@ class TeacherSpec(Section):
     """One teacher. Order in the spec fixes its index (teacher_0, teacher_1, ...)."""
 
     id: str = Field(
-        pattern=r"^[a-z0-9-]+$", max_length=63, description="names the teacher in tasks, metrics and errors", examples=["qwen"]
+        pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$",
+        max_length=63,
+        description="names the teacher in tasks, metrics and errors",
+        examples=["qwen"],
     )
     model: Uri = Field(
         description="hub id, local folder, fsspec URI or a .gguf file", examples=["Qwen/Qwen3-4B", "/models/teacher.gguf"]

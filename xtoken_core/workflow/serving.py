@@ -6,11 +6,15 @@ import math
 from typing import Any
 
 from xtoken_core.costs import GIB, STEP_BYTES
+from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import is_remote, normalize
 
 RUNTIME = "kserve-huggingfaceserver"
 """KServe's runtime for Hugging Face models; it serves them by vLLM where there is a GPU."""
+
+LONGEST = 32
+"""Of a service's name: 63 characters, less `-predictor-` and a namespace of 20."""
 
 
 def inference_service(spec: DistillationSpec, student: str, weights: int) -> dict[str, Any] | None:
@@ -31,7 +35,7 @@ def inference_service(spec: DistillationSpec, student: str, weights: int) -> dic
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": {"name": spec.name, "labels": {"app.kubernetes.io/name": "xtoken-student"} | resources.labels},
+        "metadata": {"name": _service_name(spec.name), "labels": {"app.kubernetes.io/name": "xtoken-student"} | resources.labels},
         "spec": {
             "predictor": {
                 "model": {
@@ -44,6 +48,12 @@ def inference_service(spec: DistillationSpec, student: str, weights: int) -> dic
             }
         },
     }
+
+
+def _service_name(name: str) -> str:
+    """The run's name, as the first part of a host name that KServe lengthens by `-predictor-NAMESPACE`: short, and begun by a letter."""
+    name = name if name[0].isalpha() else f"run-{name}"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9].rstrip('-')}-{identity(name, length=8)}"
 
 
 def storage_uri(spec: DistillationSpec, student: str) -> str | None:

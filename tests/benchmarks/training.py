@@ -149,6 +149,7 @@ CASES = {
     "cpu": [
         Case("toy", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128),
         Case("toy_fp8", TOY_STUDENT, (TOY_TEACHER, TOY_STUDENT), length=128, fp8=True),
+        Case("toy_compile", TOY_STUDENT, (TOY_TEACHER,), length=128, compile=True),
         Case("toy_lora", TOY_STUDENT, (TOY_TEACHER,), length=128, lora=4, checkpointing=True),
     ],
 }
@@ -311,9 +312,11 @@ def student_of(case: Case, spec: DistillationSpec, device: torch.device) -> PreT
 
 
 def on_this_rank(case: Case, run: Run, work: Path, rate: float) -> dict[str, Any]:
-    """One case's line, from this process, one of a GPU each."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    """One case's line, from this process, one of a GPU each; without GPUs they share the CPU."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return measured(case, run, device, work, rate)
 
 

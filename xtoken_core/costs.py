@@ -1,8 +1,9 @@
-"""What a run costs, by arithmetic: floating point operations, bytes of memory and of disk. Only sizes go in, nothing is measured.
+"""What a run costs, by arithmetic: floating point operations, seconds of a step, bytes of memory and of disk. Only sizes go in.
 
 Sources: 2 operations a weight and token forward, twice that backward (Kaplan et al., arXiv 2001.08361); attention over a row
 by its two matrix products, of which causality leaves half; activations of a layer without the scores, which sdpa never
-stores: 34 bytes a token and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198).
+stores: 34 bytes a token and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198). The shares of a product's rate that teachers
+and student reach are fitted to measured steps (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 GIB = 2**30
-H100_FLOPS = 989e12
-"""Dense bfloat16 operations a second of one H100, by its data sheet."""
-UTILISATION = 0.4
-"""Share of them that a training of this library reaches, where no run has shown another."""
+PRODUCT = 790e12
+"""Operations a second of a large bfloat16 product on an H100 or H200, measured (989e12 by the data sheet)."""
+_TEACHER = {"eager": 0.655, "compiled": 0.853, "fp8": 1.32}
+"""Share of PRODUCT of a teacher that takes many rows a forward; fp8: compiled too."""
+_STUDENT = {"eager": 0.51, "compiled": 0.585}
+"""Share of PRODUCT of the student, its losses within."""
+_MICRO_BATCH = 25e-12
+"""Seconds that a micro-batch takes for each trained weight beside its products: weights rounded, gradients added up, launches of the host."""
+NVLINK, NETWORK = 355e9, 50e9
+"""Bytes a second of an all-reduce on a host, measured; of each GPU's share of the network, assumed (400 Gb/s)."""
+PER_HOST = 8
+"""GPUs."""
 BYTES_PER_TOKEN = 4.0
 """Of text, where no run has shown another; English prose 4.2 to 4.6, code 3.2 to 3.8."""
 STEP_BYTES = 2 * GIB
@@ -43,6 +52,8 @@ class ModelSize:
     hidden: int
     rows: int
     """Of the lm_head."""
+    heads: int | None = None
+    """Width of all query heads together; None: `hidden`."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSize:
@@ -55,15 +66,21 @@ class ModelSize:
         tied = head is None or head.weight is embedding  # then its weights are met in the head
         total = sum(named.values())
         met = total - experts + round(experts * _share_of_experts(config)) - (0 if tied else embedding.numel())
-        return cls(total, met, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+        per_head = getattr(config, "head_dim", None)
+        heads = None if per_head is None else config.num_attention_heads * per_head
+        return cls(total, met, config.num_hidden_layers, config.hidden_size, config.vocab_size, heads)
 
     def forward_flops(self, tokens: int, row: int) -> float:
         """Operations of a forward pass over `tokens` in rows of `row` tokens."""
-        return 2.0 * tokens * (self.active + self.layers * self.hidden * row)
+        return 2.0 * tokens * (self.active + self.layers * (self.heads or self.hidden) * row)
 
-    def training_flops(self, tokens: int, row: int, recomputed: bool) -> float:
-        """Operations of forward and backward pass; `recomputed`: activation checkpointing runs the forward pass twice."""
-        return (4 if recomputed else 3) * self.forward_flops(tokens, row)
+    def training_flops(self, tokens: int, row: int, recomputed: bool, trained: int | None = None) -> float:
+        """Operations of forward and backward pass; `recomputed`: activation checkpointing runs the forward pass twice.
+
+        trained: weights that have a gradient; None: all.
+        """
+        forward = self.forward_flops(tokens, row)
+        return (3 if recomputed else 2) * forward + (forward if trained is None else 2.0 * tokens * trained)
 
     def state_bytes(self, trained: int, ranks: int) -> float:
         """Memory of a student with `trained` weights on one of the ranks it is spread over."""
@@ -77,6 +94,58 @@ class ModelSize:
     def checkpoint_bytes(self, trained: int) -> int:
         """A checkpoint on disk."""
         return trained * _CHECKPOINT_BYTES
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the time of an optimizer step depends on, beside the models."""
+
+    rows: float
+    """On each GPU."""
+    length: int
+    """Tokens of a row."""
+    micro_batch: int = 1
+    """Rows."""
+    compiled: bool = False
+    recomputed: bool = False
+    """Activation checkpointing."""
+    trained: int | None = None
+    """Weights of the student that are trained; None: all."""
+    fp8: tuple[bool, ...] = ()
+    """By teacher: products in 8 bits; empty: none."""
+    gpus: int = 1
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """The parts of a step, one after the other."""
+
+    teachers: float
+    student: float
+    gradients: float
+    """Their sum over GPUs, as if none of it were hidden behind the backward pass."""
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.teachers + self.student + self.gradients
+
+
+def step_seconds(student: ModelSize, teachers: Sequence[ModelSize], shape: StepShape) -> StepSeconds:
+    """An optimizer step on H100s or H200s. Teachers stay on the GPU; data are there."""
+    tokens, how = round(shape.rows * shape.length), "compiled" if shape.compiled else "eager"
+    kinds = ["fp8" if fp8 and shape.compiled else how for fp8 in shape.fp8 or [False] * len(teachers)]
+    taught = sum(t.forward_flops(tokens, shape.length) / (_TEACHER[kind] * PRODUCT) for t, kind in zip(teachers, kinds))
+    trained = student.parameters if shape.trained is None else shape.trained
+    products = student.training_flops(tokens, shape.length, shape.recomputed, shape.trained) / (_STUDENT[how] * PRODUCT)
+    learned = products + shape.rows / shape.micro_batch * trained * _MICRO_BATCH
+    return StepSeconds(taught, learned, gradient_seconds(4 * trained, shape.gpus))
+
+
+def gradient_seconds(size: float, gpus: int) -> float:
+    """A ring's all-reduce of `size` bytes on a host, and between hosts, where each GPU carries its part."""
+    host = min(gpus, PER_HOST)
+    return 2 * (host - 1) / host * size / NVLINK + (2 * size / PER_HOST / NETWORK if gpus > PER_HOST else 0)
 
 
 def host_bytes(models: Sequence[ModelSize], gpu: bool) -> int:

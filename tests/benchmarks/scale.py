@@ -1,8 +1,7 @@
-"""How a step's time grows with GPUs, by arithmetic, beside what was measured: `python -m tests.benchmarks.scale [--plot FILE.svg]`.
+"""How a step's time grows with GPUs, by the model of `xtoken_core.costs`: `python -m tests.benchmarks.scale [--plot FILE.svg]`.
 
-Operations come from `xtoken_core.costs`. Three constants are fitted to measurements: the share of the rate of a large matrix product that
-teachers and student reach, and what several processes on one host cost each other. One JSON line per measured step, then one per number
-of GPUs. Everything is of Phi-4-mini and Llama-3.2-3B sizes over Llama-3.2-1B, rows of 2048, bf16, compiled, unless a line says otherwise.
+One JSON line per measured step, beside what the model says, then one per number of GPUs. These are of Phi-4-mini and Llama-3.2-3B sizes over
+Llama-3.2-1B, rows of 2048, bf16, compiled, micro-batches of 4.
 """
 
 from __future__ import annotations
@@ -15,44 +14,46 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from tests.benchmarks.training import LLAMA_1B, LLAMA_3B, PHI_4_MINI, QWEN_4B
-from xtoken_core.costs import ModelSize, row_bytes
+from tests.benchmarks.training import LLAMA_1B, LLAMA_3B, LLAMA_7B, PHI_4_MINI, QWEN_4B, QWEN_7B
+from xtoken_core.costs import ModelSize, StepShape, row_bytes, step_seconds
 
-LENGTH = 2048
-PRODUCT = 790e12
-"""Operations a second of a large bf16 product, H100 and H200, measured in the same runs."""
-TEACHERS, STUDENT = 0.535, 0.365
-"""Shares of it, fitted to the steps of November 24th."""
-TEACHERS_NOW = 0.66
-"""With many rows a forward and compiled layers: from one step of November 27th."""
-CROWDED = 0.3
-"""Seconds that a step of 24 rows takes longer where four ranks share a host; measured, not explained by traffic (0.02 s)."""
-NVLINK, NETWORK = 355e9, 50e9
-"""Bytes a second of an all-reduce on a host, measured; of each GPU's share of the network, assumed (400 Gb/s)."""
-PER_HOST = 8
+LENGTH, MICRO_BATCH = 2048, 4
 ROWS_OF_A_STEP = 2048
 """At most, over all GPUs: 4.2 M tokens, beyond which larger steps teach little more."""
+LORA_WEIGHTS = 40_370_176
+"""Of adapters of rank 16 in all linear layers of QWEN_7B."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured step."""
+    """One measured step, of tests/benchmarks/results/2026-11-27-h100.md."""
 
     name: str
-    teachers: tuple[PretrainedConfig, ...]
-    rows: int
     seconds: float
-    teacher_share: float = TEACHERS
-    gpus: int = 1
+    teachers: tuple[PretrainedConfig, ...]
+    shape: StepShape
+    student: PretrainedConfig
+
+    def modelled(self) -> float:
+        """Seconds by the model."""
+        return step_seconds(size(self.student), [size(t) for t in self.teachers], self.shape).total
 
 
+_TWO = (PHI_4_MINI, LLAMA_3B)
 MEASURED = (
-    Measured("H100, 96 rows, 2026-11-24", (PHI_4_MINI, LLAMA_3B), 96, 12.99),
-    Measured("H100, Qwen3-4B + Llama-3.2-3B, 32 rows, 2026-11-24", (QWEN_4B, LLAMA_3B), 32, 4.23),
-    Measured("H200, 24 rows, a7f22bc", (PHI_4_MINI, LLAMA_3B), 24, 2.83),
-    Measured("H200, 96 rows, a7f22bc", (PHI_4_MINI, LLAMA_3B), 96, 11.75),
-    Measured("four H200, DDP, 24 rows each, a7f22bc", (PHI_4_MINI, LLAMA_3B), 24, 3.37, gpus=4),
-    Measured("H100, 24 rows, 2026-11-27", (PHI_4_MINI, LLAMA_3B), 24, 2.737, TEACHERS_NOW),
+    Measured("H100, micro-batches of 4", 2.159, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True), LLAMA_1B),
+    Measured("H100, teachers in fp8", 1.749, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, fp8=(True, True)), LLAMA_1B),
+    Measured("H100, micro-batches of 1", 2.737, _TWO, StepShape(24, LENGTH, compiled=True), LLAMA_1B),
+    Measured("four H200, DDP", 2.164, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
+    Measured("four H200, FSDP2", 2.126, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
+    Measured(
+        "H200, adapters of 7.6 B under 6.7 B, eager",
+        2.309,
+        (LLAMA_7B,),
+        StepShape(4, 4096, recomputed=True, trained=LORA_WEIGHTS),
+        QWEN_7B,
+    ),
+    Measured("H200, a row of 32,768 tokens under 4 B, eager", 2.691, (QWEN_4B,), StepShape(1, 32768, recomputed=True), LLAMA_1B),
 )
 
 
@@ -62,25 +63,12 @@ def size(config: PretrainedConfig) -> ModelSize:
         return ModelSize.of(AutoModelForCausalLM.from_config(config))
 
 
-def step_seconds(student: ModelSize, teachers: list[ModelSize], rows: float, gpus: int, teacher_share: float) -> float:
-    """A step with `rows` on each GPU: teachers one after the other, student, gradients' all-reduce (DDP, none of it hidden)."""
-    tokens = round(rows * LENGTH)
-    taught = sum(t.forward_flops(tokens, LENGTH) for t in teachers) / (teacher_share * PRODUCT)
-    learned = student.training_flops(tokens, LENGTH, recomputed=False) / (STUDENT * PRODUCT)
-    gradients = 4 * student.parameters
-    host = min(gpus, PER_HOST)
-    reduced = 2 * (host - 1) / host * gradients / NVLINK
-    if gpus > PER_HOST:  # every GPU of a host carries its part between hosts
-        reduced += 2 * gradients / PER_HOST / NETWORK
-    return taught + learned + reduced + (CROWDED * rows / 24 if gpus > 1 else 0)
-
-
 def growth(student: ModelSize, teachers: list[ModelSize]) -> list[dict[str, float]]:
     """From one GPU to 1,024, with 24 rows on each until a step has ROWS_OF_A_STEP."""
     lines = []
     for gpus in (1, 2, 4, 8, 16, 64, 256, 1024):
         rows = min(24, ROWS_OF_A_STEP / gpus)
-        seconds = step_seconds(student, teachers, rows, gpus, TEACHERS_NOW)
+        seconds = step_seconds(student, teachers, StepShape(rows, LENGTH, MICRO_BATCH, compiled=True, gpus=gpus)).total
         speed = rows * LENGTH * gpus / seconds
         trillion = 1e12 / speed / 3600
         lines.append({
@@ -103,7 +91,7 @@ def plot(lines: list[dict[str, float]], path: Path) -> None:
     axes.loglog(
         gpus, [line["tokens_per_second"] for line in lines], "o-", label="model, 24 rows a GPU, 2,048 rows a step at most"
     )
-    axes.loglog([1, 4], [17_960, 58_344], "x", color="C3", markersize=8, label="measured: one H100; four H200, before")
+    axes.loglog([1, 4], [22_771, 92_507], "x", color="C3", markersize=8, label="measured: one H100, four H200")
     axes.set_xlabel("GPUs")
     axes.set_ylabel("tokens a second")
     axes.legend(frameon=False)
@@ -118,9 +106,9 @@ def main() -> None:
     options = parser.parse_args()
     student = size(LLAMA_1B)
     for step in MEASURED:
-        seconds = step_seconds(student, [size(t) for t in step.teachers], step.rows, step.gpus, step.teacher_share)
-        error = round(seconds / step.seconds - 1, 3)
-        print(json.dumps({"measured": step.name, "seconds": step.seconds, "model": round(seconds, 2), "error": error}))
+        found = step.modelled()
+        error = round(found / step.seconds - 1, 3)
+        print(json.dumps({"measured": step.name, "seconds": step.seconds, "model": round(found, 3), "error": error}))
     lines = growth(student, [size(t) for t in (PHI_4_MINI, LLAMA_3B)])
     for line in lines:
         print(json.dumps(line))

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 from pipelines.__main__ import cli
 from tests.support.architectures import tiny_config
 from tests.support.tiny import tiny_tokenizer
-from xtoken_core.costs import H100_FLOPS, UTILISATION, ModelSize, host_bytes
+from xtoken_core.costs import ModelSize, host_bytes, step_seconds
 from xtoken_core.report.run import Run
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.plan import model_sizes, plan, training_flops
+from xtoken_core.workflow.plan import model_sizes, plan, step_shape, training_flops
 from xtoken_core.workflow.resolve import resolve
 
 
@@ -45,7 +45,9 @@ def test_rows_tokens_epochs_and_hours(spec):
     found = plan(parsed)
     assert (found.rows_at_least, found.training_tokens_at_most, found.epochs_at_most) == (50, 6400, 4.0)
     assert found.flops == training_flops(parsed, model_sizes(parsed), 6400)
-    assert found.gpu_hours == pytest.approx(found.flops / (H100_FLOPS * UTILISATION) / 3600, abs=1e-3)
+    sizes = model_sizes(parsed)
+    seconds = step_seconds(sizes["student.model"], [sizes["teachers.t.model"]], step_shape(parsed, sizes)).total
+    assert found.gpu_hours == pytest.approx(10 * seconds / 3600, abs=1e-3) and found.speed.startswith("modelled")
     assert found.disk_bytes["checkpoints"] == 2 * 12 * found.models[0].parameters
     assert found.memory["distill"] > 16 * found.models[0].parameters
 

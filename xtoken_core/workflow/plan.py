@@ -8,7 +8,16 @@ from collections.abc import Mapping
 
 from xtoken_core import storage
 from xtoken_core.configs import empty_model, read_config, stored_dtype
-from xtoken_core.costs import BYTES_PER_TOKEN, GIB, H100_FLOPS, STEP_BYTES, UTILISATION, ModelSize, host_bytes, row_bytes
+from xtoken_core.costs import (
+    BYTES_PER_TOKEN,
+    GIB,
+    STEP_BYTES,
+    ModelSize,
+    StepShape,
+    host_bytes,
+    row_bytes,
+    step_seconds,
+)
 from xtoken_core.errors import InputError
 from xtoken_core.layers import prune_layers
 from xtoken_core.report.run import Run
@@ -30,7 +39,7 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
     seen = None if steps is None else steps * spec.training.global_batch_size
     tokens = None if seen is None else seen * spec.data.max_length
     flops = None if tokens is None else training_flops(spec, sizes, tokens)
-    speed, told = _speed(finished)
+    hours, told = _hours(spec, sizes, steps, finished)
     return Plan(
         steps=steps,
         rows_at_least=rows,
@@ -40,7 +49,7 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
         memory=_memory(spec, sizes),
         host_memory=_host_memory(spec, sizes),
         flops=flops,
-        gpu_hours=None if flops is None else round(flops / speed / 3600, 3),
+        gpu_hours=None if hours is None else round(hours, 3),
         speed=told,
         disk_bytes=_disk(spec, sizes, rows),
     )
@@ -60,7 +69,9 @@ def model_sizes(spec: DistillationSpec) -> dict[str, ModelSize]:
 def training_flops(spec: DistillationSpec, sizes: Mapping[str, ModelSize], tokens: int) -> float:
     """Operations of a training on `tokens` of the student; every teacher is taken to need as many."""
     row = spec.data.max_length
-    student = sizes["student.model"].training_flops(tokens, row, spec.training.activation_checkpointing)
+    size = sizes["student.model"]
+    trained = None if spec.student.lora is None else _trained(spec, size)
+    student = size.training_flops(tokens, row, spec.training.activation_checkpointing, trained)
     return student + sum(size.forward_flops(tokens, row) for field, size in sizes.items() if field != "student.model")
 
 
@@ -93,7 +104,7 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
     training, row = spec.training, spec.data.max_length
     width = 4 if training.precision == "fp32" else 2
     student, teachers = sizes["student.model"], [size for field, size in sizes.items() if field != "student.model"]
-    ranks = spec.resources.nodes * max(spec.resources.gpus_per_node, 1)
+    ranks = _gpus(spec)
     tokens = training.micro_batch_size * row
     state = student.state_bytes(_trained(spec, student), ranks if training.sharding == "fsdp" else 1)
     step_tokens = training.global_batch_size // ranks * row
@@ -146,14 +157,42 @@ def _disk(spec: DistillationSpec, sizes: Mapping[str, ModelSize], rows: int | No
     }
 
 
-def _speed(finished: Run | None) -> tuple[float, str]:
-    """Operations a second of one device, and where that comes from."""
+def step_shape(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> StepShape:
+    """What of a spec the time of a step depends on."""
+    training, gpus = spec.training, _gpus(spec)
+    return StepShape(
+        rows=training.global_batch_size / gpus,
+        length=spec.data.max_length,
+        micro_batch=training.micro_batch_size,
+        compiled=training.compile,
+        recomputed=training.activation_checkpointing,
+        trained=None if spec.student.lora is None else _trained(spec, sizes["student.model"]),
+        fp8=tuple(teacher.precision == "fp8" for teacher in spec.teachers),
+        gpus=gpus,
+    )
+
+
+def _gpus(spec: DistillationSpec) -> int:
+    return spec.resources.nodes * max(spec.resources.gpus_per_node, 1)
+
+
+def _hours(
+    spec: DistillationSpec, sizes: Mapping[str, ModelSize], steps: int | None, finished: Run | None
+) -> tuple[float | None, str]:
+    """GPU hours of the training, and where they come from: the model of a step's time, or a finished run's operations a second."""
     if finished is None or finished.summary is None:
-        return H100_FLOPS * UTILISATION, f"assumed: an H100 at {UTILISATION:.0%} of its {H100_FLOPS / 1e12:.0f} TFLOP/s"
-    spec, summary = DistillationSpec.from_text(json.dumps(finished.settings)), finished.summary
-    seconds = sum(summary.seconds_by_phase.get(phase, 0.0) for phase in ("data", "teachers", "student"))
-    if not seconds:
+        teachers = [size for field, size in sizes.items() if field != "student.model"]
+        seconds = step_seconds(sizes["student.model"], teachers, step_shape(spec, sizes)).total
+        hours = None if steps is None else steps * seconds * _gpus(spec) / 3600
+        return hours, f"modelled: H100s, {seconds:.3g} s a step"
+    theirs, summary = DistillationSpec.from_text(json.dumps(finished.settings)), finished.summary
+    measured = sum(summary.seconds_by_phase.get(phase, 0.0) for phase in ("data", "teachers", "student"))
+    if not measured:
         raise InputError(f"{finished.name}: the run has no seconds by phase to take a speed from")
-    speed = training_flops(spec, model_sizes(spec), summary.tokens) / seconds / summary.ranks
+    speed = training_flops(theirs, model_sizes(theirs), summary.tokens) / measured / summary.ranks
     device = summary.environment.devices[0] if summary.environment and summary.environment.devices else "its devices"
-    return speed, f"measured: {speed / 1e12:.3g} TFLOP/s on {device} in the run {finished.name}"
+    told = f"measured: {speed / 1e12:.3g} TFLOP/s on {device} in the run {finished.name}"
+    if steps is None:
+        return None, told
+    tokens = steps * spec.training.global_batch_size * spec.data.max_length
+    return training_flops(spec, sizes, tokens) / speed / 3600, told

@@ -14,15 +14,20 @@ ERROR_FILE = "XTOKEN_ERROR_FILE"
 """Environment variable: where a process that stops with one of these errors leaves its line, for the program that started it."""
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey (escapes, carriage returns, changes of direction) as Python writes it; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class InputError(ValueError):
     """Bad input from the user: one line that names the field, file or teacher at fault.
 
     Every command line of the project turns it into that line on stderr and exit code 2; anything else that
-    escapes is a failed run (exit code 1) or a bug. Keys in URIs are left out of it.
+    escapes is a failed run (exit code 1) or a bug. Keys in URIs and control characters are left out of it.
     """
 
     def __init__(self, line: str):
-        super().__init__(without_keys(line))
+        super().__init__(printable(without_keys(line)))
 
 
 class RunError(RuntimeError):

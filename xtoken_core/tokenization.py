@@ -226,12 +226,14 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> PreTrainedTokeni
             tok = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name, trust_remote_code=False)
         else:
             tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as e:  # transformers raises a dozen kinds, from OSError to KeyError
+        if not isinstance(tok, PreTrainedTokenizerFast):
+            raise InputError(f"{ref}: has no fast tokenizer (tokenizer.json)")
+        tok.backend_tokenizer.no_padding()
+        tok.backend_tokenizer.no_truncation()
+        hide_control_pieces(tok.backend_tokenizer, ref)
+    except InputError:
+        raise
+    except Exception as e:  # transformers and tokenizers raise a dozen kinds, from OSError to KeyError and Exception itself
         raise InputError(f"{ref}: cannot load a tokenizer: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}") from None
-    if not isinstance(tok, PreTrainedTokenizerFast):
-        raise InputError(f"{ref}: has no fast tokenizer (tokenizer.json)")
-    tok.backend_tokenizer.no_padding()
-    tok.backend_tokenizer.no_truncation()
-    hide_control_pieces(tok.backend_tokenizer, ref)
     check_merges(tok, ref)
     return tok

@@ -106,6 +106,8 @@ def _row(batch: pa.RecordBatch, number: int, data: DataSpec) -> Content:
         record = batch.slice(number, 1).to_pylist()[0]
     except UnicodeDecodeError:
         raise Unusable("not UTF-8 text") from None
+    except Exception as e:  # dates beyond Python's, unknown time zones: types raise errors of their own, UnknownTimeZoneError too
+        raise Unusable(f"a value that Python cannot hold: {type(e).__name__}") from None
     return content_of(record, data)
 
 

@@ -24,6 +24,9 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
+DEEPEST = 64
+"""Levels of lists and objects in a chat: arguments of tools may hold some."""
+
 _MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -113,7 +116,21 @@ def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Convers
         _check_content(message, key)
         if message.get("weight", 1) not in (0, 1):
             raise Unusable("a message's weight is neither 0 nor 1")
-    return Conversation(cleaned, _tools(record.get("tools")))
+        if not isinstance(message.get("train", True), bool):
+            raise Unusable("a message's train is neither true nor false")
+    _check_depth([cleaned, tools := _tools(record.get("tools"))], DEEPEST)
+    return Conversation(cleaned, tools)
+
+
+def _check_depth(value: Any, left: int) -> None:
+    """Raises Unusable for what no chat template should be given: values in values without end, texts that UTF-8 cannot write."""
+    if isinstance(value, str) and not _is_text(value):
+        raise Unusable("a text of a message is not text: half of a surrogate pair")
+    if isinstance(value, dict | list) and not left:
+        raise Unusable("nested too deeply")
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _check_depth(item, left - 1)
 
 
 def _check_content(message: Message, key: str) -> None:
@@ -164,15 +181,17 @@ def _from_turn(turn: Mapping[str, Any]) -> Message:
     return {"role": role, "content": turn.get("value"), **rest}
 
 
-def _turns(value: Any, role: str) -> list[Message]:
+def _turns(value: Any, role: str) -> list[Any]:
     """A prompt or a completion: a text, or messages already."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value or ())
+    if value is None or isinstance(value, list):
+        return value or []
+    return [{"role": role, "content": value}]
 
 
 def _json(text: Any, reason: str) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise Unusable(reason) from None
 
 
@@ -192,6 +211,8 @@ def parsed_line(line: bytes) -> dict[str, Any]:
         raise Unusable("not UTF-8 text") from None
     except json.JSONDecodeError as e:
         raise Unusable(f"not JSON: {e.msg}") from None
+    except ValueError:
+        raise Unusable("a number of more digits than Python reads") from None
     except RecursionError:
         raise Unusable("not JSON: nested too deeply") from None
     if not isinstance(record, dict):

@@ -11,11 +11,16 @@ from xtoken_core import storage
 from xtoken_core.data.documents import Document
 from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Row, Side
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, printable
 from xtoken_core.results.rows import CorpusCounts, RowsRecord, RowStatistics, TeacherCounts
 
 UNUSABLE_SHARE = 0.5
 """Share of documents that may be unreadable, or refused or rewritten by a template; beyond it something else is wrong."""
+
+MOST_REASONS, LONGEST_REASON = 50, 200
+"""Reasons that are told apart, and characters of one: some repeat what the documents say."""
+
+OTHER_REASONS = "other reasons"
 
 
 class Statistics:
@@ -46,10 +51,13 @@ class Statistics:
         Of each reason the first is told of, and kept in `examples`.
         """
         self.add(document)
+        reason = printable(reason[:LONGEST_REASON])
+        if reason not in self.dropped and len(self.dropped) >= MOST_REASONS:
+            reason = OTHER_REASONS
         self.dropped[reason] += 1
         self.unusable += unusable
         if unusable and reason not in self.examples:
-            print(f"warning: {document.source}: left out: {reason}", file=sys.stderr)
+            print(printable(f"warning: {document.source}: left out: {reason}"), file=sys.stderr)
         self.examples.setdefault(reason, document.source)
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:

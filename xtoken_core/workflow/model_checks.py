@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
+import tempfile
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from xtoken_core.configs import check_attention, empty_model, positions, read_config
 from xtoken_core.errors import InputError
@@ -16,7 +18,7 @@ def check_models(spec: DistillationSpec) -> None:
     """Reads every model's configuration, builds its shapes, prunes the student's and loads the tokenizers.
 
     Raises InputError, which names the field, for a model that will not load, rows longer than a model has positions, an
-    attention that a model lacks, layers that the student cannot do without, and a tokenizer that does not fit.
+    attention that a model lacks, layers that the student cannot do without, what could not be saved in the end, and a tokenizer that does not fit.
     """
     refs = {"student.model": spec.student.model} | {f"teachers.{t.id}.model": t.model for t in spec.teachers}
     known: dict[str, int] = {}
@@ -32,8 +34,10 @@ def check_models(spec: DistillationSpec) -> None:
         for limit, length in (("data.max_length", spec.data.max_length), ("evaluation.window", spec.evaluation.window)):
             if bound is not None and length is not None and length > bound:
                 raise InputError(f"{limit}: {length} tokens a row, but {field} ({ref}) has {bound} positions")
-        if field == "student.model" and spec.student.keep_layers is not None:
-            prune_layers(model, spec.student.keep_layers)
+        if field == "student.model":
+            if spec.student.keep_layers is not None:
+                prune_layers(model, spec.student.keep_layers)
+            _check_saving(field, ref, model.config)
     _check_tokenizers(spec, known)
 
 
@@ -45,6 +49,7 @@ def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:
     """
     student = _tokenizer(spec.student)
     if student is not None:
+        _check_saving("student.model", spec.student.model, student)
         _check_rows("student.model", spec.student.model, rows, student)
     for index, teacher in enumerate(spec.teachers):
         tok = _tokenizer(teacher)
@@ -53,6 +58,15 @@ def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:
         read = tok if teacher.cross_tokenizer else student  # a teacher of the student's vocabulary is fed the student's ids
         if read is not None:
             _check_rows(f"teachers.{teacher.id}.model", teacher.model, rows, read)
+
+
+def _check_saving(field: str, ref: str, part: PreTrainedConfig | PreTrainedTokenizerFast) -> None:
+    """Raises InputError for what can be loaded and not be saved again: better known before the training than after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            part.save_pretrained(folder)
+        except Exception as e:  # of a configuration that contradicts itself transformers raises many kinds
+            raise InputError(f"{field}: {ref}: cannot be saved after the training: {' '.join(str(e).split())[:300]}") from None
 
 
 def _tokenizer(side: StudentSpec | TeacherSpec) -> PreTrainedTokenizerFast | None:

@@ -91,7 +91,7 @@ def _check_sizes(ref: str, config: PreTrainedConfig) -> None:
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise InputError(f"{ref}: cannot load the model: num_hidden_layers: {layers!r}")
     for name, value in config.to_dict().items():
-        if name.endswith(("dropout", "_pdrop", "_prob")) and isinstance(value, int | float) and not 0 <= value < 1:
+        if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(value, int | float) and not 0 <= value < 1:
             raise InputError(f"{ref}: cannot load the model: {name}: {value:g}")
     heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(groups, int) and (min(heads, groups) < 1 or heads % groups):

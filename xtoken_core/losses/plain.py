@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xtoken_core.losses import partition_listed
 from xtoken_core.losses.logits import Logits, TopKLogits, as_form
 from xtoken_core.losses.partition_tiles import partition_kl
 from xtoken_core.losses.selection import EPSILON, FLOOR, chunk_rows, next_token_ids, next_token_mask, top_columns
@@ -45,7 +46,8 @@ def term_sums(
 
     counted = next_token_mask(student.token_mask, student.sample_mask)
     targets = next_token_ids(student.input_ids)
-    ce = -log_probs[1.0].gather(2, targets[..., None]).squeeze(2)[counted].sum()
+    chosen = log_probs[1.0].gather(2, targets[..., None]).squeeze(2)
+    ce = -chosen[counted].sum()
     with torch.no_grad():
         correct = ((logits.argmax(-1) == targets) & counted).sum()
 
@@ -57,6 +59,8 @@ def term_sums(
             assert teacher.token_mask is not None
             taught = next_token_mask(teacher.token_mask, student.sample_mask)
             value = _same_vocabulary(logits, log_probs[spec.temperature], teacher, taught, spec)
+        elif teacher.mode == "partition_kl" and as_form(teacher.logits).of_cells and spec.temperature == 1.0:
+            value = partition_listed.partition_kl(log_probs[1.0], chosen, student, teacher, spec)
         elif teacher.mode == "partition_kl":
             value = partition_kl(student, teacher, spec)
         elif teacher.mode == "p_kl":

@@ -21,14 +21,14 @@ Scored = Callable[[Sequence[Row]], Any]
 
 @dataclass(frozen=True)
 class Packed:
-    """What a model reads of packed rows: the documents of an item in one row, R rows of L tokens."""
+    """What a model reads where that is not the B documents one by one: R rows of L tokens."""
 
     input_ids: Tensor
     """int64 [R, L]."""
-    position_ids: Tensor
-    """int64 [R, L]: restart with each document, and with the padding."""
+    position_ids: Tensor | None
+    """int64 [R, L]: restart with each document, and with the padding; None: a row is a document."""
     gather: Tensor
-    """int64 [B, T]: where each token lies in the flattened [R * L]; 0 for padding."""
+    """int64 [B, T]: where each token lies in the flattened [R * L]; 0 for padding, and for documents that are not read."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,13 @@ class Side:
         """What a model reads: `input_ids`, and of packed rows `position_ids`."""
         if self.packed is None:
             return {"input_ids": self.input_ids}
+        if self.packed.position_ids is None:
+            return {"input_ids": self.packed.input_ids}
         return {"input_ids": self.packed.input_ids, "position_ids": self.packed.position_ids}
 
     def unpacked(self, tensor: Tensor) -> Tensor:
-        """[R, L, ...] of packed rows as [B, T, ...], one document a sample; of unpacked rows as they are."""
+        """[R, L, ...] of packed rows as [B, T, ...], one document a sample; of unpacked rows as they are. What is of padding, or of
+        documents that are not read, is meaningless."""
         return tensor if self.packed is None else tensor.flatten(0, 1)[self.packed.gather]
 
 
@@ -78,7 +81,7 @@ class Batch:
 
     student: Side
     teachers: tuple[Side, ...]
-    """In the spec's order. The side of a teacher with the student's vocabulary is `student` itself."""
+    """In the spec's order. The side of a teacher with the student's vocabulary is `student` itself, where it teaches all samples."""
     sample_mask: Tensor
     """float32 [B], 1: the sample counts."""
     taught: tuple[Tensor | None, ...] = ()
@@ -163,11 +166,16 @@ class Collator:
         groups = [item for item in items if isinstance(item, list)]
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         student = self._side(rows, groups, "student")
-        teachers = (student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns)
+        teachers = [student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns]
         known = "row" in rows[0]  # validation rows are not scored
         scored = tuple(read and read(rows) for read in self.scored) if known else ()
         taught = tuple(None if d is None else torch.tensor([str(row["domain"]) in d for row in rows]) for d in self.domains)
-        return Batch(student, tuple(teachers), torch.ones(len(rows)), taught, scored)
+        items = groups or [[row] for row in rows]
+        read = (
+            side if own is None or own.all() else self._of_domain(side, items, column or "student", own)
+            for side, column, own in zip(teachers, self.columns, taught, strict=True)
+        )
+        return Batch(student, tuple(read), torch.ones(len(rows)), taught, scored)
 
     def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:
         """What one side reads."""
@@ -181,6 +189,21 @@ class Collator:
             packed=self._packed(groups, column) if groups else None,
             chunks=chunks,
         )
+
+    def _of_domain(self, side: Side, groups: list[list[Row]], column: str, taught: Tensor) -> Side:
+        """A teacher's side with only those documents in what the teacher reads that it teaches [B].
+
+        Of none at all it reads one token: every rank then runs every micro-batch, as teachers that are spread over ranks need.
+        """
+        flags = iter(taught.tolist())
+        kept = [[row for row in group if next(flags)] for group in groups]
+        one = {f"{column}_ids": groups[0][0][f"{column}_ids"][:1]}
+        packed = self._packed([group for group in kept if group] or [[one]], column)
+        gather = torch.zeros_like(side.input_ids)
+        if taught.any():
+            gather[taught, : packed.gather.shape[1]] = packed.gather
+        positions = None if side.packed is None else packed.position_ids
+        return replace(side, packed=Packed(packed.input_ids, positions, gather))
 
     def _packed(self, groups: list[list[Row]], column: str) -> Packed:
         ids = [[row[f"{column}_ids"] for row in group] for group in groups]

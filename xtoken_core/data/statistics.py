@@ -34,6 +34,7 @@ class Statistics:
         self.dropped: Counter[str] = Counter()
         self.corpora: Counter[str] = Counter()
         self.corpus_bytes: Counter[str] = Counter()
+        self.domains: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.chunks: Counter[str] = Counter()
         self.exact: Counter[str] = Counter()
@@ -65,6 +66,8 @@ class Statistics:
         for row in rows:
             self.rows += 1
             self.bytes += row["num_bytes"]
+            if row["domain"]:
+                self.domains[row["domain"]] += 1
             for side in self.sides:
                 self.tokens[side.name] += len(row[f"{side.column}_ids"])
             for side in self.sides[1:]:
@@ -83,6 +86,7 @@ class Statistics:
             bytes=self.bytes,
             student_tokens=self.tokens["student"],
             corpora={n: CorpusCounts(documents=count, bytes=self.corpus_bytes[n]) for n, count in self.corpora.items()},
+            domains=dict(self.domains),
             teachers={
                 side.name.removeprefix("teacher "): TeacherCounts(
                     tokens=self.tokens[side.name], chunks=self.chunks[side.name], exact_chunks=self.exact[side.name]

@@ -19,6 +19,7 @@ from xtoken_core.report.facts import run_facts, teacher_facts
 from xtoken_core.report.pilot import pilot_section
 from xtoken_core.report.projection_summary import density_picture
 from xtoken_core.report.run import Run
+from xtoken_core.report.taught import taught_table
 from xtoken_core.report.verdict import everybody, label, verdict
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
 from xtoken_core.storage import RUN_FILE
@@ -47,7 +48,7 @@ def render_report(run: Run) -> str:
         standing=standing(run),
         pilot=pilot_section(run.pilot),
         cautions=cautions(run),
-        results=[table for table in (tables.bits_table(run), tables.tasks_table(run), tables.agreement_table(run)) if table],
+        results=[table for make in _RESULTS if (table := make(run))],
         parts_of_groups=tables.parts_table(run),
         chart_groups=charts(run),
         dag=dag_picture(run.tasks),
@@ -63,6 +64,9 @@ def render_report(run: Run) -> str:
         facts=list(run_facts(run)),
         sources=[table for table in (tables.inputs_table(run), tables.corpora_table(run)) if table],
     )
+
+
+_RESULTS = (tables.bits_table, tables.tasks_table, tables.agreement_table, taught_table)
 
 
 def render(template: str, **values: Any) -> str:

@@ -59,9 +59,9 @@ def bits_table(run: Run) -> Table | None:
         rows.append(
             [
                 Cell(label(result.subject)),
-                _bits(measured),
+                bits_cell(measured),
                 _difference(difference),
-                *(_bits(measured.per_corpus.get(name)) for name in split),
+                *(bits_cell(measured.per_corpus.get(name)) for name in split),
                 _speed(result),
             ]
         )
@@ -209,7 +209,8 @@ def short_name(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2] or uri
 
 
-def _bits(measured: Bits | None) -> Cell:
+def bits_cell(measured: Bits | None) -> Cell:
+    """Bits per byte, with its interval below."""
     if measured is None or measured.total is None:
         return MISSING
     return Cell(f"{measured.total:.3f}", measured.total, note=bits_limits(measured))

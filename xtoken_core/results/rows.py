@@ -36,6 +36,8 @@ class RowStatistics(Record):
     student_tokens: int
     corpora: dict[str, CorpusCounts]
     teachers: dict[str, TeacherCounts]
+    domains: dict[str, int] = {}
+    """Rows of each part of the data that names its domain."""
     started: float = 0.0
     seconds: float = 0.0
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +65,8 @@ class ScoreSettings:
     cells: str = ""
     """`Partition.digest` of the classes; empty: they are tokens."""
     num_cells: int = 0
+    domains: str = ""
+    """Of the data, as a JSON list, whose rows alone were scored; empty: all. The others have no tokens here."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -71,13 +74,18 @@ class ScoreSettings:
         return _OF_CELLS if self.cells else _OF_TOKENS
 
 
-def rows_digest(rows: Any, column: str) -> str:
-    """Of the tokens that a teacher reads of prepared rows; column: `student_ids`, or its own."""
-    digest = hashlib.sha256()
-    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
-        ids = batch.column(0).combine_chunks()
+def rows_digest(rows: Any, column: str, domains: str = "") -> str:
+    """Of the tokens that a teacher reads of prepared rows, and where it reads some `domains` only, of which rows are of those.
+
+    column: `student_ids`, or the teacher's own.
+    """
+    digest = hashlib.sha256(domains.encode())
+    for batch in rows.select_columns([column, "domain"] if domains else [column]).with_format("arrow").iter(1000):
+        ids = batch[column].combine_chunks()
         digest.update(np.diff(ids.offsets.to_numpy()).astype("<i4").tobytes())
         digest.update(ids.flatten().to_numpy().astype("<i4").tobytes())
+        if domains:
+            digest.update(bytes(name in json.loads(domains) for name in batch["domain"].to_pylist()))
     return digest.hexdigest()[:16]
 
 
@@ -145,15 +153,18 @@ class Scores:
 class ScoredTeacher:
     """A teacher of which only scores are there: what it would hand over of a micro-batch."""
 
-    def __init__(self, shards: Sequence[Scores]):
-        """shards: of the prepared rows, in their order."""
-        self.shards = tuple(shards)
+    def __init__(self, shards: Sequence[Scores], column: str):
+        """shards: of the prepared rows, in their order. column: of the rows, with the tokens that were scored."""
+        self.shards, self.column = tuple(shards), column
         self.settings = self.shards[0].settings
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> TopKLogits | CellScores:
         """What stands for the logits of rows that know their `shard` and `row`, padded on the right."""
         found = [self.shards[int(row["shard"])].row(int(row["row"])) for row in rows]
-        of = {name: pad_sequence([row[name] for row in found], batch_first=True) for name in found[0]}
+        width = max(
+            len(row[self.column]) for row in rows
+        )  # more than a scored row's, where the longest is of no domain of the teacher's
+        of = {name: _padded([row[name] for row in found], width) for name in found[0]}
         values = of["values"].float()
         if not self.settings.cells:
             return TopKLogits(values + of["log_sum"][..., None], of["indices"], self.settings.vocab_size)
@@ -165,6 +176,12 @@ class ScoredTeacher:
             (self.settings.num_cells, self.settings.vocab_size),
         )
         return CellScores(values, of["indices"], rest, total, realised, *sizes)
+
+
+def _padded(rows: list[Tensor], width: int) -> Tensor:
+    """[B, width, ...]: rows [T, ...] with zeros on the right."""
+    padded = pad_sequence(rows, batch_first=True)
+    return torch.cat([padded, padded.new_zeros(len(rows), width - padded.shape[1], *padded.shape[2:])], 1)
 
 
 def _settings(header: dict[str, str] | None, path: Path) -> ScoreSettings:

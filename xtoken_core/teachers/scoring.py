@@ -37,7 +37,7 @@ Cut = Callable[[HiddenLogits, Tensor], dict[str, Tensor]]
 def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: ScoreSettings, cut: Cut) -> int:
     """Writes what a model says of rows of its tokens to parts in `folder`; parts that are there already are left. The tokens scored.
 
-    rows: in their order, int64 [T] each; read when they are scored. The model stays where it is.
+    rows: in their order, int64 [T] each, without tokens where they are not to be scored; read when they are scored. The model stays where it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scored = 0
@@ -56,7 +56,7 @@ def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: Score
 
 def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut) -> dict[str, Tensor]:
     """The tensors of one part; rows run by length, so that little is padded."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order = sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda i: len(ids[i]))
     found: dict[int, dict[str, Tensor]] = {}
     while order:
         size = max(1, _FORWARD_TOKENS // len(ids[order[-1]]))
@@ -67,8 +67,17 @@ def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut
         scores = {name: tensor.cpu() for name, tensor in scores.items()}
         for n, i in enumerate(batch):
             found[i] = {name: tensor[n, : len(ids[i])] for name, tensor in scores.items()}
-    tensors = {name: torch.cat([found[i][name] for i in range(len(ids))]) for name in settings.tensors}
+    tensors = {name: torch.cat([_nothing(name, settings), *(found[i][name] for i in sorted(found))]) for name in settings.tensors}
     return tensors | {"starts": torch.tensor([0, *map(len, ids)]).cumsum(0)}
+
+
+def _nothing(name: str, settings: ScoreSettings) -> Tensor:
+    """What is stored of no tokens."""
+    if name == "indices":
+        return torch.zeros(0, settings.top_k, dtype=torch.int32)
+    if name == "values":
+        return torch.zeros(0, settings.top_k, dtype=torch.float32 if settings.dtype == "float32" else torch.float16)
+    return torch.zeros(0)
 
 
 def likeliest_tokens(k: int, temperature: float) -> Cut:

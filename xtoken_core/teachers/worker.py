@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -130,7 +131,7 @@ class TeacherServer:
 
     def _hidden(self, micro_batches: Sequence[Inputs]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Of each micro-batch its tensors on the device and its final hidden states [R, L, D]; several may share a forward."""
-        for group in shared_forwards([batch["input_ids"].shape for batch in micro_batches], ROOM):
+        for group in shared_forwards(self._shapes(micro_batches), ROOM):
             batches = [
                 {name: torch.from_numpy(array).to(self.setup.device, non_blocking=True) for name, array in batch.items()}
                 for batch in micro_batches[group]
@@ -143,6 +144,16 @@ class TeacherServer:
             hidden = final_hidden(self.model, ids, positions)
             for batch, rows in zip(batches, hidden.split([len(b["input_ids"]) for b in batches])):
                 yield batch, rows[:, : batch["input_ids"].shape[1]]
+
+    def _shapes(self, micro_batches: Sequence[Inputs]) -> list[Shape]:
+        """[R, L] of each micro-batch; of a teacher that is spread over ranks, which all have as many, the largest of any rank's: its processes
+        gather the weights together, so that each rank has to run as many forwards."""
+        shapes: list[Shape] = [batch["input_ids"].shape for batch in micro_batches]
+        if self.setup.shards is None or not shapes:
+            return shapes
+        largest_shape = torch.tensor(shapes, device=self.setup.device).amax(0)
+        dist.all_reduce(largest_shape, dist.ReduceOp.MAX)
+        return [tuple(largest_shape.tolist())] * len(shapes)
 
     def _score(self, logits: HiddenLogits, inputs: dict[str, Tensor]) -> Tensor:
         if "gather" in inputs:

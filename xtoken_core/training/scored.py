@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from xtoken_core.configs import head_rows
@@ -57,9 +58,13 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
         places = (teacher.scores.uri,) if teacher.scores.uri is not None else inputs.scores.get(teacher.id, ())
         if len(places) != len(inputs.rows):
             raise InputError(f"{name}: {len(places)} were given for {len(inputs.rows)} shards of rows")
-        scored = ScoredTeacher([Scores(local_copy(str(place))) for place in places])
+        column = scored_column(teacher)
+        scored = ScoredTeacher([Scores(local_copy(str(place))) for place in places], column)
+        told, asked = scored.settings.domains, set(teacher.domains or ())
+        if told and (not asked or asked - set(json.loads(told))):
+            raise InputError(f"{name}: {places[0]}: made of the domains {', '.join(json.loads(told))} only")
         train = load_rows(local_copy(str(inputs.rows[0])) / "train")
-        if scored.settings.rows != rows_digest(train, scored_column(teacher)):
+        if scored.settings.rows != rows_digest(train, column, told):
             raise InputError(f"{name}: {places[0]}: made of other rows than these")
         found.append(scored)
     return tuple(found)

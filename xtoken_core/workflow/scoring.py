@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,16 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
         raise InputError(f"teacher: {teacher_id}: one of {', '.join(known) or 'none'} has scores in the spec")
     student, column = _table(spec.student), scored_column(teacher)
     train, dtype = load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
+    domains = json.dumps(sorted(teacher.domains)) if teacher.domains else ""
     table = _table(teacher) if teacher.cross_tokenizer else student
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
-        rows=rows_digest(train, column),
+        rows=rows_digest(train, column, domains),
         top_k=0,
         vocab_size=len(table) if teacher.cross_tokenizer else shared_rows(spec, student),
         temperature=spec.loss.temperature,
         dtype=str(dtype).removeprefix("torch."),
+        domains=domains,
     )
     model = load_model(teacher.model, dtype, spec.training.attention)
     vocabulary_rows(model, settings.vocab_size, table.min_rows, teacher.model)
@@ -51,7 +54,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     settings, cut = _classes(
         settings, teacher.scores.top_k, build_partition(student, table).to(device) if teacher.cross_tokenizer else None
     )
-    return score_rows(model, _Column(train, column), Path(folder), settings, cut)
+    return score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
 
 
 def _table(model: StudentSpec | TeacherSpec) -> TokenTable:
@@ -69,13 +72,16 @@ def _classes(settings: ScoreSettings, top_k: int, cells: Partition | None) -> tu
 
 @dataclass(frozen=True)
 class _Column(Sequence[Tensor]):
-    """A column of prepared rows, each read when it is asked for."""
+    """A column of prepared rows, each read when it is asked for; of rows of other `domains` nothing."""
 
     rows: Any
     name: str
+    domains: Collection[str] | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return torch.as_tensor(self.rows[index][self.name]).long()
+        row = self.rows[index]
+        read = self.domains is None or row["domain"] in self.domains
+        return torch.as_tensor(row[self.name][: None if read else 0]).long()

@@ -32,7 +32,8 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     "prepare": {**_TOKENIZERS, "data": ("*",)},
     "score": {
         **_TOKENIZERS,
-        "teachers": (*_TOKENIZERS["teachers"], "scores"),
+        "teachers": (*_TOKENIZERS["teachers"], "scores", "domains"),
+        "data": ("train",),
         "loss": ("temperature",),
         "training": ("attention", "precision"),
     },

@@ -71,8 +71,11 @@ def told(model):
     """What the suite tells of the tiny model and of one that knows."""
     tasks = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
     subjects = [yaml.load(path.read_text(), yaml.BaseLoader)["dataset_name"] for path in tasks]
+    absent = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["arc_easy"]}}
+    (model / "absent.yaml").write_text(yaml.safe_dump(absent))
     with Hub(paper_data(subjects)) as hub:
-        done = with_hub(["tests.support.paper_suite", str(model / "told.json"), str(model)], model, hub.endpoint)
+        arguments = [str(model / "told.json"), str(model), str(model / "absent.yaml")]
+        done = with_hub(["tests.support.paper_suite", *arguments], model, hub.endpoint)
         assert done.returncode == 0, done.stderr
     return json.loads((model / "told.json").read_text())
 
@@ -172,18 +175,10 @@ def test_the_offline_suite_in_a_report(model, tmp_path):
     assert "xtoken_gsm_symbolic" in render_report(run)
 
 
-def test_data_that_the_hub_does_not_have_is_one_line(model, tmp_path):
-    spec = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["winogrande"]}}
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
-    arguments = ["components.evaluate", "--spec", str(tmp_path / "spec.yaml"), "--group", "student-before", "--results", "r"]
-    with Hub({}) as hub:
-        refused = with_hub(arguments, tmp_path, hub.endpoint)
-    assert refused.returncode == 2, refused.stderr
-    assert (
-        refused.stderr.strip()
-        .splitlines()[-1]
-        .startswith("evaluation.tasks: winogrande: Dataset 'allenai/winogrande' doesn't exist")
-    )
+def test_data_that_the_hub_does_not_have_is_one_line(told):
+    code, line = told["refused"]
+    assert code == 2, line
+    assert line.strip().splitlines()[-1].startswith("evaluation.tasks: arc_easy: Dataset 'allenai/ai2_arc' doesn't exist")
 
 
 def test_intervals_of_shares():

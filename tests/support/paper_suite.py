@@ -1,6 +1,7 @@
-"""The suite `xtoken-paper` on hand-made rows in the published data sets' schemas: `python -m tests.support.paper_suite OUT MODEL`.
+"""The suite `xtoken-paper` on hand-made rows in the published data sets' schemas: `python -m tests.support.paper_suite OUT MODEL SPEC`.
 
-Writes the results of the model, and of one that answers everything rightly, with the prompts that they were given, as JSON.
+Writes the results of the model, and of one that answers everything rightly, with the prompts that they were given, as JSON, and how
+the evaluation step ends for SPEC, whose task's data the hub does not have.
 HF_ENDPOINT names a hub that holds `paper_data`.
 """
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 from transformers import AutoModelForCausalLM
 
+from tests.support.cli import call
 from xtoken_core.evaluation import harness as benchmarks
 from xtoken_core.spec import EvaluationSpec
 from xtoken_core.tokenization import load_tokenizer
@@ -117,8 +119,8 @@ def made(language_model: Any, prompts: list[str], knows: bool) -> Any:
     return make
 
 
-def main(out: str, folder: str) -> None:
-    """Runs the suite, two documents of each task, with the model as it is and then with one that knows."""
+def main(out: str, folder: str, spec: str) -> None:
+    """Runs the suite, two documents of each task, with the model as it is and then with one that knows; then evaluates `spec`."""
     evaluation = EvaluationSpec(tasks=("xtoken-paper",), limit=2)
     model, tok = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     plain, told = benchmarks._language_model, {}
@@ -127,7 +129,8 @@ def main(out: str, folder: str) -> None:
         benchmarks._language_model = made(plain, prompts, knows=name == "oracle")
         scores = benchmarks.run_tasks(evaluation, model, tok, folder)
         told[name] = {"tasks": {n: s.model_dump() for n, s in scores.items()}, "prompts": prompts}
-    Path(out).write_text(json.dumps(told))
+    refused = call("components.evaluate", "--spec", spec, "--group", "student-before", "--results", f"{out}.results")
+    Path(out).write_text(json.dumps(told | {"refused": [refused.returncode, refused.stderr]}))
 
 
 if __name__ == "__main__":

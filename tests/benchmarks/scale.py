@@ -68,7 +68,9 @@ def growth(student: ModelSize, teachers: list[ModelSize]) -> list[dict[str, floa
     lines = []
     for gpus in (1, 2, 4, 8, 16, 64, 256, 1024):
         rows = min(24, ROWS_OF_A_STEP / gpus)
-        seconds = step_seconds(student, teachers, StepShape(rows, LENGTH, MICRO_BATCH, compiled=True, gpus=gpus)).total
+        seconds = step_seconds(
+            student, teachers, StepShape(rows, LENGTH, min(MICRO_BATCH, int(rows)), compiled=True, gpus=gpus)
+        ).total
         speed = rows * LENGTH * gpus / seconds
         trillion = 1e12 / speed / 3600
         lines.append({

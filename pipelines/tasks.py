@@ -16,7 +16,7 @@ NEVER_CACHED = ("resolve", "distill", "distill-baseline", "report", "compare")
 """Tasks whose results a cluster does not take from its cache: the first one looks at files, the last one publishes, and
 training depends on more than its inputs (GPUs, mutable images). A local run has only itself, and reuses training too."""
 
-RETRIED = ("distill", "launch", "trial", "evaluate", "report", "compare")
+RETRIED = ("score", "distill", "launch", "trial", "evaluate", "report", "compare")
 """Components whose tasks are tried again where they fail."""
 
 

@@ -142,6 +142,39 @@ def test_a_job_that_another_has_deleted_is_told(cluster):
     deleter.join()
 
 
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ({}, ""),
+        ({"progressPercentage": 0}, "0 % done"),
+        (
+            {
+                "progressPercentage": 42,
+                "estimatedRemainingSeconds": 3785,
+                "metrics": [
+                    {"name": n, "value": v} for n, v in (("loss", "1.23456"), ("tokens_per_second", "17834.5"), ("x", "1"))
+                ],
+            },
+            "42 % done, 63 min 05 s left, loss 1.235, tokens_per_second 17,834",
+        ),
+        ({"metrics": [{"name": "loss", "value": "NaN?"}]}, "loss NaN?"),
+    ],
+)
+def test_progress_is_told_in_a_line(status, told):
+    """Of any status that the CRD allows, as another trainer's callback may write it."""
+    job = manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2), ["true"])
+    stamped = {"trainerStatus": status | {"lastUpdatedTime": "2026-01-01T00:00:00Z"}}
+    check_resource(job | {"status": stamped}, "trainjobs")
+    assert trainjob.progress(job | {"status": stamped}) == told
+
+
+def test_the_namespace_is_that_of_the_context(cluster, monkeypatch):
+    given = yaml.safe_load(cluster.kubeconfig.read_text())
+    given["contexts"][0]["context"]["namespace"] = "team-a"
+    cluster.kubeconfig.write_text(yaml.safe_dump(given))
+    assert trainjob._load_config(kubernetes) == "team-a"
+
+
 def test_what_not_every_host_reaches_is_refused(run):
     folder, spec = run
     with pytest.raises(InputError, match="resources.nodes: several hosts cannot all reach /elsewhere/rows"):

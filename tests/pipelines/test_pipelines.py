@@ -88,6 +88,7 @@ def test_scores_are_a_task_for_each_teacher_and_shard_and_training_waits_for_the
     teachers = [{"id": "a", "model": "a", "scores": {}}, {"id": "b", "model": "b", "scores": {"uri": "s3://b/scores"}}]
     found = tasks(spec_of(teachers=teachers))
     assert "score-a" in found and "score-b" not in found
+    assert found["score-a"]["retryPolicy"]["maxRetryCount"] == 2  # it goes on where a pre-empted one has stopped
     assert found["score-a"]["dependentTasks"] == ["prepare", "resolve"] and "score-a" in found["distill"]["dependentTasks"]
     sharded = tasks(spec_of("data.shards=2", teachers=teachers[:1]))
     assert {"score-a-0", "score-a-1"} <= set(sharded) and sharded["score-a-1"]["dependentTasks"] == ["prepare-1", "resolve"]

@@ -69,9 +69,9 @@ def run_job(job: Mapping[str, Any]) -> None:
     import kubernetes
     import urllib3
 
-    _load_config(kubernetes)
+    own = _load_config(kubernetes)
     jobs, pods = kubernetes.client.CustomObjectsApi(), kubernetes.client.CoreV1Api()
-    place = {"group": GROUP, "version": VERSION, "namespace": namespace() or "default", "plural": PLURAL}
+    place = {"group": GROUP, "version": VERSION, "namespace": own, "plural": PLURAL}
     name = job["metadata"]["name"]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -85,12 +85,16 @@ def run_job(job: Mapping[str, Any]) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _load_config(kubernetes: Any) -> None:
+def _load_config(kubernetes: Any) -> str:
+    """Makes the cluster known to the client; the namespace of this pod, or of the kubeconfig's context. Raises InputError."""
     try:
         kubernetes.config.load_incluster_config()
+        return namespace() or "default"
     except kubernetes.config.ConfigException:
         try:
             kubernetes.config.load_kube_config()
+            _, context = kubernetes.config.list_kube_config_contexts()
+            return str(context["context"].get("namespace") or "default")
         except kubernetes.config.ConfigException:
             raise InputError("resources.nodes: several hosts need a Kubernetes cluster with Kubeflow Trainer") from None
 
@@ -169,7 +173,7 @@ def progress(job: Mapping[str, Any]) -> str:
 
 def _rounded(number: str) -> str:
     try:
-        return f"{float(number):,.4g}"
+        return f"{float(number):,.0f}" if abs(float(number)) >= 1000 else f"{float(number):.4g}"
     except ValueError:
         return number
 

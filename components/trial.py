@@ -61,7 +61,7 @@ def trial(
 
         parsed = View.from_text(spec)
         w = matrices(parsed, projections.path if projections else None)
-        inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores))
+        inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores) if scores else {})
         uris = [rows.uri, projections.uri if projections else "", *scores]
         found = run_place(parsed, Place.of(candidates, standing, place, rung, share), inputs, Path(run.path), checkpoints, uris)
         log_figures(metrics, trial_figures(found))

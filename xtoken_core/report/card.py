@@ -42,9 +42,10 @@ def _front(run: Run) -> dict[str, object]:
 
 
 def _body(run: Run, checkpoint: str) -> Iterator[str]:
-    teachers = ", ".join(f"`{teacher['model']}`" for teacher in run.spec["teachers"])
+    teachers = ", ".join(f"`{teacher['model']}`" for teacher in run.spec["teachers"] if teacher["id"] in run.heard)
+    learned = f"distilled from {teachers}" if teachers else "trained on cross-entropy only, as a pilot chose"
     yield f"# {run.name}"
-    yield f"\n`{run.spec['student']['model']}`, distilled from {teachers}. This is the {checkpoint} checkpoint."
+    yield f"\n`{run.spec['student']['model']}`, {learned}. This is the {checkpoint} checkpoint."
     yield "\n## How good it is\n"
     yield from answer_lines(run)
     yield "\n## How to load it\n"

@@ -125,6 +125,13 @@ class Run(Record):
         return [teacher["id"] for teacher in self.spec["teachers"]]
 
     @property
+    def heard(self) -> list[str]:
+        """Ids of the teachers that the student learned from: where a pilot chose, those of its candidate, none of cross-entropy only."""
+        if self.pilot is None:
+            return self.teachers
+        return next((o.teachers for o in self.pilot.outlooks if o.candidate == self.pilot.chosen), [])
+
+    @property
     def made(self) -> str:
         """When the report was made, for people."""
         return self.created.replace("T", " ").replace("+00:00", " UTC")

@@ -228,6 +228,7 @@ def test_bits_of_chats_are_those_of_the_answers(tmp_path):
     assert out.samples[0].prompt.endswith("Say it.<eos>")
 
 
+@pytest.mark.slow
 def test_tasks_offline_and_from_a_folder(run, tmp_path):
     pytest.importorskip("lm_eval")
     from xtoken_core.evaluation.harness import SUITES, plan_tasks, run_tasks

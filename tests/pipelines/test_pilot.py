@@ -45,6 +45,7 @@ ALWAYS = {"resolve", "overlap", "projections", "prepare", "evaluate-student-befo
 PILOT = {"audit", "trial-1-ce", "trial-1-same", "trial-1-other", "standing-1", "trial-2-ce", "trial-2-0", "verdict"}
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_pilot(run):
     unrolled = tasks(run, "pilot.then=stop")
     assert set(unrolled) == ALWAYS | PILOT

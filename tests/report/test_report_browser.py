@@ -24,9 +24,12 @@ from xtoken_core.report.page import write_report
 selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra [test])")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with its driver (apt-get install chromium chromium-driver)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="no Chromium with its driver (apt-get install chromium chromium-driver)"
+    ),
+]
 
 SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 

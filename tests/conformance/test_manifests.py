@@ -88,6 +88,14 @@ def test_several_hosts_get_the_runtime_that_the_launcher_names():
     assert resources["PersistentVolumeClaim", "xtoken-models"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def test_a_failed_training_is_tried_again_in_one_place():
+    """By its launcher: not by the Job, whose pods would go with their logs, nor by Trainer after a JobSet's end of life."""
+    jobs = yaml.safe_load((MANIFESTS / "trainer" / "runtime.yaml").read_text())["spec"]["template"]["spec"]
+    job = jobs["replicatedJobs"][0]["template"]["spec"]
+    assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
+    assert "ttlSecondsAfterFinished" not in {*jobs, *job} and "failurePolicy" not in jobs
+
+
 def restricted(pod: dict) -> list[str]:
     """What of a pod breaks the Pod Security Standard "restricted" (Kubernetes documentation, Pod Security Standards)."""
     kinds = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}

@@ -13,6 +13,11 @@ def test_the_model_is_within_a_tenth_of_what_was_measured(step):
     assert step.modelled() == pytest.approx(step.seconds, rel=0.1)
 
 
+@pytest.mark.parametrize("step", [s for s in MEASURED if s.peak_gib is not None], ids=lambda step: step.name)
+def test_so_is_the_memory(step):
+    assert step.modelled_gib() == pytest.approx(step.peak_gib, rel=0.1)
+
+
 def test_what_a_step_grows_with():
     student, teacher = ModelSize(10**9, 10**9, 16, 2048, 128_256), ModelSize(4 * 10**9, 4 * 10**9, 32, 3072, 128_256)
 

@@ -1,9 +1,8 @@
 """What a run costs, by arithmetic: floating point operations, seconds of a step, bytes of memory and of disk. Only sizes go in.
 
 Sources: 2 operations a weight and token forward, twice that backward (Kaplan et al., arXiv 2001.08361); attention over a row
-by its two matrix products, of which causality leaves half; activations of a layer without the scores, which sdpa never
-stores: 34 bytes a token and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198). The shares of a product's rate that teachers
-and student reach are fitted to measured steps (docs/scale.md).
+by its two matrix products, of which causality leaves half. The shares of a product's rate that teachers and student reach, and what
+activations and teachers' work take a token, are fitted to measured steps (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -30,7 +29,16 @@ BYTES_PER_TOKEN = 4.0
 """Of text, where no run has shown another; English prose 4.2 to 4.6, code 3.2 to 3.8."""
 STEP_BYTES = 2 * GIB
 """Of a step that only loads tokenizers: imports, and tables of a few hundred thousand tokens."""
-_LAYER_BYTES = 34
+_LAYER_BYTES = 44
+"""Of a layer's activations, a token and hidden unit, in 16 bits; the residual stream is in 32."""
+_WORK_BYTES = 15
+"""Of a teacher's forward pass, likewise."""
+_PROCESS_BYTES = 0.6 * GIB
+"""Of a process that has the GPU open."""
+FORWARD_TOKENS = 16384
+"""Of one forward pass of a teacher, which keeps no activations and may take more at a time than the student."""
+_TILE = 2048
+"""Rows of logits that the losses form at a time."""
 _STATE_BYTES = 16
 """Of a trained weight: it, its gradient and Adam's two moments, in float32."""
 _CHECKPOINT_BYTES = 12
@@ -39,6 +47,26 @@ _EVALUATED_TOKENS, _LOGITS_COPIES = 1024, 4
 """Tokens that get full logits at a time, and how often these lie in memory: logits, log-probabilities, what the losses make."""
 _STUDENT_ROW_BYTES, _TEACHER_ROW_BYTES = 7, 15
 """Of a token in prepared rows: id, mask, length; on a teacher's side also chunk ids of both sides."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What of a step's settings its time and memory depend on."""
+
+    rows: float
+    """On each GPU."""
+    length: int
+    """Tokens of a row."""
+    micro_batch: int = 1
+    """Rows."""
+    compiled: bool = False
+    recomputed: bool = False
+    """Activation checkpointing."""
+    trained: int | None = None
+    """Weights of the student that are trained, adapters of one that stays as it is; None: all."""
+    fp8: tuple[bool, ...] = ()
+    """By teacher: products in 8 bits; empty: none."""
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,38 +110,30 @@ class ModelSize:
         forward = self.forward_flops(tokens, row)
         return (3 if recomputed else 2) * forward + (forward if trained is None else 2.0 * tokens * trained)
 
-    def state_bytes(self, trained: int, ranks: int) -> float:
-        """Memory of a student with `trained` weights on one of the ranks it is spread over."""
-        return (trained * _STATE_BYTES + (self.parameters - trained) * 4) / ranks
+    def student_bytes(self, shape: StepShape, width: int, spread: int = 1) -> float:
+        """Memory of a student's training: state, weights in the compute dtype, activations, losses, its process.
 
-    def activation_bytes(self, tokens: int, recomputed: bool, width: int) -> float:
-        """Memory of what a backward pass over `tokens` needs; width: bytes of a number (2 in bfloat16)."""
+        width: bytes of a number of the compute dtype. spread: ranks over which state is spread.
+        """
+        adapted, tokens = shape.trained is not None, shape.micro_batch * shape.length
+        trained = self.parameters if shape.trained is None else shape.trained
+        state = (trained * _STATE_BYTES + (self.parameters - trained) * (width if adapted else 4)) / spread
+        rounded = trained * width if width < 4 else 0
         layer = _LAYER_BYTES / 2 * width * self.hidden * tokens
-        return layer + self.layers * width * self.hidden * tokens if recomputed else self.layers * layer
+        activations = layer + self.layers * width * self.hidden * tokens if shape.recomputed else self.layers * layer
+        losses = 2 * _TILE * self.rows * width + (0 if adapted else self.rows * self.hidden * (8 + width))
+        return state + rounded + activations + losses + _PROCESS_BYTES
+
+    def teacher_bytes(self, shape: StepShape, width: int, fp8: bool = False) -> float:
+        """Memory of a teacher on the GPU, and of the hidden states that it hands over."""
+        head = self.rows * self.hidden
+        weights = head * width + (self.parameters - head) * (1 if fp8 else width)
+        work = _WORK_BYTES * max(FORWARD_TOKENS, shape.length) * self.hidden * width
+        return weights + work + shape.rows * shape.length * self.hidden * width + _PROCESS_BYTES
 
     def checkpoint_bytes(self, trained: int) -> int:
         """A checkpoint on disk."""
         return trained * _CHECKPOINT_BYTES
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What the time of an optimizer step depends on, beside the models."""
-
-    rows: float
-    """On each GPU."""
-    length: int
-    """Tokens of a row."""
-    micro_batch: int = 1
-    """Rows."""
-    compiled: bool = False
-    recomputed: bool = False
-    """Activation checkpointing."""
-    trained: int | None = None
-    """Weights of the student that are trained; None: all."""
-    fp8: tuple[bool, ...] = ()
-    """By teacher: products in 8 bits; empty: none."""
-    gpus: int = 1
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.benchmarks.training import LLAMA_1B, LLAMA_3B, LLAMA_7B, PHI_4_MINI, QWEN_4B, QWEN_7B
-from xtoken_core.costs import ModelSize, StepShape, row_bytes, step_seconds
+from xtoken_core.costs import GIB, ModelSize, StepShape, row_bytes, step_seconds
 
 LENGTH, MICRO_BATCH = 2048, 4
 ROWS_OF_A_STEP = 2048
@@ -33,6 +33,13 @@ class Measured:
     teachers: tuple[PretrainedConfig, ...]
     shape: StepShape
     student: PretrainedConfig
+    peak_gib: float | None = None
+    """Of the GPU's memory, over all processes; None where others were there as well."""
+
+    def modelled_gib(self) -> float:
+        """The same by the model."""
+        teachers = [size(t).teacher_bytes(self.shape, 2, any(self.shape.fp8)) for t in self.teachers]
+        return (size(self.student).student_bytes(self.shape, 2) + sum(teachers)) / GIB
 
     def modelled(self) -> float:
         """Seconds by the model."""
@@ -41,8 +48,10 @@ class Measured:
 
 _TWO = (PHI_4_MINI, LLAMA_3B)
 MEASURED = (
-    Measured("H100, micro-batches of 4", 2.159, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True), LLAMA_1B),
-    Measured("H100, teachers in fp8", 1.749, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, fp8=(True, True)), LLAMA_1B),
+    Measured("H100, micro-batches of 4", 2.159, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True), LLAMA_1B, 53.2),
+    Measured(
+        "H100, teachers in fp8", 1.749, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, fp8=(True, True)), LLAMA_1B, 47.9
+    ),
     Measured("H100, micro-batches of 1", 2.737, _TWO, StepShape(24, LENGTH, compiled=True), LLAMA_1B),
     Measured("four H200, DDP", 2.164, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
     Measured("four H200, FSDP2", 2.126, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
@@ -52,8 +61,11 @@ MEASURED = (
         (LLAMA_7B,),
         StepShape(4, 4096, recomputed=True, trained=LORA_WEIGHTS),
         QWEN_7B,
+        34.3,
     ),
-    Measured("H200, a row of 32,768 tokens under 4 B, eager", 2.691, (QWEN_4B,), StepShape(1, 32768, recomputed=True), LLAMA_1B),
+    Measured(
+        "H200, a row of 32,768 tokens under 4 B, eager", 2.691, (QWEN_4B,), StepShape(1, 32768, recomputed=True), LLAMA_1B, 39.3
+    ),
 )
 
 
@@ -111,6 +123,18 @@ def main() -> None:
         found = step.modelled()
         error = round(found / step.seconds - 1, 3)
         print(json.dumps({"measured": step.name, "seconds": step.seconds, "model": round(found, 3), "error": error}))
+        if step.peak_gib is not None:
+            gib = step.modelled_gib()
+            print(
+                json.dumps(
+                    {
+                        "measured": step.name,
+                        "gib": step.peak_gib,
+                        "model": round(gib, 1),
+                        "error": round(gib / step.peak_gib - 1, 3),
+                    }
+                )
+            )
     lines = growth(student, [size(t) for t in (PHI_4_MINI, LLAMA_3B)])
     for line in lines:
         print(json.dumps(line))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from xtoken_core.compilations import keep_compilations
+from xtoken_core.costs import FORWARD_TOKENS
 from xtoken_core.errors import InputError
 from xtoken_core.finite import largest
 from xtoken_core.layers import decoder_layers
@@ -30,9 +31,6 @@ from xtoken_core.teachers.fp8 import to_fp8
 from xtoken_core.teachers.setup import Inputs, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape, remove_traces
 from xtoken_core.teachers.weights import Weights, shard
-
-ROOM = 16384
-"""Tokens of one forward. A teacher keeps no activations, so it may take more at a time than the student."""
 
 
 class TeacherServer:
@@ -131,7 +129,7 @@ class TeacherServer:
 
     def _hidden(self, micro_batches: Sequence[Inputs]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Of each micro-batch its tensors on the device and its final hidden states [R, L, D]; several may share a forward."""
-        for group in shared_forwards(self._shapes(micro_batches), ROOM):
+        for group in shared_forwards(self._shapes(micro_batches), FORWARD_TOKENS):
             batches = [
                 {name: torch.from_numpy(array).to(self.setup.device, non_blocking=True) for name, array in batch.items()}
                 for batch in micro_batches[group]

@@ -10,7 +10,6 @@ from xtoken_core import storage
 from xtoken_core.configs import empty_model, read_config, stored_dtype
 from xtoken_core.costs import (
     BYTES_PER_TOKEN,
-    GIB,
     STEP_BYTES,
     ModelSize,
     StepShape,
@@ -23,9 +22,6 @@ from xtoken_core.layers import prune_layers
 from xtoken_core.report.run import Run
 from xtoken_core.results.plan import Plan, PlannedModel
 from xtoken_core.spec import DistillationSpec
-
-_LOSS_BYTES = GIB // 4
-"""What the kernels of the losses need beside their inputs."""
 
 
 def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
@@ -104,23 +100,17 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
     training, row = spec.training, spec.data.max_length
     width = 4 if training.precision == "fp32" else 2
     student, teachers = sizes["student.model"], [size for field, size in sizes.items() if field != "student.model"]
-    ranks = _gpus(spec)
-    tokens = training.micro_batch_size * row
-    state = student.state_bytes(_trained(spec, student), ranks if training.sharding == "fsdp" else 1)
-    step_tokens = training.global_batch_size // ranks * row
-    handed = sum(step_tokens * width * _handed(size, t.transport, t.top_k) for size, t in zip(teachers, spec.teachers))
-    activations = student.activation_bytes(tokens, training.activation_checkpointing, width)
-    largest = max((size.parameters * width for size in teachers), default=0)
+    shape = step_shape(spec, sizes)
+    own = student.student_bytes(shape, width, _gpus(spec) if training.sharding == "fsdp" else 1)
+    heard = [size.teacher_bytes(shape, width, fp8) for size, fp8 in zip(teachers, shape.fp8)]
     measured = {"student": student, **{t.id: size for t, size in zip(spec.teachers, teachers)}}
     window = spec.evaluation.window or row
     return {
         "overlap": STEP_BYTES,
         "projections": STEP_BYTES,
         "prepare": STEP_BYTES,
-        "distill": round(state + activations + handed + largest + _LOSS_BYTES),
-        "distill-teachers-resident": round(
-            state + activations + handed + sum(size.parameters * width for size in teachers) + _LOSS_BYTES
-        ),
+        "distill": round(own + max(heard, default=0)),
+        "distill-teachers-resident": round(own + sum(heard)),
         "evaluate": max(size.parameters * width + window * size.rows * 4 for size in measured.values()),
     }
 
@@ -137,11 +127,6 @@ def _trained(spec: DistillationSpec, size: ModelSize) -> int:
     """Weights of the student that are trained; adapters: two matrices a linear layer, seven layers a block."""
     lora = spec.student.lora
     return size.parameters if lora is None else 14 * lora.rank * size.hidden * size.layers
-
-
-def _handed(size: ModelSize, transport: str, top_k: int | None) -> int:
-    """Numbers that a teacher hands over a token."""
-    return {"hidden": size.hidden, "logits": size.rows, "topk": 3 * (top_k or 0)}[transport]
 
 
 def _disk(spec: DistillationSpec, sizes: Mapping[str, ModelSize], rows: int | None) -> dict[str, int]:

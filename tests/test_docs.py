@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, its specs are valid, its snippets run, it names every field of the spec."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -62,3 +63,26 @@ def test_pages_in_the_menu_are_those_that_exist():
     named = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
     there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} | {"spec.md"}
     assert named == there
+
+
+ASKS = re.compile(r"; (add|choose|clone|compile|give|merge|move|name|remove|set|use|where)\b|pip install|carries a user name")
+"""What a line of bad input says where there is something to do."""
+
+
+def texts(node: ast.AST) -> str:
+    """What stands in a string literal, `{}` for what it fills in."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "{}" for part in parts)
+
+
+def test_troubleshooting_has_every_line_that_asks_for_an_action_and_no_line_that_is_not_said():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    named = {quoted for row in re.findall(r"^\| (.*?) \|", page, re.M) for quoted in re.findall("`([^`]+)`", row)}
+    files = [path for folder in ("xtoken_core", "components", "pipelines") for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    raised = [n.args[0] for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "").endswith("Error") and n.args]
+    asking = [message for message in map(texts, raised) if ASKS.search(message)]
+    assert len(asking) > 15
+    assert [message for message in asking if not any(quoted in message for quoted in named if len(quoted) >= 8)] == []
+    said = "\n".join(texts(node) for node in nodes if isinstance(node, (ast.JoinedStr, ast.Constant)))
+    assert [part for quoted in named for part in re.split(r" ?\.\.\. ?| N |\bX\b|, K ", quoted) if part.strip() not in said] == []

@@ -181,6 +181,11 @@ def host_bytes(models: Sequence[ModelSize], gpu: bool) -> int:
     return STEP_BYTES + sum(weights) + max(weights) + logits
 
 
+def score_bytes(top_k: int, precision: str) -> int:
+    """Of a token in a teacher's scores: k values and ids, and four numbers."""
+    return top_k * (8 if precision == "fp32" else 6) + 16
+
+
 def row_bytes(student_tokens: int, cross_teachers: int) -> int:
     """Prepared rows on disk, where every teacher needs as many tokens as the student."""
     return student_tokens * (_STUDENT_ROW_BYTES + cross_teachers * _TEACHER_ROW_BYTES)

@@ -53,7 +53,13 @@ def schema(output: Path | None) -> None:
 @click.command()
 @SPEC
 @SET
-@click.option("--run", "finished", metavar="RUN", help="A finished run, whose speed is taken; RUN is what its output.uri said.")
+@click.option(
+    "--from",
+    "--run",
+    "finished",
+    metavar="RUN",
+    help="A finished run, whose speed is taken, and of the same data its rows and tokens; RUN is what its output.uri said.",
+)
 def plan(spec: Path, overrides: tuple[str, ...], finished: str | None) -> None:
     """Tell what a run will take: rows, tokens, memory, downloads, GPU hours, disk. Reads configurations and file sizes only."""
     from xtoken_core.report.plan import plan_text

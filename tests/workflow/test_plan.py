@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from pipelines.__main__ import cli
 from tests.support.architectures import tiny_config
 from tests.support.tiny import tiny_tokenizer
+from tests.support.training_run import prepare, run
 from xtoken_core.costs import ModelSize, host_bytes, step_seconds
+from xtoken_core.data.statistics import statistics_of
 from xtoken_core.report.run import Run
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.training import TrainingSummary
@@ -99,10 +101,53 @@ def test_a_finished_run_gives_speed_and_width_of_tokens(spec):
     phases = {"data": 1.0, "teachers": 4.0, "student": 5.0, "save": 100.0}
     summary = TrainingSummary(steps=10, tokens=6400, seconds=120, ranks=1, seconds_by_phase=phases)
     finished = Run.collect(parsed, prepare={"train": RowStatistics(**counts)}).model_copy(update={"summary": summary})
-    found = plan(parsed, finished)
+    found = plan(DistillationSpec.from_yaml(spec, ["data.max_rows=1000"]), finished)  # other data than it has counted
     assert found.rows_at_least == 100  # two bytes a token
     assert found.flops / (10 / 3600) == pytest.approx(training_flops(parsed, model_sizes(parsed), 6400) * 3600 / 10)
     assert found.gpu_hours == pytest.approx(10 / 3600, abs=1e-3) and found.speed.endswith("in the run planned")
+
+
+def test_against_a_run_that_was_run(tmp_path):
+    """Before: bounds. By the finished run: its rows, tokens and epochs to the last one; what lies on the disk is not less, and less than a half more."""
+    values = prepare(tmp_path, training={"max_steps": 4, "save_steps": 2})
+    parsed = DistillationSpec.model_validate(values)
+    summary = run(values, tmp_path, tmp_path / "run")
+    counted = statistics_of(str(tmp_path / "rows" / "train"))
+    finished = Run.collect(parsed, tmp_path / "run", prepare={"train": counted})
+    before, after = plan(parsed), plan(parsed, finished)
+    assert before.rows_at_least <= counted.rows and before.training_tokens_at_most >= summary.tokens and not before.counted
+    assert (after.steps, after.rows_at_least, after.training_tokens_at_most) == (summary.steps, counted.rows, summary.tokens)
+    assert after.counted and after.epochs_at_most == round(summary.steps * 2 / counted.rows, 2)
+    assert after.flops == training_flops(parsed, model_sizes(parsed), summary.tokens)
+    sizes = {
+        "rows": (tmp_path / "rows" / "train" / "rows.arrow").stat().st_size,
+        "projections": (tmp_path / "w.safetensors").stat().st_size,
+        "checkpoints": sum(
+            f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*") if f.suffix in (".safetensors", ".pt")
+        ),
+        "student": sum(f.stat().st_size for name in ("best", "last") for f in (tmp_path / "run" / name).glob("*.safetensors")),
+    }
+    for name, size in sizes.items():
+        assert 0.7 < after.disk_bytes[name] / size <= 1, name  # headers weigh in files this small
+    longer = plan(parsed.model_copy(update={"training": parsed.training.model_copy(update={"max_steps": 40})}), finished)
+    assert longer.training_tokens_at_most == 10 * summary.tokens and longer.counted
+    other = plan(DistillationSpec.model_validate(values | {"data": values["data"] | {"max_length": 32}}), finished)
+    assert not other.counted and other.rows_at_least != counted.rows
+
+
+def test_a_teacher_with_scores_costs_disk_and_no_time(spec):
+    live = DistillationSpec.from_yaml(spec)
+    teacher = f"{{id: t, model: {live.teachers[0].model}, scores: {{top_k: 8}}}}"
+    scored = DistillationSpec.from_yaml(spec, [f"teachers=[{teacher}]"])
+    sizes = model_sizes(live)
+    assert (
+        training_flops(scored, sizes, 6400)
+        == sizes["student.model"].training_flops(6400, 32, False)
+        < training_flops(live, sizes, 6400)
+    )
+    found = plan(scored)
+    assert found.disk_bytes["scores"] == 50 * 32 * (8 * 6 + 16) and plan(live).disk_bytes["scores"] == 0
+    assert found.memory["distill"] < plan(live).memory["distill"]
 
 
 def test_the_command_and_resolve_tell_the_same(spec):

@@ -8,14 +8,15 @@ from xtoken_core.results.plan import Plan
 
 def plan_text(plan: Plan) -> str:
     """The figures of a plan, one a line; what is not known is a dash."""
-    at_least, tokens = _count(plan.rows_at_least), _count(plan.training_tokens_at_most)
+    rows, tokens = _count(plan.rows_at_least), _count(plan.training_tokens_at_most)
+    at_least, at_most = ("", "") if plan.counted else ("at least ", "at most ")
     epochs = "-" if plan.epochs_at_most is None else f"{plan.epochs_at_most:g}"
     hours = "-" if plan.gpu_hours is None else f"{plan.gpu_hours:,.2f}"
     lines = [
         ("steps", _count(plan.steps)),
-        ("rows of the data", f"at least {at_least}"),
-        ("tokens of training", f"at most {tokens}"),
-        ("epochs", f"at most {epochs}"),
+        ("rows of the data", f"{at_least}{rows}"),
+        ("tokens of training", f"{at_most}{tokens}"),
+        ("epochs", f"{at_most}{epochs}"),
         ("GPU hours", f"{hours}  ({plan.speed})"),
         *((f"download {m.field}", f"{_gib(m.download_bytes)}  ({m.model}, {_count(m.parameters)} weights)") for m in plan.models),
         *((f"memory {step}", _gib(size)) for step, size in plan.memory.items()),

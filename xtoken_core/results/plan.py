@@ -23,6 +23,8 @@ class Plan(Record):
 
     steps: int | None
     """None: epochs over rows that nobody has counted yet."""
+    counted: bool = False
+    """Whether rows, tokens and epochs are those that a finished run has counted of the same data, and not bounds."""
     rows_at_least: int | None
     """Of the training data; None where its size is unknown."""
     training_tokens_at_most: int | None

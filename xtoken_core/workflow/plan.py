@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from xtoken_core import storage
 from xtoken_core.configs import empty_model, read_config, stored_dtype
@@ -15,6 +16,7 @@ from xtoken_core.costs import (
     StepShape,
     host_bytes,
     row_bytes,
+    score_bytes,
     step_seconds,
 )
 from xtoken_core.errors import InputError
@@ -25,19 +27,22 @@ from xtoken_core.spec import DistillationSpec
 
 
 def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
-    """Figures of a run before it runs; with the speed, and the bytes per token, of a `finished` run where one is given.
+    """Figures of a run before it runs; with the speed, and the bytes per token, of a `finished` run where one is given. If that has read
+    the same data with the same tokenizers, its rows and tokens are taken as they were counted.
 
     Raises InputError for models and data that are not there.
     """
     sizes = model_sizes(spec)
-    rows = _rows(spec, finished)
+    counted = _same_rows(spec, finished)
+    rows = _rows(spec, finished) if counted is None else counted.rows
     steps = spec.training.max_steps if spec.training.epochs is None else None if rows is None else spec.training.steps(rows)
     seen = None if steps is None else steps * spec.training.global_batch_size
-    tokens = None if seen is None else seen * spec.data.max_length
+    tokens = None if seen is None else round(seen * (spec.data.max_length if counted is None else counted.tokens_of_a_row))
     flops = None if tokens is None else training_flops(spec, sizes, tokens)
     hours, told = _hours(spec, sizes, steps, finished)
     return Plan(
         steps=steps,
+        counted=counted is not None,
         rows_at_least=rows,
         training_tokens_at_most=tokens,
         epochs_at_most=None if seen is None or not rows else round(seen / rows, 2),
@@ -47,8 +52,37 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
         flops=flops,
         gpu_hours=None if hours is None else round(hours, 3),
         speed=told,
-        disk_bytes=_disk(spec, sizes, rows),
+        disk_bytes=_disk(spec, sizes, rows, None if counted is None else counted.tokens),
     )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a finished run has counted of the same data."""
+
+    rows: int
+    tokens: int
+    """The student's, of all rows."""
+    tokens_of_a_row: float
+    """Mean over the rows that its training has seen."""
+
+
+def _same_rows(spec: DistillationSpec, finished: Run | None) -> _Counted | None:
+    """None unless the finished run has read the same data with the same tokenizers, and trained on these rows one by one."""
+    found = finished and finished.prepare.get("train")
+    if finished is None or not found or spec.data.packing:
+        return None
+    theirs = DistillationSpec.from_text(json.dumps(finished.settings))
+    if theirs.data != spec.data or _tokenizers(theirs) != _tokenizers(spec):
+        return None
+    done = finished.summary
+    seen = done.steps * theirs.training.global_batch_size if done else 0
+    return _Counted(found.rows, found.student_tokens, done.tokens / seen if done and seen else found.student_tokens / found.rows)
+
+
+def _tokenizers(spec: DistillationSpec) -> set[tuple[str, str | None]]:
+    teachers = {(teacher.model, teacher.tokenizer) for teacher in spec.teachers if teacher.cross_tokenizer}
+    return {(spec.student.model, spec.student.tokenizer)} | teachers
 
 
 def model_sizes(spec: DistillationSpec) -> dict[str, ModelSize]:
@@ -63,12 +97,17 @@ def model_sizes(spec: DistillationSpec) -> dict[str, ModelSize]:
 
 
 def training_flops(spec: DistillationSpec, sizes: Mapping[str, ModelSize], tokens: int) -> float:
-    """Operations of a training on `tokens` of the student; every teacher is taken to need as many."""
+    """Operations of a training on `tokens` of the student; every teacher that runs is taken to need as many."""
     row = spec.data.max_length
     size = sizes["student.model"]
     trained = None if spec.student.lora is None else _trained(spec, size)
     student = size.training_flops(tokens, row, spec.training.activation_checkpointing, trained)
-    return student + sum(size.forward_flops(tokens, row) for field, size in sizes.items() if field != "student.model")
+    return student + sum(size.forward_flops(tokens, row) for size in _running(spec, sizes).values())
+
+
+def _running(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str, ModelSize]:
+    """By id the teachers that run in the training, and are not read from scores."""
+    return {t.id: sizes[f"teachers.{t.id}.model"] for t in spec.teachers if t.scores is None}
 
 
 def _refs(spec: DistillationSpec) -> dict[str, str]:
@@ -99,11 +138,10 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
     """Bytes by step. Teachers that do not fit together on the GPU take turns: the largest counts."""
     training, row = spec.training, spec.data.max_length
     width = 4 if training.precision == "fp32" else 2
-    student, teachers = sizes["student.model"], [size for field, size in sizes.items() if field != "student.model"]
+    student = sizes["student.model"]
     shape = step_shape(spec, sizes)
     own = student.student_bytes(shape, width, _gpus(spec) if training.sharding == "fsdp" else 1)
-    heard = [size.teacher_bytes(shape, width, fp8) for size, fp8 in zip(teachers, shape.fp8)]
-    measured = {"student": student, **{t.id: size for t, size in zip(spec.teachers, teachers)}}
+    heard = [size.teacher_bytes(shape, width, fp8) for size, fp8 in zip(_running(spec, sizes).values(), shape.fp8, strict=True)]
     window = spec.evaluation.window or row
     return {
         "overlap": STEP_BYTES,
@@ -111,7 +149,7 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
         "prepare": STEP_BYTES,
         "distill": round(own + max(heard, default=0)),
         "distill-teachers-resident": round(own + sum(heard)),
-        "evaluate": max(size.parameters * width + window * size.rows * 4 for size in measured.values()),
+        "evaluate": max(size.parameters * width + window * size.rows * 4 for size in sizes.values()),
     }
 
 
@@ -129,13 +167,18 @@ def _trained(spec: DistillationSpec, size: ModelSize) -> int:
     return size.parameters if lora is None else 14 * lora.rank * size.hidden * size.layers
 
 
-def _disk(spec: DistillationSpec, sizes: Mapping[str, ModelSize], rows: int | None) -> dict[str, int]:
+def _disk(spec: DistillationSpec, sizes: Mapping[str, ModelSize], rows: int | None, counted: int | None) -> dict[str, int]:
+    """By what it is for. counted: tokens of all rows, where they are known."""
+    tokens = (rows or 0) * spec.data.max_length if counted is None else counted
     student = sizes["student.model"]
     weights = student.parameters * stored_dtype(spec.student.model).itemsize
     cross = sum(t.cross_tokenizer for t in spec.teachers)
     kept = 0 if spec.training.save_steps is None else 2  # the one being written, and the one before
     return {
-        "rows": 0 if rows is None else row_bytes(rows * spec.data.max_length, cross),
+        "rows": row_bytes(tokens, cross),
+        "scores": sum(
+            tokens * score_bytes(t.scores.top_k, spec.training.precision) for t in spec.teachers if t.scores is not None
+        ),
         "projections": sum(student.rows * t.projection.top_k * 8 for t in spec.teachers if t.projection is not None),
         "checkpoints": kept * student.checkpoint_bytes(_trained(spec, student)),
         "student": 2 * weights,
@@ -152,7 +195,7 @@ def step_shape(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> StepSh
         compiled=training.compile,
         recomputed=training.activation_checkpointing,
         trained=None if spec.student.lora is None else _trained(spec, sizes["student.model"]),
-        fp8=tuple(teacher.precision == "fp8" for teacher in spec.teachers),
+        fp8=tuple(teacher.precision == "fp8" for teacher in spec.teachers if teacher.scores is None),
         gpus=gpus,
     )
 
@@ -166,8 +209,7 @@ def _hours(
 ) -> tuple[float | None, str]:
     """GPU hours of the training, and where they come from: the model of a step's time, or a finished run's operations a second."""
     if finished is None or finished.summary is None:
-        teachers = [size for field, size in sizes.items() if field != "student.model"]
-        seconds = step_seconds(sizes["student.model"], teachers, step_shape(spec, sizes)).total
+        seconds = step_seconds(sizes["student.model"], list(_running(spec, sizes).values()), step_shape(spec, sizes)).total
         hours = None if steps is None else steps * seconds * _gpus(spec) / 3600
         return hours, f"modelled: H100s, {seconds:.3g} s a step"
     theirs, summary = DistillationSpec.from_text(json.dumps(finished.settings)), finished.summary

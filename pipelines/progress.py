@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from pipelines.bars import Bars, in_notebook
 from pipelines.status import Status
 
 
@@ -24,6 +25,7 @@ class Progress(io.TextIOBase):
         self.folder = Path(status.log).parent
         self.status = status.tell(self.folder)
         self.begun, self.inside, self.line = 0.0, False, ""
+        self.bars = Bars(status.tasks) if in_notebook() else None
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -48,6 +50,9 @@ class Progress(io.TextIOBase):
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
+            if self.bars is not None:
+                self.bars.show(self.status)
+                self.bars.close()
 
     def write(self, text: str) -> int:
         """Takes text as it comes, and handles each line when it is complete."""
@@ -63,24 +68,31 @@ class Progress(io.TextIOBase):
         self.out.write(line + "\n")
         self.out.flush()
 
+    def _tell(self, line: str) -> None:
+        """Prints a line, or in a notebook moves the bars."""
+        if self.bars is None:
+            self.say(line)
+        else:
+            self.bars.show(self.status)
+
     def _handle(self, line: str) -> None:
         message = re.sub(r"^\d\d:\d\d:\d\d\.\d{3} - \w+ - ", "", line)
         if found := re.match(r"Task (\S+) cache hit", message):
             self._begin(found[1])
-            self.say(f"{self._place()} {found[1]}: unchanged, its earlier result is used")
+            self._tell(f"{self._place()} {found[1]}: unchanged, its earlier result is used")
         elif found := re.match(r"Executing task '(\S+)'", message):
             self._begin(found[1])
-            self.say(f"{self._place()} {found[1]}")
+            self._tell(f"{self._place()} {found[1]}")
         elif found := re.match(r"Task '(\S+)' finished with status (\w+)", message):
             verb = "done" if found[2] == "SUCCESS" else "failed"
-            self.say(f"{self._place()} {found[1]}: {verb} after {time.time() - self.begun:.1f} s")
+            self._tell(f"{self._place()} {found[1]}: {verb} after {time.time() - self.begun:.1f} s")
             self.inside = False
         elif re.fullmatch(r"    [\w -]+: (started|done in [\d.]+ s)", line):  # around them, KFP speaks (see `workflow.step`)
             self.inside = line.endswith("started")
         elif self.inside and line.strip():
             told = re.sub(r"\[KFP Executor [^\]]*\]: ", "", line)
             self.status = self.status.tell(self.folder, line=told.strip())
-            self.say(f"      {told}")
+            self._tell(f"      {told}")
 
     def _begin(self, task: str) -> None:
         self.begun, self.inside = time.time(), False

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM
 
 from pipelines.__main__ import cli
+from pipelines.progress import Progress
 from pipelines.status import Status, statuses
 from tests.support.cli import call
 from tests.support.hub_server import Hub
@@ -218,3 +220,19 @@ def test_a_run_begins_without_the_libraries_that_its_steps_need():
         "import sys, pipelines.local, pipelines.submit; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_notebook_shows_bars(tmp_path, monkeypatch, capsys):
+    """The lines of a run, as a notebook's kernel takes them."""
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=True)))
+    status = Status.of_this_process("run", tmp_path / "log", 3)
+    with (tmp_path / "log").open("w") as raw:
+        progress = Progress(raw, status)
+        with progress.following():
+            for line in ("Executing task 'distill'", "    distill: started", "step 3/9  loss 2.0  00:12 left"):
+                print(line)
+                last = progress.bars.training
+            assert (progress.bars.run.n, progress.bars.run.desc, last.n, last.total) == (0, "distill: ", 3, 9)
+            assert last.postfix == "loss 2.0  00:12 left"
+            print("Task 'distill' finished with status SUCCESS")
+    assert progress.bars.run.n == 3 and "loss 2.0" not in capsys.readouterr().out

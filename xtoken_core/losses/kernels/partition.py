@@ -221,22 +221,23 @@ class _Tile:
 def _tiles(chunks: ComparedChunks, counted: Tensor | None) -> list[_Tile]:
     """So many chunks at a time that a tile has some TILE_CHUNKS columns; the student's other rows that count lie in equal parts beside them."""
     count = len(chunks.cell)
-    bounds = torch.arange(0, count + TILE_CHUNKS, TILE_CHUNKS, device=chunks.cell.device).clamp(max=count)
     sides = []
     for first, chunk in ((chunks.student_row, chunks.student_chunk), (chunks.teacher_row, chunks.teacher_chunk)):
         others = (chunk.index_fill(0, first, count) < count).nonzero()[:, 0]  # of realised chunks, behind the first tokens
-        others = others[chunk[others].argsort(stable=True)]
-        sides.append((first, chunk, others, torch.searchsorted(chunk[others], bounds)))
+        sides.append((first, chunk, others[chunk[others].argsort(stable=True)]))
     rest = chunks.student_row[:0]
     if counted is not None:
         rest = (counted & (chunks.student_chunk == count)).index_fill(0, chunks.student_row, False).nonzero()[:, 0]
-    ends = torch.stack([bounds, *(side[3] for side in sides)]).tolist()
+    ends = [[0, count], *([0, len(others)] for _, _, others in sides)]
+    if count > TILE_CHUNKS:
+        bounds = torch.arange(0, count + TILE_CHUNKS, TILE_CHUNKS, device=chunks.cell.device).clamp(max=count)
+        ends = torch.stack([bounds, *(torch.searchsorted(chunk[others], bounds) for _, chunk, others in sides)]).tolist()
     spread = rest.tensor_split(max(1, len(ends[0]) - 1, ceil_div(len(rest), TILE_CHUNKS)))
     ends = [row + row[-1:] * (len(spread) + 1 - len(row)) for row in ends]  # tiles without chunks, if there are more other rows
     tiles = []
     for (low, *starts), (high, *stops), beside in zip(zip(*ends), list(zip(*ends))[1:], spread):
         columns: list[Tensor] = []
-        for (first, chunk, others, _), start, stop in zip(sides, starts, stops):
+        for (first, chunk, others), start, stop in zip(sides, starts, stops):
             own = first.new_empty(0) if columns else beside
             rows = torch.cat([first[low:high], others[start:stop], own])
             columns += [rows, torch.where(chunk[rows] < count, chunk[rows] - low, high - low)]

@@ -11,14 +11,24 @@ import yaml
 from kfp import compiler
 
 from pipelines.dag import build_pipeline, build_sweep
+from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 
 ROOT = Path(__file__).parent
 SPECS, COMPILED = ROOT / "specs", ROOT / "compiled"
 
 
+LARGEST_SPEC = 40_000
+"""Characters of a spec as JSON. KFP gives a step all its inputs as one argument, of which Linux takes 128 KiB; the report is also
+told every corpus of the spec with its version."""
+
+
 def compile_spec(spec: DistillationSpec) -> str:
-    """The compiled pipeline as YAML: the same text for the same spec."""
+    """The compiled pipeline as YAML: the same text for the same spec. Raises InputError for a spec that no step could be given."""
+    if (size := len(spec.to_json())) > LARGEST_SPEC:
+        raise InputError(
+            f"spec: {size:,} characters as JSON; a step can be given {LARGEST_SPEC:,}: name files by wildcards, as s3://bucket/*.parquet"
+        )
     return _compiled(build_pipeline(spec))
 
 

@@ -240,6 +240,17 @@ def test_evaluations_ask_for_the_memory_that_resolve_tells():
     }  # fmt: skip
 
 
+def test_a_spec_too_long_for_a_steps_argument_is_refused():
+    listed = [f"s3://bucket/train/part-{number:05}.parquet" for number in range(1500)]
+    with pytest.raises(
+        InputError, match=r"^spec: 6\d,\d{3} characters as JSON; a step can be given 40,000: name files by wildcards"
+    ):
+        compile_spec(spec_of(data={"train": listed}))
+    read = [{"field": "data.train", "version": "0123456789abcdef", "uri": uri} for uri in listed[:900]]
+    executed = len(json.dumps({"spec": spec_of(data={"train": listed[:900]}).to_json(), "inputs": read}))
+    assert executed < 2**17  # of the report, whose inputs are the longest
+
+
 def test_training_is_cached_here_and_never_on_a_cluster():
     compiled = compile_spec(spec_of("evaluation.ce_baseline=true"))
     cached = {name: bool(task["cachingOptions"]) for name, task in documents(compiled)[0]["root"]["dag"]["tasks"].items()}

@@ -1,7 +1,6 @@
 """The lab on toy models: every kind of arm trains, what has a result is left out, and the report holds all of it."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,13 @@ import torch
 from tests.benchmarks.quality.arms import Arm
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
-from tests.benchmarks.quality.second import SecondStage
 from tests.benchmarks.quality.teachers import CachedTeacher, feed
 from tests.benchmarks.quality.text import collect, mixed
 from tests.benchmarks.quality.train import ratio_at
 from tests.benchmarks.quality.work import run
 from tests.support.tiny import texts, tiny_model
-from xtoken_core.losses import HiddenLogits, TeacherBatch
-from xtoken_core.losses.types import StudentBatch
+from xtoken_core.losses import HiddenLogits
 from xtoken_core.models import load_model
-from xtoken_core.partition import Partition
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +52,8 @@ def plan(folder: Path) -> dict:
         {"name": "partition", "ratio": [1.0, 0.0], **one},
         {"name": "first", "variant": "first_row", **one},
         {"name": "joined", "variant": "joined", **one},
-        {"name": "softer", "teacher_temperature": 3.0, **one},
-        {"name": "second", "variant": "second", **one},
         {"name": "few", "cells": 4, **one},
-        {"name": "reached", "loss": {"mode": "p_kl", "vocab_topk": 64}, "variant": "reached", "teachers": [0]},
+        {"name": "p_kl", "loss": {"mode": "p_kl", "vocab_topk": 64}, "teachers": [0]},
         {"name": "two", "loss": loss, "teachers": [0, 1], "domains": [0, 1]},
         {"name": "everywhere", "loss": loss, "teachers": [0, 1]},
         {"name": "again", "loss": loss, "teachers": [2]},
@@ -76,7 +70,7 @@ def test_every_arm_trains_once(folder: Path) -> None:
     for _ in range(2):
         run(folder / "plan.json", folder / "out", ["cpu"], 600)
     lines = [json.loads(line) for file in (folder / "out").glob("*.jsonl") for line in file.read_text().splitlines()]
-    assert [line.get("failed") for line in lines] == [None] * 15
+    assert [line.get("failed") for line in lines] == [None] * 13
     assert all(0 < line["held_out"]["code"] < 20 and [step for step, _ in line["curve"]] == [0, 1, 2] for line in lines)
     assert len({line["curve"][0][1] for line in lines}) == 2  # every arm starts from its setting's weights
     assert load_model(str(folder / "trained")).lm_head.weight.isfinite().all()
@@ -88,7 +82,7 @@ def test_every_arm_trains_once(folder: Path) -> None:
         and "<svg" in (folder / "report.svg").read_text()
     )
     kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
-    assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "softer", "few")}) == 4
+    assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "few")}) == 3
     assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]
     assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
 
@@ -136,19 +130,3 @@ def test_mixed_text_is_half_code_and_half_english(tmp_path: Path) -> None:
     sizes = {name: sum(map(len, texts)) for name, texts in found.items()}
     assert len(found["english"]) == 1 and 0 <= sizes["train.code"] - sizes["train.english"] < 1600
     assert any('The jury said "so", Friday.' in text for text in found["train.english"] + found["english"])
-
-
-def test_the_second_stage_is_zero_where_both_sides_agree() -> None:
-    """Student tokens a, b; teacher tokens a, ab: what follows `a` is b in three of four cases on both sides, or in one on the student's."""
-    cells = Partition(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
-    stage = SecondStage.of(cells, torch.tensor([-1, 1]))
-    ids, eye = torch.tensor([[0, 0, 1]]), torch.eye(3)
-    for share, expected in ((0.75, 0.0), (0.25, 0.75 * math.log(3) + 0.25 * math.log(1 / 3))):
-        rows = torch.tensor([[0.5, 0.5], [1 - share, share], [0.5, 0.5]]).log()  # row 1 predicts what follows the `a` at 1
-        student = StudentBatch(HiddenLogits(eye[None], rows.T.contiguous()), ids, torch.ones(1, 3), torch.ones(1))
-        spoken = HiddenLogits(torch.eye(2)[None], torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log().T.contiguous())
-        teacher = TeacherBatch(
-            spoken, torch.tensor([[0, 1]]), torch.ones(1, 2), torch.tensor([[-1, 0, 0]]), torch.tensor([[-1, 0]]),
-            torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool),
-        )  # fmt: skip
-        assert float(stage.loss(student, teacher)) == pytest.approx(expected, abs=1e-5)

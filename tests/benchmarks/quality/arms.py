@@ -55,14 +55,11 @@ class Arm:
     ratio: tuple[float, ...] = (1.0,)
     """KD as a share of CE over the run, at places evenly spaced from its start to its end, linear between; only with dynamic scaling."""
     variant: str | None = None
-    """`first_row`: partition_kl without its realised part; `reached`: only teacher columns that W reaches; `joined`: cells joined;
-    `second`: with a second stage (`second.py`) on what follows the cell."""
+    """`first_row`: partition_kl without its realised part; `joined`: cells joined that are seen together."""
     teachers: tuple[int, ...] | None = None
     """Which teachers of the setting; None: all."""
     domains: tuple[int | None, ...] | None = None
     """For each teacher of the setting the number of the domain that it is heard on; None: on all."""
-    teacher_temperature: float = 1.0
-    """Softens the teachers' distributions, not the student's."""
     cells: int | None = None
     """partition_kl: the teachers' likeliest cells of each row that are heard one by one, as from stored scores; None: all."""
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tests.benchmarks.quality.rows import prepare
-from tests.benchmarks.quality.second import continuations
 from xtoken_core.partition import join_cells
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
@@ -51,11 +50,9 @@ def write_projections(student: str, teachers: Sequence[str], out: Path) -> None:
         for i, teacher in enumerate(teachers):
             tokenizer = load_tokenizer(teacher)
             w = build_projection(own, tokenizer, ProjectionSpec())
-            other = TokenTable.from_tokenizer(tokenizer)
-            fingerprints = table.fingerprint, other.fingerprint
+            fingerprints = table.fingerprint, TokenTable.from_tokenizer(tokenizer).fingerprint
             w.save(out / f"w-{i}.safetensors", *fingerprints)
             assert w.cells is not None
-            np.save(out / f"second-{i}.npy", continuations(own, table, other, w.cells))
             cells = join_cells(w.cells, seen_together(w, {name: arrays[name] for name in arrays.files}, i))
             Projection(w.indices, w.weights, w.teacher_vocab_size, w.exact, cells).save(
                 out / f"joined-{i}.safetensors", *fingerprints

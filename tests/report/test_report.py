@@ -122,6 +122,13 @@ def test_verdict_of_a_run_that_helped(run):
     assert "Of 3 benchmarks 2 improved beyond the noise" in said
 
 
+def test_a_last_checkpoint_that_is_the_best_is_told_once(run):
+    best = {LAST: run.result(BEST).bits_per_byte, TWIN_LAST: run.result(TWIN_BEST).bits_per_byte}
+    results = [r.model_copy(update={"bits_per_byte": best.get(r.subject, r.bits_per_byte)}) for r in run.results]
+    (told,) = [line for line in verdict(run.model_copy(update={"results": results})).sentences if "twin" in line]
+    assert told.startswith("At its best checkpoint, which is the last one, the student is ahead of its twin")
+
+
 @pytest.mark.parametrize(
     ("levels", "tone", "words"),
     [

@@ -242,9 +242,16 @@ def interval(difference: Difference) -> str:
 
 
 def twin_differences(run: Run) -> list[Difference]:
-    """Student against twin, best against best and last against last, as far as they were measured."""
+    """Student against twin, best against best and last against last, as far as they were measured; once where these are the same."""
     pairs = ((BEST, TWIN_BEST), (LAST, TWIN_LAST))
-    return [d for student, twin in pairs if (d := bits_difference(run.result(student), run.result(twin)))]
+    found = [d for student, twin in pairs if (d := bits_difference(run.result(student), run.result(twin)))]
+    return found[:1] if _last_is_best(run) else found
+
+
+def _last_is_best(run: Run) -> bool:
+    """Whether the last checkpoint is the best one, the student's and the twin's."""
+    pairs = [(run.result(best), run.result(last)) for best, last in ((BEST, LAST), (TWIN_BEST, TWIN_LAST))]
+    return all(best and last and best.bits_per_byte == last.bits_per_byte for best, last in pairs)
 
 
 def _on_checkpoints(best: Evaluation | None, last: Evaluation | None) -> Iterator[str]:
@@ -258,9 +265,10 @@ def _on_checkpoints(best: Evaluation | None, last: Evaluation | None) -> Iterato
 
 def _on_twin(run: Run, differences: list[Difference]) -> Iterator[str]:
     words = {"good": "ahead of", "bad": "behind", "even": "not told apart from"}
+    also = ", which is the last one," if _last_is_best(run) else ""
     for difference in differences:
         yield (
-            f"At its {difference.of.state} checkpoint the student is {words[difference.tone]} its twin trained on cross-entropy alone "
+            f"At its {difference.of.state} checkpoint{also} the student is {words[difference.tone]} its twin trained on cross-entropy alone "
             f"({bits_per_byte(run.result(difference.against)):.3f}): {interval(difference)}."
         )
     if not differences:

@@ -86,3 +86,8 @@ def test_troubleshooting_has_every_line_that_asks_for_an_action_and_no_line_that
     assert [message for message in asking if not any(quoted in message for quoted in named if len(quoted) >= 8)] == []
     said = "\n".join(texts(node) for node in nodes if isinstance(node, (ast.JoinedStr, ast.Constant)))
     assert [part for quoted in named for part in re.split(r" ?\.\.\. ?| N |\bX\b|, K ", quoted) if part.strip() not in said] == []
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120 and max(map(len, lines)) <= 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,18 @@ class InputError(ValueError):
 
     def __init__(self, line: str):
         super().__init__(printable(without_keys(line)))
+
+
+_NO_SPACE = ("no space left", "disk quota exceeded", "file too large", "inline_container")
+"""What libraries say of a full disk that raise errors of their own: safetensors; PyTorch, whose file is shorter than it has written."""
+
+
+def full_disk(error: Exception) -> InputError | None:
+    """The line for a disk that was full, by what it made a library raise; None for another error."""
+    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not numbered and not any(words in str(error).lower() for words in _NO_SPACE):
+        return None
+    return InputError(f"{getattr(error, 'filename', None) or 'a working file'}: {os.strerror(errno.ENOSPC)}")
 
 
 class RunError(RuntimeError):

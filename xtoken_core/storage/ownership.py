@@ -56,6 +56,8 @@ def check_place(uri: str, name: str, replace: bool = False) -> None:
     folder. It must be possible to write there, and to rename what lies there.
     """
     fs, target = filesystem(uri)
+    if "/" not in target.strip("/") and (is_remote(uri) or not target):
+        raise InputError(f"{uri}: is a whole bucket or file system, which nothing can take the place of; name a folder in it")
     with reported(uri):
         fs.invalidate_cache()
         if not is_remote(uri):

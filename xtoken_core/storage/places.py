@@ -26,6 +26,9 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
     if "\0" in uri:
         raise InputError(f"{uri!r}: holds a null character")
+    scheme, _, rest = uri.partition(":/")
+    if scheme in (*PROTOCOLS, "file") and rest[:1] != "/" and not os.path.exists(uri):
+        raise InputError(f"{uri}: one slash is missing: {scheme}://{rest}")
     if has_keys(uri):
         raise InputError(f"{without_keys(uri)}: carries a user name, key or signature; credentials come from the environment")
     place = normalize(uri)
@@ -37,6 +40,8 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
             fs, path = fsspec.core.url_to_fs(place, **_options(protocol))
         except (ImportError, ValueError) as e:
             raise InputError(f"{uri}: {one_line(e)}") from None
+    if is_remote(place) and protocol != "memory" and not path.strip("/"):
+        raise InputError(f"{uri}: names no bucket or host")
     return fs, path.rstrip("/")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xtoken_core.errors import InputError, RunError, errors_left_in, leave_error, left_error
+from xtoken_core.errors import InputError, RunError, errors_left_in, full_disk, leave_error, left_error
 from xtoken_core.forking import start_process, start_server
 from xtoken_core.processes import end_with, show_log
 from xtoken_core.training.ranks import MEETING
@@ -110,8 +110,11 @@ def _rank(rank: int, host: _Host, result: Any, body: Callable[..., Any], argumen
     except (InputError, RunError) as e:
         leave_error(e)
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        if full := full_disk(e):
+            leave_error(full)
+        else:
+            traceback.print_exc()
         sys.exit(1)
 
 

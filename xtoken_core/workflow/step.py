@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from xtoken_core.errors import InputError, RunError, exit_code, leave_error
+from xtoken_core.errors import InputError, RunError, exit_code, full_disk, leave_error
 from xtoken_core.processes import end_with, show_log
 
 RUNNER = "XTOKEN_RUNNER"
@@ -38,10 +37,10 @@ def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
         yield times
     except (InputError, RunError) as e:
         _stop(e)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _stop(InputError(f"{e.filename or 'a working file'}: {os.strerror(e.errno)}"))
+    except Exception as e:
+        if full := full_disk(e):
+            _stop(full)
+        raise
     for output in outputs:
         output.metadata |= times()
     print(f"{name}: done in {times()['seconds']} s", flush=True)

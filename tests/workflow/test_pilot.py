@@ -91,6 +91,7 @@ def trial(candidate, rung, bits, seconds=1.0, noise=0.0):
         steps=25 * 2**rung,
         seconds_per_step=seconds,
         bits_per_byte=bits,
+        per_corpus={"code": bits, "prose": bits + 0.5},
         blocks=Blocks(bits=(1000 * (bits * hard + wiggle)).tolist(), bytes=[1000] * 20),
     )
 
@@ -118,6 +119,9 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
     assert "big-only: teachers big, loss.mode=p_kl." in told.sentences and "Teacher same is no better." in told.sentences
     assert json.loads(chosen_candidate(spec_of(), found.chosen)) == CANDIDATES[1]
     assert Pilot.parse(found.model_dump_json(), "x") == found
+    where = pilot_section(found).by_text
+    assert where.columns == ["candidate", "code", "prose"]
+    assert [cell.text for cell in where.rows[0]] == ["big-only, 200 steps", "+0.0300", "+0.0300"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xtoken_core.report.charts import Chart, Series, Spans, Style, interval_plot, line_chart
-from xtoken_core.report.tables import MISSING, Cell, Table
+from xtoken_core.report.tables import MISSING, Cell, Table, short_name
 from xtoken_core.report.verdict import Verdict, pilot_verdict
 from xtoken_core.results.pilot import Extent, Outlook, Pilot
+from xtoken_core.spec.pilot import CE
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class PilotSection:
     expected: Spans | None
     chart: Chart | None
     table: Table
+    by_text: Table | None
 
 
 def pilot_section(pilot: Pilot | None) -> PilotSection | None:
@@ -30,7 +32,7 @@ def pilot_section(pilot: Pilot | None) -> PilotSection | None:
         if o.expected
     ]
     unit = f"expected gain over cross-entropy only after {pilot.steps:,} steps, bits per byte, higher is better"
-    return PilotSection(pilot_verdict(pilot), interval_plot(unit, rows), _chart(pilot), _table(pilot))
+    return PilotSection(pilot_verdict(pilot), interval_plot(unit, rows), _chart(pilot), _table(pilot), _by_text(pilot))
 
 
 def _chart(pilot: Pilot) -> Chart | None:
@@ -55,6 +57,20 @@ def _table(pilot: Pilot) -> Table:
         "time would buy."
     )
     return Table(columns, [_row(outlook, lengths) for outlook in pilot.outlooks], caption)
+
+
+def _by_text(pilot: Pilot) -> Table | None:
+    """Each candidate's longest run against cross-entropy of as many steps, on each held-out corpus; None where there is only one."""
+    reference = {trial.steps: trial.per_corpus for trial in pilot.trials if trial.candidate == CE}
+    longest = {trial.candidate: trial for trial in sorted(pilot.trials, key=lambda trial: trial.steps) if trial.per_corpus}
+    texts = list(dict.fromkeys(text for trial in longest.values() for text in trial.per_corpus))
+    rows = []
+    for name in (outlook.candidate for outlook in pilot.outlooks if outlook.candidate in longest):
+        own, other = longest[name], reference[longest[name].steps]
+        gains = [other[text] - own.per_corpus[text] for text in texts]
+        rows.append([Cell(f"{name}, {own.steps:,} steps"), *(Cell(f"{gain:+.4f}", gain) for gain in gains)])
+    caption = "Where: bits per byte ahead of cross-entropy only after the longest run, by held-out corpus."
+    return Table(["candidate", *map(short_name, texts)], rows, caption) if len(texts) > 1 and rows else None
 
 
 def _row(outlook: Outlook, lengths: list[int]) -> list[Cell]:

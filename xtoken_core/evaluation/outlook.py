@@ -21,8 +21,8 @@ MEMORY, CURVE_MEMORY = 3.0, 10.0
 CURVE_SHARE = 0.5
 """Standard deviation of such a curve's slope, as a share of the slope that was seen."""
 
-SHARE, TRUST = 0.2, 2.0
-"""Before any is seen, gains are taken to change by a fifth of what cross-entropy gains with a doubling; that counts like two sightings."""
+SHARE, TRUST = 0.3, 3.0
+"""Before any is seen, gains are taken to change by this share of what cross-entropy gains with a doubling; that counts like so many sightings."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def slopes(points: Sequence[Point]) -> list[float]:
 def gain_slope(reference: Sequence[Point], gains: Sequence[Sequence[Point]]) -> float:
     """The standard deviation of what a doubling of the steps changes in gains over `reference`, from those of all candidates.
 
-    The mean of squares with what is known beforehand (SHARE, TRUST): that of an inverse chi-square prior.
+    The posterior mean of the variance under a scaled inverse chi-square prior (SHARE, TRUST): of few sightings more than their own.
     """
     seen = [slope for points in gains for slope in slopes(points)]
     before = SHARE * float(np.mean(np.abs(slopes(reference) or [0.0])))
-    return float(np.sqrt((TRUST * before**2 + np.square(seen).sum()) / (TRUST + len(seen))))
+    return float(np.sqrt((TRUST * before**2 + np.square(seen).sum()) / (TRUST + len(seen) - 2)))
 
 
 def _conditioned(points: Sequence[Point], weights: np.ndarray, targets: np.ndarray, slope: float, memory: float) -> Forecast:

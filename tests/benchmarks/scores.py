@@ -34,6 +34,8 @@ from xtoken_core.models import final_hidden, head_logits, load, load_model
 from xtoken_core.partition import Partition
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.spec import DistillationSpec, LossSpec
+from xtoken_core.teachers.scores import Scores
+from xtoken_core.teachers.scoring import likeliest_cells, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.scored import scored_teachers
@@ -143,12 +145,18 @@ def by_k(spec: DistillationSpec, folder: Path, w: Projection) -> Iterator[dict[s
         yield {"case": "k", "of": kind, "k": k, "kd_live": live, "kd": value, "cosine": cosine, "norm": norm, "rest": missed}
 
 
-def speed(models: Path, folder: Path, rows: int, steps: int) -> Iterator[dict[str, Any]]:
+def speed(models: Path, folder: Path, w: Projection, rows: int, steps: int) -> Iterator[dict[str, Any]]:
     """Lines `score` and `step`."""
     spec = spec_of(models, folder, rows, {"top_k": 64})
-    started = time.process_time()
     tokens = score_teacher(spec, "gemma", folder / "rows", folder / "scores")
     size = sum(path.stat().st_size for path in (folder / "scores").iterdir())
+    teacher, cells = load_model(spec.teachers[0].model), w.cells
+    assert cells is not None
+    settings, rows_of = Scores(folder / "scores").settings, load_rows(folder / "rows" / "train")
+    ids = [torch.as_tensor(rows_of[i]["teacher_gemma_ids"]).long() for i in range(len(rows_of))]
+    cut = likeliest_cells(CellCut.of(cells, settings.vocab_size, 64, 1.0))
+    started = time.process_time()
+    score_rows(teacher, ids, folder / "again", settings, cut)
     yield {
         "case": "score",
         "tokens": tokens,
@@ -167,7 +175,6 @@ def speed(models: Path, folder: Path, rows: int, steps: int) -> Iterator[dict[st
     teaching = {"ce": Teaching(), "scores": Teaching(ready)}
     student = {name: Student(loaded, training_loss(spec, name == "ce"), {}) for name in collators}
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-6)
-    teacher = load_model(spec.teachers[0].model)
     data = [row | {"shard": 0, "row": i} for i, row in enumerate(load_rows(folder / "rows" / "train"))]
     found: dict[str, list[float]] = {"ce": [], "scores": [], "teacher's forward": []}
     counted = 0
@@ -211,7 +218,7 @@ def main() -> None:
         spec = spec_of(options.models.absolute(), folder, options.rows, None)
         w = made(spec, folder)
         if options.only != "k":
-            for line in speed(options.models.absolute(), folder, options.rows, options.steps):
+            for line in speed(options.models.absolute(), folder, w, options.rows, options.steps):
                 print(json.dumps(line), flush=True)
         if options.only != "speed":
             for line in by_k(spec, folder, w):

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import s3fs
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.tiny import tiny_model, tiny_run
+from tests.support.training_run import losses, prepare
 from tests.support.weed import KEYS, Weed
 from xtoken_core import storage
 from xtoken_core.data.prepare import prepare_rows
@@ -24,6 +26,10 @@ from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import claims, progress
+from xtoken_core.teachers.handle import Teacher
+from xtoken_core.training.distill import distill
+from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.workflow.scoring import score_teacher
 
 MIB = 2**20
 
@@ -345,3 +351,42 @@ def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):
     rows = rows_of_shards(sharded.data, [f"s3://bucket/rows/{shard}" for shard in range(3)])
     streamed = [key(rows[i]) for i in order]
     assert streamed[0] == first and sorted(streamed) == whole
+
+
+def test_scores_of_shards_go_through_the_store_and_serve_a_second_student(tmp_path, s3):
+    """Rows and scores of two shards, to the store and from it: the training is that on the folders, also of another student of the tokenizer."""
+    values = prepare(tmp_path, data={"shards": 2}, loss={"mode": "partition_kl"}, training={"max_steps": 3})
+    values["teachers"] = [values["teachers"][0] | {"scores": {"top_k": 8}}]
+    spec = DistillationSpec.model_validate(values)
+    for shard in range(2):
+        for split in ("train", "validation")[: 2 - shard]:
+            prepare_rows(spec, tmp_path / f"rows-{shard}" / split, split, shard)
+        score_teacher(spec, "other", tmp_path / f"rows-{shard}", tmp_path / f"scores-{shard}")
+        for name in (f"rows-{shard}", f"scores-{shard}"):
+            storage.publish(tmp_path / name, f"s3://bucket/shared/{name}")
+    second = DistillationSpec.model_validate(values | {"student": {"model": str(tiny_model(tmp_path / "second", 400, seed=9))}})
+    w, found = {"other": tmp_path / "w.safetensors"}, {}
+    with mock.patch.object(Teacher, "__init__", side_effect=AssertionError("a teacher was started")):
+        for place in (str(tmp_path), "s3://bucket/shared"):
+            for name, student in (("first", spec), ("second", second)):
+                rows, scores = (tuple(f"{place}/{kind}-{shard}" for shard in range(2)) for kind in ("rows", "scores"))
+                out = tmp_path / f"{name}-{place.partition(':')[0].strip('/').replace('/', '-')}"
+                distill(student, TrainingInputs(rows, {}, w, {"other": scores}), out)
+                found[place, name] = losses(out)
+    assert found[str(tmp_path), "first"] == found["s3://bucket/shared", "first"] != found["s3://bucket/shared", "second"]
+    assert found[str(tmp_path), "second"] == found["s3://bucket/shared", "second"]
+
+
+def test_stored_scores_are_named_by_their_uri(tmp_path, s3):
+    """`scores: {uri: ...}`: another run, another loss beside, the same rows."""
+    values = prepare(tmp_path, loss={"mode": "partition_kl"}, training={"max_steps": 2})
+    teacher = values["teachers"][0]
+    scored = values | {"teachers": [teacher | {"scores": {"top_k": 8}}]}
+    score_teacher(DistillationSpec.model_validate(scored), "other", tmp_path / "rows", tmp_path / "scores")
+    storage.publish(tmp_path / "scores", "s3://bucket/kept/other")
+    again = values | {"teachers": [teacher | {"id": "renamed", "scores": {"uri": "s3://bucket/kept/other"}}], "name": "again"}
+    spec = DistillationSpec.model_validate(again | {"loss": again["loss"] | {"dynamic_scaling": 0.3}})
+    for split in ("train", "validation"):
+        prepare_rows(spec, tmp_path / "again" / split, split)
+    distill(spec, TrainingInputs((tmp_path / "again",), {}, {"renamed": tmp_path / "w.safetensors"}), tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 2

@@ -124,6 +124,13 @@ def test_the_mlflow_run_that_kubeflow_pipelines_has_made_is_used(values, tmp_pat
     assert not (out / "mlflow.db").exists()
 
 
+def test_no_training_fails_for_an_mlflow_run_that_nobody_asked_for(values, tmp_path):
+    folder, spec = values
+    given = {"MLFLOW_RUN_ID": "r1", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    code, printed = train(changed(spec, training={"report_to": []}), folder, tmp_path / "out", tmp_path, **given)
+    assert code == 0 and "the MLflow run that Kubeflow Pipelines has made is not used: training.report_to: mlflow: " in printed
+
+
 def test_tensorboard(tracked):
     events = EventAccumulator(str(tracked / "tensorboard")).Reload()
     for name, series in expected(tracked).items():

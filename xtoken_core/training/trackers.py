@@ -49,14 +49,17 @@ def trackers(spec: DistillationSpec, out_dir: Path, baseline: bool) -> Iterator[
     """
     names = spec.training.report_to
     check_trackers(names)
-    if PIPELINES_RUN in os.environ and "mlflow" not in names:
-        if importlib.util.find_spec("mlflow") is None:
-            print("MLflow: not installed, so that the run that Kubeflow Pipelines has made gets no figures of steps", flush=True)
-        else:
-            names = (*names, "mlflow")
     begin = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     with contextlib.ExitStack() as stack:
-        yield [*(begin[name](stack, spec, out_dir, _title(spec, baseline)) for name in names), *_progress()]
+        title = _title(spec, baseline)
+        callbacks = [begin[name](stack, spec, out_dir, title) for name in names]
+        if PIPELINES_RUN in os.environ and "mlflow" not in names:  # nobody has asked for it, so that no training fails for it
+            try:
+                check_trackers(("mlflow",))
+                callbacks.append(_mlflow(stack, spec, out_dir, title))
+            except InputError as e:
+                print(f"the MLflow run that Kubeflow Pipelines has made is not used: {e}", flush=True)
+        yield [*callbacks, *_progress()]
 
 
 def _progress() -> list[TrainerCallback]:

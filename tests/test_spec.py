@@ -206,7 +206,7 @@ def test_all_complaints_come_at_once_and_say_what_was_meant():
         load("loss.mode=kl", "training.max_step=3", "max_steps=3", "teachers.big.weight=-1", "name=A", "zzz=1", "training.epochs=1",
              "training.max_steps=2", "data.validation={a: 1}")  # fmt: skip
     assert str(caught.value).splitlines() == [
-        "spec: name: should match pattern '^[a-z0-9]([a-z0-9-]*[a-z0-9])?$' (got \"A\")",
+        'spec: name: takes lower-case letters and digits, with hyphens between them (got "A")',
         "spec: teachers.0.weight: should be greater than or equal to 0 (got -1)",
         'spec: loss.mode: not one of partition_kl, p_kl, h_kl, gold, auto; did you mean p_kl? (got "kl")',
         'spec: data.validation: should be a list (got {"a": 1})',

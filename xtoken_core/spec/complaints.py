@@ -18,6 +18,9 @@ _SILENT = {"extra_forbidden", "missing", "keys"}
 """Complaints that do not repeat the value: it says nothing, or is secret."""
 
 
+_PLAIN = {"a-z0-9", "a-z0-9-"}
+"""Sets of characters in the patterns of plain names."""
+
 MOST = 50
 """Lines of complaint; who has more has one mistake many times."""
 
@@ -78,6 +81,8 @@ def _reason(path: tuple[int | str, ...], error: Any, model: type[BaseModel]) -> 
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         close = difflib.get_close_matches(str(error["input"]), allowed, 1)
         return f"not one of {', '.join(allowed)}{f'; did you mean {close[0]}?' if close else ''}"
+    if error["type"] == "string_pattern_mismatch" and set(re.findall(r"\[(.*?)\]", error["ctx"]["pattern"])) <= _PLAIN:
+        return "takes lower-case letters and digits, with hyphens between them"
     message = re.sub(r"^(Input|Value|String|Tuple|List|Dictionary) (?=should)", "", error["msg"])
     message = re.sub(r"valid dictionary( or instance of \w+)?", "mapping", message)
     return message.replace("valid tuple", "list").replace("finite number", "number that is finite")

@@ -16,6 +16,8 @@ from tests.benchmarks.quality.work import run
 from tests.support.tiny import texts, tiny_model
 from xtoken_core.losses import HiddenLogits
 from xtoken_core.models import load_model
+from xtoken_core.projection import Projection, make_projection
+from xtoken_core.spec import DistillationSpec
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,23 @@ def test_every_arm_trains_once(folder: Path) -> None:
     assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "few")}) == 3
     assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]
     assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
+
+
+def test_joined_cells_serve_a_run_as_its_stored_w(folder: Path) -> None:
+    values = {
+        "name": "joined",
+        "student": {"model": str(folder / "student")},
+        "teachers": [{"id": "t", "model": str(folder / "teacher"), "projection": {"uri": str(folder / "data" / "joined-0.safetensors")}}],
+        "data": {"train": [str(folder / "text" / "code.jsonl")]},
+        "training": {"max_steps": 1},
+        "output": {"uri": str(folder)},
+    }  # fmt: skip
+    joined = make_projection(DistillationSpec.model_validate(values), "t").projection
+    built = Projection.load(folder / "data" / "w-0.safetensors")
+    assert joined.cells is not None and built.cells is not None
+    assert joined.cells.num_cells < built.cells.num_cells and torch.equal(joined.indices, built.indices)
+    together = {(a, b) for a, b in zip(built.cells.student.tolist(), joined.cells.student.tolist())}
+    assert len(together) == len({a for a, _ in together})  # a cell goes into one cell, whole
 
 
 def test_work_of_a_process_that_ended_is_done_again(folder: Path) -> None:

@@ -190,16 +190,11 @@ def normalize_for(text: str, tables: Sequence[TokenTable]) -> str:
 
 def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Ids of each text, without BOS or EOS; a special token's name inside the text is text."""
-    if not texts:
-        return []
-    return tok(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    backend = tok.backend_tokenizer
+    backend.no_truncation()  # what an earlier call of `tok` may have left
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def row_bos(tok: PreTrainedTokenizerFast) -> int | None:

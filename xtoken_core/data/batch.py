@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken_core.data.rows import Row, teacher_column
+from xtoken_core.errors import InputError
 from xtoken_core.results.rows import RowsRecord
 from xtoken_core.spec import DistillationSpec
 
@@ -145,21 +146,29 @@ class Collator:
         pads: dict[str, int],
         scored: Sequence[Scored | None] = (),
         domains: Sequence[Collection[str] | None] = (),
+        sizes: Mapping[str, int] | None = None,
     ):
         """columns: per teacher the prefix of its columns, None with the student's vocabulary. pads: filling id per prefix.
 
         scored: per teacher what gives its part of `Batch.scored`; None for one that is run. domains: per teacher those that it
-        teaches; None: all.
+        teaches; None: all. sizes: by prefix, how many ids the model knows; rows with another are refused.
         """
+        self.sizes = dict(sizes or {})
         self.columns, self.pads, self.scored = tuple(columns), pads, tuple(scored)
         self.domains = tuple(domains) or (None,) * len(self.columns)
 
     @classmethod
-    def for_rows(cls, spec: DistillationSpec, folder: str | Path, scored: Sequence[Scored | None] = ()) -> Collator:
-        """The collator of the rows that `prepare_rows` wrote to `folder`."""
+    def for_rows(
+        cls,
+        spec: DistillationSpec,
+        folder: str | Path,
+        scored: Sequence[Scored | None] = (),
+        sizes: Mapping[str, int] | None = None,
+    ) -> Collator:
+        """The collator of the rows that `prepare_rows` wrote to `folder`; `sizes`: see the class."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [teacher_column(teacher.id) if teacher.cross_tokenizer else None for teacher in spec.teachers]
-        return cls(columns, pads, scored, [teacher.domains for teacher in spec.teachers])
+        return cls(columns, pads, scored, [teacher.domains for teacher in spec.teachers], sizes)
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:
         """See the class."""
@@ -181,8 +190,14 @@ class Collator:
         """What one side reads."""
         targets = _padded([row[f"{column}_mask"] for row in rows], 0)
         targets[:, 0] = 0
+        ids = _padded([row[f"{column}_ids"] for row in rows], self.pads[column])
+        if ids.min() < 0 or ids.max() >= self.sizes.get(column, 2**31):
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise InputError(
+                f"rows: {column}_ids: {wrong} is not an id of its model, which knows {self.sizes.get(column, 2**31)}"
+            )
         return Side(
-            input_ids=_tensor(_padded([row[f"{column}_ids"] for row in rows], self.pads[column])),
+            input_ids=_tensor(ids),
             attention_mask=_tensor(_padded([np.ones_like(row[f"{column}_ids"]) for row in rows], 0)),
             token_mask=_tensor(targets),
             token_bytes=_tensor(_padded([row[f"{column}_bytes"] for row in rows], 0, np.int32)),
@@ -233,7 +248,10 @@ def _valid(student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:
     valid = np.ones(count, bool)
     for ids in (student, teacher):
         predicted = ids[1:]
-        valid &= np.bincount(predicted[predicted >= 0], minlength=count) > 0
+        found = np.bincount(predicted[predicted >= 0], minlength=count)
+        if len(found) > count:
+            raise InputError(f"rows: a token belongs to chunk {len(found) - 1} of {count}")
+        valid &= found > 0
     return valid
 
 

@@ -22,6 +22,7 @@ from xtoken_core.compilations import keep_compilations
 from xtoken_core.configs import head_rows, stored_dtype
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
+from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
 from xtoken_core.models import Loaded
 from xtoken_core.overlap import NO_DISTANCES, WORSE_THAN_CE
@@ -194,8 +195,10 @@ def _load_student(spec: DistillationSpec, checkpoint: Path | None, alone: bool) 
 
 def _data(spec: DistillationSpec, inputs: TrainingInputs, scored: Sequence[ScoredTeacher | None]) -> TrainingData:
     first = local_copy(str(inputs.rows[0]))
+    heard = [teacher for teacher, _ in zip(spec.teachers, scored) if teacher.cross_tokenizer]  # a baseline hears none
+    sizes = {"student": head_rows(spec.student.model)} | {teacher_column(t.id): head_rows(t.model) for t in heard}
     return TrainingData(
-        collate=Collator.for_rows(spec, first / "train", scored),
+        collate=Collator.for_rows(spec, first / "train", scored, sizes),
         train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows], numbered=any(scored)),
         validation=load_rows(first / "validation") if spec.data.validation else None,
     )

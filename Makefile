@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pipelines run pipelines/specs/demo.yaml $(OVERRIDES)
 
 pilot: $(VENV)/.installed
-	@echo "A pilot of the demo: which teachers, in which mode, are worth a run of 60 steps? Short runs of three candidates, and a verdict."
+	@echo "A pilot of the demo: which teachers, in which mode, are worth a run of 40 steps? Short runs of two candidates, and a verdict."
 	$(BIN)/python -m pipelines.demo_models
 	$(BIN)/python -m pipelines run pipelines/specs/pilot.yaml $(OVERRIDES)
 

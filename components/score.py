@@ -9,7 +9,7 @@ from components.cli import component, main
 
 @component
 def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset]) -> NamedTuple("Outputs", [("uri", str)]):  # type: ignore[valid-type]
-    """Run one teacher over the training rows, and store the log-probabilities of its likeliest tokens.
+    """Run one teacher over the training rows, and store the log-probabilities of its likeliest tokens, or cells.
 
     Prints where the scores lie.
 

@@ -6,8 +6,8 @@ grouped in the same way, and the loss is a KL of that event. So it is never nega
 loss of the running teacher, grows with k, and is that loss where every cell is listed. The realised chunks' part is that of the running
 teacher at any k.
 
-Lists of *tokens* would not do: a cell holds tokens that no list has, their mass would count with the others, and the student would be taught a
-distribution that the teacher never had. For that the cells must be known when the teacher is scored.
+Lists of *tokens* would not be exact: a cell holds tokens that no list has, and their mass would count with the others, in a distribution that the
+teacher never had. So the cells must be known when the teacher is scored, which prepared rows fix anyway: they are of one student's tokenizer.
 """
 
 from __future__ import annotations

@@ -168,8 +168,7 @@ def sum_and_gradients(
     student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """As `partition_tiles.sum_and_gradients`, of what `takes`."""
-    one = torch.ones((), device=student.logits.device)
-    sums, gradients = run(student, teacher, spec, Wanted(wanted, one))
+    sums, gradients = run(student, teacher, spec, Wanted(wanted, torch.ones((), device=student.logits.device)))
     return sums[0].float(), gradients
 
 

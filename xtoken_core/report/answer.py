@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xtoken_core.report.markup import code, plain
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import bits_difference, bits_limits, bits_per_byte, everybody, label, verdict
 from xtoken_core.results.subject import BEFORE, TWIN_BEST
@@ -41,14 +42,17 @@ def metrics(run: Run) -> dict[str, float]:
 
 def markdown(run: Run) -> str:
     """The verdict, its table and where the run is published, for KFP's `Markdown` artifact."""
-    return "\n".join([f"## {run.name}", "", *answer_lines(run), "", f"Published at `{run.spec['output']['uri']}`.", ""])
+    return "\n".join(
+        [f"## {plain(run.name)}", "", *answer_lines(run), "", f"Published at {code(run.spec['output']['uri'])}.", ""]
+    )
 
 
 def answer_lines(run: Run) -> list[str]:
     """The verdict and its table as lines of Markdown."""
     answer = verdict(run)
-    rows = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *_rows(run))]
-    return [f"**{answer.headline}**", "", *(f"- {s}" for s in answer.sentences), "", *rows]
+    cells = (COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *_rows(run))
+    rows = [f"| {' | '.join(map(plain, row))} |" for row in cells]
+    return [f"**{plain(answer.headline)}**", "", *(f"- {plain(s)}" for s in answer.sentences), "", *rows]
 
 
 def _rows(run: Run) -> list[list[str]]:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 import yaml
 
 from xtoken_core.report.answer import answer_lines
+from xtoken_core.report.markup import block, code, plain
 from xtoken_core.report.run import Run
 
 ASKED = {
@@ -42,10 +43,10 @@ def _front(run: Run) -> dict[str, object]:
 
 
 def _body(run: Run, checkpoint: str) -> Iterator[str]:
-    teachers = ", ".join(f"`{teacher['model']}`" for teacher in run.spec["teachers"] if teacher["id"] in run.heard)
+    teachers = ", ".join(code(teacher["model"]) for teacher in run.spec["teachers"] if teacher["id"] in run.heard)
     learned = f"distilled from {teachers}" if teachers else "trained on cross-entropy only, as a pilot chose"
-    yield f"# {run.name}"
-    yield f"\n`{run.spec['student']['model']}`, {learned}. This is the {checkpoint} checkpoint."
+    yield f"# {plain(run.name)}"
+    yield f"\n{code(run.spec['student']['model'])}, {learned}. This is the {checkpoint} checkpoint."
     yield "\n## How good it is\n"
     yield from answer_lines(run)
     yield "\n## How to load it\n"
@@ -55,11 +56,12 @@ def _body(run: Run, checkpoint: str) -> Iterator[str]:
     yield "\n## Where it comes from\n"
     yield "| what | from | version | licence |\n|---|---|---|---|"
     for entry in run.inputs:
-        yield f"| {entry.field} | `{_place(entry.uri)}` | `{entry.version}` | {entry.licence or '-'} |"
+        cells = (plain(entry.field), code(_place(entry.uri)), code(entry.version), plain(entry.licence or "-"))
+        yield f"| {' | '.join(cells)} |"
     yield "\n## What the licences ask\n"
     yield from _asked(run)
     yield "\n## Spec\n"
-    yield f"```yaml\n{yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True)}```"
+    yield block(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True), "yaml")
 
 
 def _licences(run: Run) -> dict[str, str | None]:
@@ -72,9 +74,9 @@ def _asked(run: Run) -> Iterator[str]:
     for field, licence in licences.items():
         known = next((words for name, words in ASKED.items() if licence and licence.lower().startswith(name)), None)
         if licence is None:
-            yield f"- {field}: its card names no licence; look it up before you pass the student on."
+            yield f"- {plain(field)}: its card names no licence; look it up before you pass the student on."
         else:
-            yield f"- {field} ({licence}): {known or 'read what it asks before you pass the student on.'}"
+            yield f"- {plain(field)} ({plain(licence)}): {known or 'read what it asks before you pass the student on.'}"
     if not licences:
         yield "- Unknown: the run noted no models."
 

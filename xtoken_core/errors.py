@@ -47,6 +47,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, though its input was good: one line that says why, and exit code 1."""
 
 
+class NonFiniteError(RunError):
+    """A training whose numbers are no longer finite; the message says whose, at which step, and what it can go on from."""
+
+
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
     """Puts the field at fault in front of the line of an InputError."""
@@ -65,7 +69,9 @@ def leave_error(error: InputError | RunError) -> None:
     if not path:
         return
     partial = Path(f"{path}.{os.getpid()}")
-    partial.write_text(json.dumps({"exit_code": exit_code(error), "line": str(error)}), encoding="utf-8")
+    partial.write_text(
+        json.dumps({"kind": type(error).__name__, "exit_code": exit_code(error), "line": str(error)}), encoding="utf-8"
+    )
     with suppress(FileExistsError):
         os.link(partial, path)  # the first of several ranks is the cause
     partial.unlink()
@@ -82,6 +88,8 @@ def left_error(path: str | Path) -> InputError | RunError | None:
         left = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    if left["kind"] == NonFiniteError.__name__:  # a trial of a pilot takes it for a result
+        return NonFiniteError(left["line"])
     kind = InputError if left["exit_code"] == EXIT_CODES[InputError] else RunError
     return kind(left["line"])
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.training_run import FIVE_STEPS, changed, prepare, run, steps
 from xtoken_core.data.reading import load_rows
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, NonFiniteError
 from xtoken_core.models import final_hidden, load_model
-from xtoken_core.training.finite import NonFiniteError
 from xtoken_core.training.trainer import DistillationTrainer
 
 

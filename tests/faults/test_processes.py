@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import micro_batches, setup
-from xtoken_core.errors import InputError, RunError, errors_left_in, leave_error, left_error
+from xtoken_core.errors import InputError, NonFiniteError, RunError, errors_left_in, leave_error, left_error
 from xtoken_core.teachers import handle
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import TeacherError
@@ -84,6 +84,12 @@ def test_the_first_error_of_several_processes_is_the_one_that_is_left(tmp_path):
     left = left_error(tmp_path / "error")
     assert isinstance(left, RunError) and str(left) == "step 3: the first"
     assert [path.name for path in tmp_path.iterdir()] == ["error"]
+
+
+def test_numbers_that_are_not_finite_are_known_as_that_by_the_program_that_started_the_ranks(tmp_path):
+    with errors_left_in(tmp_path / "error"):
+        leave_error(NonFiniteError("step 3: student: its loss is not finite"))
+    assert isinstance(left_error(tmp_path / "error"), NonFiniteError)
 
 
 def test_a_teacher_that_dies_while_the_student_waits_ends_the_run_in_seconds(folder, fault):

@@ -24,6 +24,7 @@ from xtoken_core.data.documents import read_documents
 from xtoken_core.data.reading import load_rows
 from xtoken_core.errors import InputError
 from xtoken_core.projection import Projection
+from xtoken_core.report.compare import render_comparison
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DataSpec, DistillationSpec
 from xtoken_core.spec.text import parse_text
@@ -74,8 +75,13 @@ def test_specs_with_one_value_changed():
     everything = {name: section for path in SPECS for name, section in parse_text(path.read_text(), path.name).items()}
     everything |= {"loss": {"mode": "gold", "alpha": 1.0}, "resources": {"secrets": [{"secret": "s", "key": "k", "env": "E"}]}}
     assert outcome(lambda: DistillationSpec.from_text(json.dumps(everything))) == "taken"
-    for turn, path in enumerate(places(everything)):
-        for value in VALUES[turn % 2 :: 2] + MANY * (len(path) == 1):  # half of them, in turn
+    given = list(places(everything))
+    defaults = DistillationSpec.from_text(json.dumps(everything)).model_dump(mode="json")
+    others = [path for path in places(defaults) if path not in given and path[:-1] in given]
+    assert ("training", "skip_nonfinite") in others
+    for turn, path in enumerate(given + others):
+        share = 2 if path in given else 6
+        for value in VALUES[turn % share :: share] + MANY * (len(path) == 1):  # some of them, in turn
             changed = replaced(everything, path, value)
             ended[outcome(lambda changed=changed: DistillationSpec.from_text(json.dumps(changed)))] += 1
             dotted = ".".join(map(str, path))
@@ -181,6 +187,18 @@ def test_damaged_files(kind, files, tmp_path):
         ended[outcome(lambda: load(tmp_path / path.name))] += 1
     print(f"{kind}: {dict(ended)}")
     assert ended["refused"] > 20 or kind in ("texts", "chats", "text")  # of which what is bad is left out and counted
+
+
+def test_finished_runs_with_one_value_changed(tmp_path):
+    """What someone else's run.json holds is drawn beside a run of one's own, or refused."""
+    own = sample_run(tmp_path)
+    whole = json.loads(own.model_dump_json(exclude_none=True))
+    changes = [(path, value) for path in places(whole) for value in (None, "x", -1, [], {}, 1e308, 10**400)]
+    ended: Counter[str] = Counter()
+    for path, value in random.Random(0).sample(changes, 40):
+        (tmp_path / "run.json").write_text(json.dumps(replaced(whole, path, value)))
+        ended[outcome(lambda: render_comparison([own, Run.load(tmp_path / "run.json")]))] += 1
+    assert ended["refused"] > 10 and ended["taken"] > 5
 
 
 PATHS = (

@@ -108,7 +108,9 @@ class Run(Record):
             written_as = None
         if written_as != FORMAT:
             raise InputError(f"{path}: not a run.json of format {FORMAT}")
-        return cls.parse(text, path)
+        run = cls.parse(text, path)
+        spec = DistillationSpec.from_text(json.dumps(run.settings), source=f"{path}: settings")
+        return run.model_copy(update={"spec": spec.model_dump(mode="json")})
 
     @classmethod
     def published(cls, uri: str) -> Self:

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xtoken_core.errors import InputError
 
+LARGEST = 1e30
+"""No time, size or loss is larger; what draws them could not."""
+
 
 class Record(BaseModel):
     """A JSON object of a fixed form."""
@@ -33,12 +36,20 @@ class Record(BaseModel):
     def parse(cls, text: str, where: str | Path) -> Self:
         """The object of a JSON text; `where` names it in the InputError for another form."""
         try:
-            return cls.model_validate(json.loads(text, parse_constant=lambda _: None))
+            return cls.model_validate(json.loads(text, parse_constant=lambda _: None, parse_int=_number, parse_float=_number))
         except ValidationError as e:
             first = e.errors()[0]
             raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
         except (ValueError, RecursionError) as e:
             raise InputError(f"{where}: not JSON: {e}") from None
+
+
+def _number(text: str) -> float:
+    if abs(float(text)) > LARGEST:
+        raise InputError(f"{text[:20]}: too large a number")
+    return float(text) if set(text) & set(".eE") else int(text)
 
 
 def text_of(path: str | Path) -> str:

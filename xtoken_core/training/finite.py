@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from xtoken_core.errors import RunError
 from xtoken_core.finite import largest
 from xtoken_core.training.step import over_ranks
-
-
-class NonFiniteError(RunError):
-    """A training whose numbers are no longer finite; the message says whose, at which step, and what it can go on from."""
 
 
 def all_finite(tensors: Iterable[Tensor | None], device: torch.device) -> bool:

@@ -23,11 +23,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from xtoken_core.data.batch import Batch
 from xtoken_core.data.reading import Shuffled
+from xtoken_core.errors import NonFiniteError
 from xtoken_core.models import save_model
 from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
-from xtoken_core.training.finite import NonFiniteError, all_finite, all_weights, gradients
+from xtoken_core.training.finite import all_finite, all_weights, gradients
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
 from xtoken_core.training.saving import save_finished

@@ -10,6 +10,7 @@ import numpy as np
 
 from xtoken_core.checksums import FILE as SEAL
 from xtoken_core.data.statistics import statistics_of
+from xtoken_core.errors import NonFiniteError
 from xtoken_core.evaluation.evaluate import held_out, load_for, measure_bits
 from xtoken_core.results.evaluation import BitsPerByte, Documents
 from xtoken_core.results.pilot import Blocks, Trial
@@ -18,7 +19,6 @@ from xtoken_core.results.training import TrainingSummary, read_log
 from xtoken_core.spec.pilot import CE
 from xtoken_core.storage import remove
 from xtoken_core.training.distill import distill
-from xtoken_core.training.finite import NonFiniteError
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow.rungs import Place, trial_spec
 from xtoken_core.workflow.versions import own_folder

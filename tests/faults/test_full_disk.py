@@ -32,14 +32,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_disk_that_is_full_while_a_checkpoint_is_written(small_disk, tmp_path, capfd, fault):
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(small_disk, tmp_path, capfd, caplog, fault):
     values = prepare(tmp_path, teachers=1, training=FIVE_STEPS | {"save_steps": 1})
     with pytest.raises(SystemExit) as ended, step("distill"):
         run(values, tmp_path, small_disk / "out")
     line = capfd.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and line.endswith(": No space left on device")
     kept = latest_checkpoint(small_disk / "out" / "checkpoints", None)
-    assert kept is not None and f"resumes at step {kept.name[-1]}, from {kept}" in capfd.readouterr().err
+    assert kept is not None and f"resumes at step {kept.name[-1]}, from {kept}" in caplog.text + capfd.readouterr().err
     fault("the disk is full while a checkpoint is written", "one line; the one before is whole", f"{line}; then {kept.name}")
 
 

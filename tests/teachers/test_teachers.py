@@ -292,7 +292,7 @@ def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_
         os.killpg(student.pid, how)  # as a terminal does: teachers get it too
     else:
         student.send_signal(how)
-    student.wait(20)
+    student.wait(60)
     deadline = time.monotonic() + 10
     while is_forked(teacher):
         assert time.monotonic() < deadline, "a teacher outlived its student"

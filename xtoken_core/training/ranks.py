@@ -25,6 +25,9 @@ PERIOD = 10.0
 STUCK = 1.25
 """Of the limit: how long all ranks may stay where they are. More than a teacher of one rank may take, less than a collective."""
 
+NOT_HEARD = b"0\t0\tsetup\tnot heard of yet"
+"""In place of a rank's sign before its first."""
+
 
 @dataclass
 class Heard:
@@ -76,8 +79,9 @@ class Watch:
     def _watch(self) -> None:
         period = min(PERIOD, self._limit / 4)
         try:
-            store, heard, count = _store(self._limit), dict[int, Heard](), 0
-            while not self._over.wait(period):
+            store, count, began = _store(self._limit), 0, time.monotonic()
+            heard = {rank: Heard(NOT_HEARD, began) for rank in range(self._ranks)}  # one may hang before its first sign
+            while not self._over.wait(0 if count == 0 else period):
                 count += 1
                 sign = f"{count}\t{self._passed}\t{self._place}\t{socket.gethostname()}, process {os.getpid()}"
                 store.set(_key(self._rank), sign)
@@ -86,7 +90,7 @@ class Watch:
                     if rank == self._rank or not store.check([_key(rank)]):
                         continue
                     told = store.get(_key(rank))
-                    if rank not in heard or heard[rank].sign != told:
+                    if heard[rank].sign != told:
                         heard[rank] = Heard(told, time.monotonic())
                 if fault := self._fault(heard):
                     self._end(fault)

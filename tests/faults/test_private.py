@@ -99,8 +99,7 @@ def hostile(tmp_path_factory) -> Run:
                 if isinstance(value, str):
                     sample[key] = value + PAYLOAD
     assert planted >= 6
-    (folder / "run.json").write_text(json.dumps(told))
-    return Run.load(folder / "run.json")
+    return Run.model_validate(told)  # `load` would refuse such names of a spec
 
 
 @pytest.mark.parametrize(

@@ -258,12 +258,13 @@ def test_a_model_that_does_not_fit_is_named_once(folder, tmp_path):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from tests.teachers.test_teachers import setup, micro_batches
 from xtoken_core.teachers.pool import TeacherPool
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests were started in the background
     with TeacherPool([setup(sys.argv[1], "t0")]) as pool:
         pool.run([micro_batches((1, 4))])
         print(*(t._process.pid for t in pool.teachers), flush=True)

@@ -54,11 +54,12 @@ def build_pipeline(compiled: DistillationSpec) -> Any:
         shared = _shared(tasks, compiled, views)
         if compiled.pilot is not None and compiled.pilot.then == "stop":
             before = _evaluated(tasks, compiled, Group.BEFORE, views)
-            _reported(tasks, views, shared, before | _piloted(tasks, compiled, views, shared, before))
+            pilot, _ = _piloted(tasks, compiled, views, shared, before)
+            _reported(tasks, views, shared, before | pilot)
         else:
             before = _evaluated(tasks, compiled, Group.BEFORE, views, **shared.agreement)
-            before |= _piloted(tasks, compiled, views, shared, before)
-            _trained(tasks, compiled, views, shared, before | _twin(tasks, compiled, views, shared))
+            pilot, chosen = _piloted(tasks, compiled, views, shared, before)
+            _trained(tasks, compiled, views, shared, before | pilot | _twin(tasks, compiled, views, shared), chosen)
 
     pipeline.__doc__ = PARAMETERS
     return _pipeline(pipeline, compiled, _description(compiled))
@@ -84,7 +85,7 @@ def build_sweep(variants: Mapping[str, DistillationSpec]) -> Any:
                 results |= _evaluated(own, spec, Group.BEFORE, own_views, **shared.agreement)
             if "baseline" not in results:
                 results |= _twin(own, spec, own_views, shared)
-            _trained(own, spec, own_views, shared, results)
+            _trained(own, spec, own_views, shared, results, {})
         last = [f"report-{label}" for label in variants]
         tasks.add(compare, "compare", after=last, runs=[spec.output.uri for spec in variants.values()])
 
@@ -114,6 +115,10 @@ class Shared:
     """The teachers' evaluation, where they are evaluated."""
     scores: dict[str, Any]
     """`scores`, where a teacher has some computed."""
+
+    def others(self, name: str) -> dict[str, Any]:
+        """The rows of the other shards as the input `name`, where there are any."""
+        return {name: self.uris[1:]} if self.uris[1:] else {}
 
     @property
     def taught(self) -> dict[str, Any]:
@@ -197,10 +202,14 @@ def _twin(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared) 
     return {"baseline": run} | _evaluated(tasks, compiled, Group.BASELINE, views, run=run)
 
 
-def _trained(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, results: dict[str, Any]) -> None:
-    """Adds the training, its evaluation and the report; `results`: what else the report reads, by its inputs."""
+def _trained(
+    tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, results: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    """Adds the training, its evaluation and the report.
+
+    results: what else the report reads, by its inputs. chosen: the `candidate` of the training, where a pilot chooses one.
+    """
     given = _training(compiled, views, shared)
-    chosen = {"candidate": results.pop("candidate")} if "candidate" in results else {}
     run = tasks.add(name="distill", spec=views["distill"], **given, **shared.taught, **chosen)["run"]
     after = _evaluated(tasks, compiled, Group.AFTER, views, run=run, **shared.agreement)
     _reported(tasks, views, shared, {"run": run, **after, **results})
@@ -208,18 +217,18 @@ def _trained(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Share
 
 def _reported(tasks: Tasks, views: Any, shared: Shared, results: dict[str, Any]) -> None:
     """Adds the report; `results`: what it reads beside what all trainings share."""
-    results.pop("candidate", None)
-    shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
-    told = {"tasks": tasks.edges, "inputs": views["inputs"], "resolved": shared.views["times"], **shards}
+    told = {"tasks": tasks.edges, "inputs": views["inputs"], "resolved": shared.views["times"], **shared.others("shards")}
     told["pipeline_run"] = dsl.PIPELINE_JOB_ID_PLACEHOLDER
     read = {"overlap": shared.audit["report"], "rows": shared.rows, **shared.matrices, **shared.teachers}
     tasks.add(report, "report", spec=views["report"], **told, **read, **results)
 
 
-def _piloted(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, before: dict[str, Any]) -> dict[str, Any]:
-    """Adds the pilot, if the spec has one: the audit, rung after rung, the verdict. Its `pilot` is the report's, `candidate` distill's."""
+def _piloted(
+    tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, before: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Adds the pilot, if the spec has one: the audit, rung after rung, the verdict; its inputs of the report, and of the training."""
     if compiled.pilot is None:
-        return {}
+        return {}, {}
     evaluated = {"before": before["evaluated_before"], "teachers": shared.teachers["evaluated_teachers"]}
     audited = tasks.add(audit, "audit", **evaluated)["lines"]
     fields = [candidate.model_dump(mode="json", exclude_defaults=True) for candidate in compiled.pilot.candidates]
@@ -234,17 +243,21 @@ def _piloted(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Share
         results += done
         if rung != ladder[-1]:
             names = {"standing": tasks.add(standing, f"standing-{rung.number}", results=done)["names"]}
-    shards = {"shards": shared.uris[1:]} if shared.uris[1:] else {}
-    told = {"spec": views["report"], "results": results, "audited": audited, "rows": shared.rows, **shards}
+    told = {"spec": views["report"], "results": results, "audited": audited, "rows": shared.rows, **shared.others("shards")}
     found = tasks.add(verdict, "verdict", **told)
-    return {"pilot": found["pilot"], "candidate": found["chosen"]}
+    return {"pilot": found["pilot"]}, {"candidate": found["chosen"]}
 
 
 def _tried(tasks: Tasks, compiled: DistillationSpec, views: Any, shared: Shared, rung: Rung, inputs: dict[str, Any]) -> Any:
     """Adds a short run; what it comes to. `inputs`: the candidate, or those among which the place is."""
     who = str(inputs["place"]) if "place" in inputs else inputs["candidates"][0]["name"]
-    more = {"more_rows": shared.uris[1:]} if shared.uris[1:] else {}
-    given = {"spec": views["trial"], "rows": shared.rows, "checkpoints": views["checkpoints"], **more, **inputs}
+    given = {
+        "spec": views["trial"],
+        "rows": shared.rows,
+        "checkpoints": views["checkpoints"],
+        **shared.others("more_rows"),
+        **inputs,
+    }
     return tasks.add(
         trial,
         f"trial-{rung.number}-{who}",
@@ -263,9 +276,8 @@ def _training(compiled: DistillationSpec, views: Any, shared: Shared) -> dict[st
     if compiled.resources.nodes > 1:  # the GPUs are those of the job's hosts, not of the task that follows it
         resources = compiled.resources.model_dump_json()
         return {"component": launch, "rows": shared.uris, "resources": resources, **checkpoints}
-    more = {"more_rows": shared.uris[1:]} if shared.uris[1:] else {}
     size = {"size": Size.HEAVY, "gpus": compiled.resources.gpus_per_node}
-    return {"component": distill, "rows": shared.rows, **size, **more, **checkpoints}
+    return {"component": distill, "rows": shared.rows, **size, **shared.others("more_rows"), **checkpoints}
 
 
 def _description(spec: DistillationSpec) -> str:

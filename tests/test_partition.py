@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.benchmarks.quality.prepare import join_cells
 from tests.support import assets
 from tests.support.tiny import tiny_tokenizer
 from tests.test_overlap import make_table
 from xtoken_core.errors import InputError
-from xtoken_core.partition import build_partition, join_cells
+from xtoken_core.partition import build_partition
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.spec import ProjectionSpec
 from xtoken_core.tokenization import TokenTable

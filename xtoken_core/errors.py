@@ -62,6 +62,9 @@ def blamed(field: str) -> Iterator[None]:
 
 EXIT_CODES: dict[type[Exception], int] = {InputError: 2, RunError: 1}
 
+KINDS: tuple[type[InputError | RunError], ...] = (InputError, NonFiniteError, RunError)
+"""What an error of another process is raised as: the first that it is one of."""
+
 
 def leave_error(error: InputError | RunError) -> None:
     """Leaves the error's line in the file that the environment names, if it names one and no other process has used it before."""
@@ -69,9 +72,7 @@ def leave_error(error: InputError | RunError) -> None:
     if not path:
         return
     partial = Path(f"{path}.{os.getpid()}")
-    partial.write_text(
-        json.dumps({"kind": type(error).__name__, "exit_code": exit_code(error), "line": str(error)}), encoding="utf-8"
-    )
+    partial.write_text(json.dumps({"kind": _kind(error).__name__, "line": str(error)}), encoding="utf-8")
     with suppress(FileExistsError):
         os.link(partial, path)  # the first of several ranks is the cause
     partial.unlink()
@@ -88,10 +89,11 @@ def left_error(path: str | Path) -> InputError | RunError | None:
         left = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if left["kind"] == NonFiniteError.__name__:  # a trial of a pilot takes it for a result
-        return NonFiniteError(left["line"])
-    kind = InputError if left["exit_code"] == EXIT_CODES[InputError] else RunError
-    return kind(left["line"])
+    return {kind.__name__: kind for kind in KINDS}[left["kind"]](left["line"])
+
+
+def _kind(error: InputError | RunError) -> type[InputError | RunError]:
+    return next(kind for kind in KINDS if isinstance(error, kind))
 
 
 @contextmanager

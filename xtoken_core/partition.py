@@ -9,7 +9,6 @@ side they are summed over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,24 +57,6 @@ def build_partition(student: TokenTable, teacher: TokenTable) -> Partition:
             cells[0][own] = cells[1][other] = count
             count += 1
     return Partition(torch.tensor(cells[0]), torch.tensor(cells[1]), count)
-
-
-def join_cells(partition: Partition, pairs: Sequence[tuple[int, int]]) -> Partition:
-    """The same with the two cells of each pair made one."""
-    parent = list(range(partition.num_cells))
-
-    def root(cell: int) -> int:
-        while parent[cell] != cell:
-            parent[cell] = parent[parent[cell]]
-            cell = parent[cell]
-        return cell
-
-    for a, b in pairs:
-        parent[root(b)] = root(a)
-    roots = torch.tensor([root(cell) for cell in range(partition.num_cells)])
-    kept, number = roots.unique(return_inverse=True)
-    number = torch.cat([number, torch.tensor([-1])])  # -1 stays
-    return Partition(number[partition.student], number[partition.teacher], len(kept))
 
 
 def _ordinary_bytes(table: TokenTable) -> set[bytes]:

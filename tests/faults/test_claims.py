@@ -122,10 +122,9 @@ def test_what_a_killed_run_had_claimed_is_free_again(root, tmp_path, fault):
     fault(f"a second run on one checkpoint folder ({kind}), then SIGKILL for the first", "refused, then free", told.value)
 
 
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
 def test_a_publisher_that_was_frozen_does_not_write_over_its_successor(root, tmp_path, monkeypatch, fault):
     """Its claim was taken over meanwhile. Local locks cannot be lost."""
-    if "://" not in root:
-        pytest.skip("a lock of the system is not lost")
     upload = publishing._upload
 
     def frozen(*arguments):

@@ -108,7 +108,6 @@ def _teacher_side(teacher: TeacherBatch, chunks: ComparedChunks, spec: LossSpec)
 
     if isinstance(form, CellScores):
         return scored
-    assert teacher.input_ids is not None
     order = teacher.projection.table(cell_order, "teacher", vocab)
     logits = OrderedLogits.of(form, order, next_token_ids(teacher.input_ids))
 

@@ -109,8 +109,7 @@ class Run(Record):
         if written_as != FORMAT:
             raise InputError(f"{path}: not a run.json of format {FORMAT}")
         run = cls.parse(text, path)
-        spec = DistillationSpec.from_text(json.dumps(run.settings), source=f"{path}: settings")
-        return run.model_copy(update={"spec": spec.model_dump(mode="json")})
+        return run.model_copy(update={"spec": run.as_spec(f"{path}: settings").model_dump(mode="json")})
 
     @classmethod
     def published(cls, uri: str) -> Self:
@@ -120,6 +119,10 @@ class Run(Record):
     def save(self, path: str | Path) -> None:
         """Writes run.json, from which `load` restores the run."""
         Path(path).write_text(self.model_dump_json(exclude_none=True), encoding="utf-8")
+
+    def as_spec(self, source: str = "settings") -> DistillationSpec:
+        """The spec that was run. Raises InputError, with `source` in its lines, for one that this version does not take."""
+        return DistillationSpec.from_text(json.dumps(self.settings), source=source)
 
     @property
     def teachers(self) -> list[str]:

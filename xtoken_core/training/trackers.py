@@ -107,9 +107,7 @@ def _mlflow(stack: contextlib.ExitStack, spec: DistillationSpec, out_dir: Path, 
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{(out_dir / 'mlflow.db').absolute()}")
         stack.callback(mlflow.set_tracking_uri, None)  # type: ignore[arg-type]  # as it was
-    name = (
-        None if PIPELINES_RUN in os.environ else title
-    )  # a run that is there keeps its name: MLflow takes it from the environment
+    name = None if PIPELINES_RUN in os.environ else title  # a run that is there keeps its name
     try:
         stack.enter_context(mlflow.start_run(run_name=name, tags={"spec": json.dumps(_config(spec))}))
     except (mlflow.exceptions.MlflowException, ImportError) as e:

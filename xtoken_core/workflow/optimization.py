@@ -6,7 +6,6 @@ The kind is that of Trainer's main branch (KEP-3562), which no release has yet. 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,7 +70,7 @@ def _prepared(spec: DistillationSpec, finished: Run) -> tuple[list[str], str | N
     """URIs of the rows and of W that a finished run has left. Raises InputError where the trials cannot read them."""
     if not spec.data.validation:
         raise InputError("data.validation: missing; trials are compared by its bits per byte")
-    before = DistillationSpec.from_text(json.dumps(finished.settings))
+    before = finished.as_spec()
     for step in MADE_BEFORE:
         if view(spec, step) != view(before, step):
             raise InputError(f"--rows-of: {finished.name}: its {step} step read another spec, whose results do not fit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +71,7 @@ def _same_rows(spec: DistillationSpec, finished: Run | None) -> _Counted | None:
     found = finished and finished.prepare.get("train")
     if finished is None or not found or spec.data.packing:
         return None
-    theirs = DistillationSpec.from_text(json.dumps(finished.settings))
+    theirs = finished.as_spec()
     if theirs.data != spec.data or _tokenizers(theirs) != _tokenizers(spec):
         return None
     done = finished.summary
@@ -212,7 +211,7 @@ def _hours(
         seconds = step_seconds(sizes["student.model"], list(_running(spec, sizes).values()), step_shape(spec, sizes)).total
         hours = None if steps is None else steps * seconds * _gpus(spec) / 3600
         return hours, f"modelled: H100s, {seconds:.3g} s a step"
-    theirs, summary = DistillationSpec.from_text(json.dumps(finished.settings)), finished.summary
+    theirs, summary = finished.as_spec(), finished.summary
     measured = sum(summary.seconds_by_phase.get(phase, 0.0) for phase in ("data", "teachers", "student"))
     if not measured:
         raise InputError(f"{finished.name}: the run has no seconds by phase to take a speed from")

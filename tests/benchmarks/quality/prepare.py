@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.quality.rows import prepare
-from xtoken_core.partition import join_cells
+from xtoken_core.partition import Partition
 from xtoken_core.projection import Projection, build_projection
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
@@ -57,6 +57,24 @@ def write_projections(student: str, teachers: Sequence[str], out: Path) -> None:
             Projection(w.indices, w.weights, w.teacher_vocab_size, w.exact, cells).save(
                 out / f"joined-{i}.safetensors", *fingerprints
             )
+
+
+def join_cells(partition: Partition, pairs: Sequence[tuple[int, int]]) -> Partition:
+    """The same with the two cells of each pair made one."""
+    parent = list(range(partition.num_cells))
+
+    def root(cell: int) -> int:
+        while parent[cell] != cell:
+            parent[cell] = parent[parent[cell]]
+            cell = parent[cell]
+        return cell
+
+    for a, b in pairs:
+        parent[root(b)] = root(a)
+    roots = torch.tensor([root(cell) for cell in range(partition.num_cells)])
+    kept, number = roots.unique(return_inverse=True)
+    number = torch.cat([number, torch.tensor([-1])])  # -1 stays
+    return Partition(number[partition.student], number[partition.teacher], len(kept))
 
 
 def seen_together(w: Projection, arrays: dict[str, np.ndarray], teacher: int) -> list[tuple[int, int]]:

@@ -52,16 +52,10 @@ def weed(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def s3(weed, tmp_path, monkeypatch):
     """The server's file system, a bucket in it, and this process set up as a user's would be."""
-    for name, value in weed.environment().items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(claims, "REFRESH", 0.5)
     monkeypatch.setattr(claims, "PATIENCE", 2.0)
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    if not fs.exists("bucket"):
-        fs.mkdir("bucket")
-    return fs
+    return weed.enter(monkeypatch, "bucket")
 
 
 @pytest.fixture

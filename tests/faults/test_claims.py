@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from pipelines.warm import fork
@@ -31,11 +30,7 @@ def root(request, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "PATIENCE", 3.0)
     if request.param == "local":
         return str(tmp_path / "place")
-    for name, value in request.getfixturevalue("weed").environment().items():
-        monkeypatch.setenv(name, value)
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    if not fs.exists("bucket"):
-        fs.mkdir("bucket")
+    request.getfixturevalue("weed").enter(monkeypatch, "bucket")
     return f"s3://bucket/{tmp_path.name}"
 
 

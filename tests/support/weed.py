@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import s3fs
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.session import get_session
@@ -88,6 +90,19 @@ class Weed:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+    def enter(self, monkeypatch: pytest.MonkeyPatch, bucket: str) -> s3fs.S3FileSystem:
+        """Points this process at the server, as a user's environment would, and makes `bucket`.
+
+        s3fs keeps its file systems by their arguments, which do not name the endpoint: one of an earlier server would be taken.
+        """
+        for name, value in self.environment().items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        if not fs.exists(bucket):
+            fs.mkdir(bucket)
+        return fs
 
     def environment(self) -> dict[str, str]:
         return KEYS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2"}

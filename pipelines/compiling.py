@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,22 @@ def compile_spec(spec: DistillationSpec) -> str:
         raise InputError(
             f"spec: {size:,} characters as JSON; a step can be given {LARGEST_SPEC:,}: name files by wildcards, as s3://bucket/*.parquet"
         )
-    return _compiled(build_pipeline(spec))
+    return _compiled(partial(build_pipeline, spec))
 
 
 def compile_sweep(variants: Mapping[str, DistillationSpec]) -> str:
     """The compiled pipeline of a sweep (see `pipelines.sweeps`) as YAML."""
-    return _compiled(build_sweep(variants))
+    return _compiled(partial(build_sweep, variants))
 
 
-def _compiled(pipeline: Any) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
+def _compiled(build: Callable[[], Any]) -> str:
+    """Compiles in a thread, whose call stack is short.
+
+    KFP reads the source of every caller whenever a task is set up: some hundred times in all, a second where callers are many.
+    """
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as thread:
         path = Path(scratch) / "pipeline.yaml"
-        compiler.Compiler().compile(pipeline, str(path))
+        thread.submit(lambda: compiler.Compiler().compile(build(), str(path))).result()
         return path.read_text(encoding="utf-8")
 
 

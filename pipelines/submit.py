@@ -28,6 +28,9 @@ from xtoken_core.workflow.shape import check_ranks, shape
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 """States in which a run stays. (The client's own waiting does not know CANCELED.)"""
 
+POLL_SECONDS = 5.0
+"""Between two looks at a run that is waited for."""
+
 PATIENCE = 10
 """Failed looks at a run, one after the other, before waiting for it is given up."""
 
@@ -137,7 +140,7 @@ def _start(
     return client, run.run_id
 
 
-def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str], None] = print, seconds: float = 5) -> str:
+def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str], None] = print) -> str:
     """Waits for a run, says how its tasks fare, and returns its last state: SUCCEEDED, FAILED, CANCELED or SKIPPED."""
     told: dict[str, str] = {}
     failures = 0
@@ -151,7 +154,7 @@ def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str
             if failures == PATIENCE:
                 raise
             say(f"{e}; looking again")
-            time.sleep(seconds)
+            time.sleep(POLL_SECONDS)
             continue
         for task in (run.run_details and run.run_details.task_details) or []:
             name, state = task.display_name or task.task_id, task.state or "PENDING"
@@ -161,7 +164,7 @@ def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str
         if run.state in FINISHED:
             say(f"run {run_id}: {run.state}")
             return str(run.state)
-        time.sleep(seconds)
+        time.sleep(POLL_SECONDS)
 
 
 def last_runs(cluster: Cluster, count: int = 10) -> list[str]:

@@ -1,15 +1,16 @@
 """Submission with the real `kfp` CLI and client, to a server that stands in for a cluster (see kfp_server.py)."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import kfp_server_api
 import pytest
 import yaml
+from kfp.cli.__main__ import main as kfp_main
 
 from pipelines.submit import Cluster
+from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.kfp_server import FakeKfp
 from tests.support.tiny import tiny_run
@@ -33,9 +34,17 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with FakeKfp(tmp_path_factory.mktemp("server")) as server:
+@pytest.fixture
+def server(tmp_path):
+    """Takes runs and leaves them be."""
+    with FakeKfp(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Runs what is submitted."""
+    with FakeKfp(tmp_path / "server", runs=True) as server:
         yield server
 
 
@@ -43,30 +52,43 @@ def submit(run, server, *arguments, **environment):
     return call("pipelines", "submit", run / "spec.yaml", "--endpoint", server.url, *arguments, **environment)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("pipelines.submit.POLL_SECONDS", 0.1)
+
+
 def kfp(server, *arguments):
-    """KFP's own command line, in a process of its own."""
-    command = [Path(sys.executable).parent / "kfp", "--endpoint", server.url, *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    """KFP's own command line, in a process of its own; its exit code and what it printed."""
+    process, output = fork(_kfp, ["kfp", "--endpoint", server.url, *map(str, arguments)])
+    with output:
+        printed = output.read()
+    process.join()
+    return process.exitcode, printed
 
 
-def test_submit_uploads_runs_and_follows(run, server):
+def _kfp(arguments):
+    sys.argv = arguments
+    kfp_main()
+
+
+def test_submit_uploads_runs_and_follows(run, cluster):
     """A version named by the content; the run's link; its tasks as they end; exit 0, and the student lies at the output."""
-    done = submit(run, server, "--experiment", "new", "--wait")
+    done = submit(run, cluster, "--experiment", "new", "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    version = next(iter(server.versions.values()))["display_name"]
+    version = next(iter(cluster.versions.values()))["display_name"]
     assert version.startswith("tiny-") and f"{version}: uploading" in done.stdout
-    assert f"Run details: {server.url}/#/runs/details/" in done.stdout
+    assert f"Run details: {cluster.url}/#/runs/details/" in done.stdout
     for task in ("resolve", "overlap", "projections", "prepare", "distill", "report"):
         assert f"{task}: succeeded" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("SUCCEEDED")
     assert (run / "out" / "student" / "last" / "config.json").exists()
-    assert [experiment["display_name"] for experiment in server.experiments.values()] == ["new"]
+    assert [experiment["display_name"] for experiment in cluster.experiments.values()] == ["new"]
     made_by = Run.published(str(run / "out")).pipeline_run
     assert made_by.id.isdigit() and made_by.url == f"https://kubeflow.example.org/pipeline/#/runs/details/{made_by.id}"
     assert f'<a href="{made_by.url}"' in (run / "out" / "report.html").read_text()
 
-    again = submit(run, server, "--set", "student.model=/absent", "--wait")  # overrides go with the run: the same version serves
-    assert f"{version}: reused" in again.stdout and len(server.versions) == 1
+    again = submit(run, cluster, "--set", "student.model=/absent", "--wait")  # overrides go with the run: the same version serves
+    assert f"{version}: reused" in again.stdout and len(cluster.versions) == 1
     assert again.returncode == 1
     assert "resolve: failed" in again.stdout and again.stdout.splitlines()[-1].endswith("FAILED")
 
@@ -182,39 +204,37 @@ def test_the_commands_of_the_readme_name_what_is_there(tmp_path):
     assert "image: registry.example.org/xtoken@sha256:000" in (tmp_path / compiled).read_text()
 
 
-def test_kfp_runs_the_compiled_file_with_overrides(run, server):
+def test_kfp_runs_the_compiled_file_with_overrides(run, cluster):
     """The README's last command, on a small spec."""
     _, *arguments = readme_commands()[4]
     given = [
         {"run.yaml": run / "compiled.yaml", "overrides=training.max_steps=200": "overrides=training.max_steps=1"}.get(a, a)
         for a in arguments
     ]
-    submitted = kfp(server, *given[:2], "-t", "250", *given[2:])
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    state = list(server.runs.values())[-1]
-    assert state["state"] == "SUCCEEDED", submitted.stdout
+    code, printed = kfp(cluster, *given)
+    assert code == 0, printed
+    assert cluster.last_run()["state"] == "SUCCEEDED"
     assert yaml.safe_load((run / "out" / "spec.yaml").read_text())["training"]["max_steps"] == 1
 
 
-def test_an_override_that_the_dag_cannot_follow_fails_before_any_gpu(run, server):
-    kfp(server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "-t", "60", "overrides=data.shards=2")
-    state = list(server.runs.values())[-1]
+def test_an_override_that_the_dag_cannot_follow_fails_before_any_gpu(run, cluster):
+    assert kfp(cluster, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "overrides=data.shards=2")[0] == 0
+    state = cluster.last_run()
     assert state["state"] == "FAILED"
     assert [task["display_name"] for task in state["run_details"]["task_details"]] == ["resolve"]
-    assert "data.shards: 2 contradicts the compiled pipeline" in (server.folder / state["run_id"] / "log").read_text()
+    assert "data.shards: 2 contradicts the compiled pipeline" in (cluster.folder / state["run_id"] / "log").read_text()
 
 
 def test_unknown_parameters_are_refused(run, server):
-    refused = kfp(server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "overide=training.max_steps=1")
-    assert refused.returncode != 0
-    assert "unknown pipeline parameters: overide" in refused.stdout + refused.stderr
+    code, printed = kfp(server, "run", "submit", "-e", "by-hand", "-f", run / "compiled.yaml", "overide=training.max_steps=1")
+    assert code and "unknown pipeline parameters: overide" in printed
 
 
 def test_a_missing_experiment_is_refused(server):
     client = Cluster(server.url).client()
     with pytest.raises(kfp_server_api.ApiException, match="Experiment nowhere not found"):
         client.run_pipeline("nowhere", "a run", pipeline_id="p", version_id="v")
-    assert kfp(server, "experiment", "get", "nowhere").returncode != 0
+    assert kfp(server, "experiment", "get", "nowhere")[0]
 
 
 def test_tokens_are_passed_on(run, tmp_path):

@@ -40,27 +40,34 @@ class FakeKfp:
     """The server: `with FakeKfp(folder) as server: ... server.url`.
 
     `token`: required of every request. `multi_user`: every experiment lies in a namespace; a pipeline may, and is then seen
-    in it alone.
+    in it alone. `runs`: what is submitted is run here; it stays PENDING otherwise.
     """
 
-    def __init__(self, folder: Path, token: str | None = None, multi_user: bool = False):
-        self.folder, self.token, self.multi_user = folder, token, multi_user
+    def __init__(self, folder: Path, token: str | None = None, multi_user: bool = False, runs: bool = False):
+        self.folder, self.token, self.multi_user, self._runs = folder, token, multi_user, runs
         self.experiments: dict[str, dict[str, Any]] = {}
         self.pipelines: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, dict[str, Any]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
+        self._threads: list[threading.Thread] = []
+        """One a run."""
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"kfp": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "FakeKfp":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def last_run(self) -> dict[str, Any]:
+        """The run that was started last, once it has ended."""
+        self._threads[-1].join()
+        return list(self.runs.values())[-1]
 
     def HealthzService_GetHealthz(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"multi_user": self.multi_user}
@@ -121,7 +128,10 @@ class FakeKfp:
         run = run | {"run_id": str(uuid.uuid4()), "state": "PENDING", "run_details": {"task_details": []}}
         run["created_at"] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         self.runs[run["run_id"]] = run
-        threading.Thread(target=self._execute, args=(run, spec["pipeline_spec"], parameters), daemon=True).start()
+        if self._runs:
+            arguments = (run, spec["pipeline_spec"], parameters)
+            self._threads.append(threading.Thread(target=self._execute, args=arguments, daemon=True))
+            self._threads[-1].start()
         return run
 
     def RunService_ListRuns(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class FakeKubernetes:
         )
 
     def __enter__(self) -> "FakeKubernetes":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import cli
+from tests.benchmarks import recipes
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.fields import spec_fields
 
@@ -86,6 +87,14 @@ def test_troubleshooting_has_every_line_that_asks_for_an_action_and_no_line_that
     assert [message for message in asking if not any(quoted in message for quoted in named if len(quoted) >= 8)] == []
     said = "\n".join(texts(node) for node in nodes if isinstance(node, (ast.JoinedStr, ast.Constant)))
     assert [part for quoted in named for part in re.split(r" ?\.\.\. ?| N |\bX\b|, K ", quoted) if part.strip() not in said] == []
+
+
+def test_the_costs_of_recipes_are_what_a_plan_tells():
+    """`python -m tests.benchmarks.recipes` prints the table as it has to be."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert recipes.table() in page
+    named = set(re.findall(r"`([\w-]+\.yaml)`", page))
+    assert named >= {path.name for path in recipes.SPECS.glob("llama-*.yaml")}
 
 
 def test_the_readme_is_short():

@@ -9,6 +9,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from xtoken_core.spec import DistillationSpec, NodeRequirement, ResourcesSpec
+from xtoken_core.workflow.kubeflow import OF_RUN
 from xtoken_core.workflow.shape import output_lasts
 
 
@@ -60,6 +61,13 @@ LARGEST = 2**20
 
 USER = 1000
 """Of manifests/Dockerfile."""
+
+WRITABLE = {"/tmp": "scratch", "/home/xtoken": "home"}
+"""Where a step may write, by the volume there, beside /dev/shm and what KFP itself mounts (/gcs, /s3, /minio, /.cache, ...).
+
+Fetched models and rows, and what KFP's executor writes, lie in the first; caches of libraries in the second. KFP cannot ask for a
+read-only root; manifests/read-only-root.yaml does, and these make it possible.
+"""
 
 
 class Size(StrEnum):
@@ -121,10 +129,17 @@ def _describe_pod(task: dsl.PipelineTask, resources: ResourcesSpec) -> None:
         kubernetes.add_pod_annotation(task, annotation, value)
     for name, value in resources.env.items():
         task.set_env_variable(name, value)
+    if resources.nodes > 1:  # its launcher tells the TrainJob which run has made it
+        for name, (kind, key) in OF_RUN.items():
+            kubernetes.use_field_path_as_env(task, name, f"metadata.{kind}['{key}']")
     for secret in resources.secrets:
         kubernetes.use_secret_as_env(task, secret.secret, {secret.key: secret.env})
     for claim in resources.pvc:
         kubernetes.mount_pvc(task, claim.name, claim.mount_path)
+    claimed = {claim.mount_path.rstrip("/") for claim in resources.pvc}
+    for path, volume in WRITABLE.items():
+        if path not in claimed:
+            kubernetes.empty_dir_mount(task, volume, path)
 
 
 def _on_gpu_node(task: dsl.PipelineTask, resources: ResourcesSpec, gpus: int) -> None:

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.conformance.test_manifests import check_type
 from tests.support.registry_server import FakeRegistry
@@ -18,7 +17,7 @@ from xtoken_core.workflow.registry import check_registry, promotion, register
 from xtoken_core.workflow.serving import inference_service, vllm_line
 
 pytest.importorskip("model_registry")
-SCHEMAS = Path(__file__).parents[1] / "support" / "schemas"
+KSERVE = json.loads((Path(__file__).parents[1] / "support" / "schemas" / "kserve.json").read_text())
 
 
 def made(folder, **output) -> tuple[DistillationSpec, Run]:
@@ -97,13 +96,13 @@ def test_what_serves_the_student_is_kserves_own_type(tmp_path, uri):
     spec, _ = made(tmp_path)
     spec = DistillationSpec.from_text(json.dumps(json.loads(spec.to_json()) | {"output": {"uri": uri}, "resources": resources}))
     service = inference_service(spec, "student/best", 2**30)
-    check_types(service, "V1beta1InferenceService", "service")
+    check_type(service, "V1beta1InferenceService", "service", KSERVE)
     where = service["spec"]["predictor"]["model"]["storageUri"]
     assert where == ("s3://bucket/run/student/best" if uri.startswith("s3") else "pvc://claim/run/student/best")
     assert vllm_line(spec, "student/best").startswith(f"vllm serve {uri}/student/best --served-model-name {spec.name}")
     service["spec"]["predictor"]["model"]["storageURL"] = "x"
     with pytest.raises(AssertionError, match="no field storageURL"):
-        check_types(service, "V1beta1InferenceService", "service")
+        check_type(service, "V1beta1InferenceService", "service", KSERVE)
 
 
 @pytest.mark.parametrize("name", ["7b-student", "x" * 100, "a" * 22 + "-" * 20 + "b"])
@@ -117,13 +116,3 @@ def test_the_name_of_the_service_is_a_part_of_a_host_name(tmp_path, name):
 def test_kserve_is_not_rendered_for_what_it_cannot_reach(tmp_path):
     spec = parts(tmp_path)["spec"]
     assert inference_service(spec, "student/best", 2**30) is None
-
-
-def check_types(value, kind: str, where: str) -> None:
-    """Strictly against KServe's types, as its SDK has them (schemas/kserve.json); those of Kubernetes by its own client."""
-    types = yaml.safe_load((SCHEMAS / "kserve.json").read_text())
-    if kind not in types:
-        return check_type(value, kind, where)
-    for key, item in value.items():
-        assert key in types[kind], f"{where}: no field {key}"
-        check_types(item, types[kind][key], f"{where}.{key}")

@@ -254,3 +254,20 @@ def test_a_job_that_breaks_a_rule_of_the_crd_is_caught(name, processes, message)
     job["spec"]["trainer"]["numProcPerNode"] = processes
     with pytest.raises(jsonschema.ValidationError, match=message):
         check_resource(job, "trainjobs")
+
+
+def test_a_job_names_the_run_that_made_it(run, monkeypatch):
+    """By the label that finds it, `kubectl get trainjobs -l pipeline/runid=ID`, and the run's name; on its own pod KFP writes the same."""
+    folder, spec = run
+    made = []
+    monkeypatch.setattr(trainjob, "run_job", made.append)
+    inputs = (spec.to_json(), resources(folder), [str(folder / "rows")], str(folder / "x"), {}, None, False, "")
+    trainjob.launch(*inputs)
+    monkeypatch.setenv("KFP_RUN_ID", "0a1b2c3d-0000-4000-8000-000000000000")
+    monkeypatch.setenv("KFP_RUN_NAME", "the first run")
+    trainjob.launch(*inputs)
+    outside, inside = (job["metadata"] for job in made)
+    assert outside["name"] == inside["name"] and "pipeline/runid" not in outside["labels"]  # another run finds the job again
+    assert inside["labels"] == outside["labels"] | {"pipeline/runid": "0a1b2c3d-0000-4000-8000-000000000000"}
+    assert inside["annotations"] == {"pipelines.kubeflow.org/run_name": "the first run"}
+    check_resource(made[1], "trainjobs")

@@ -19,6 +19,7 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines import compiling
+from pipelines.cluster import WRITABLE
 from pipelines.compiling import compile_spec, documents
 from pipelines.local import for_this_machine
 from tests.support.cli import call
@@ -103,7 +104,12 @@ def test_shards_are_tasks_and_several_hosts_a_launcher():
     assert (
         launcher["args"][-1] == "launch" and "accelerator" not in launcher["resources"]
     )  # its GPUs are those of the job's hosts
-    assert "emptyDirMounts" not in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-distill"]
+    config = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-distill"]
+    assert mounted(config) == WRITABLE
+    assert {field["name"]: field["fieldPath"] for field in config["fieldPathAsEnv"]} == {
+        "KFP_RUN_ID": "metadata.labels['pipeline/runid']",
+        "KFP_RUN_NAME": "metadata.annotations['pipelines.kubeflow.org/run_name']",
+    }
 
 
 def test_the_report_is_told_the_edges():
@@ -204,7 +210,8 @@ def test_gpu_steps_get_what_resources_say():
         assert (asked["resourceCpuRequest"], asked["resourceMemoryRequest"]) == size
         assert (asked["resourceCpuLimit"], asked["resourceMemoryLimit"]) == size
         assert ("accelerator" in asked) == gpu
-        of_gpu_nodes = ("emptyDirMounts", "nodeSelector", "tolerations", "nodeAffinity")
+        assert mounted(config).items() >= WRITABLE.items()  # what a read-only root leaves to write to
+        of_gpu_nodes = ("nodeSelector", "tolerations", "nodeAffinity")
         assert {field in config for field in of_gpu_nodes} == {gpu}
         tried_once = name in ("resolve", "overlap", "prepare", "projections")
         assert task.get("retryPolicy", {}).get("maxRetryCount") == (None if tried_once else 3)
@@ -213,13 +220,24 @@ def test_gpu_steps_get_what_resources_say():
             assert container["resources"]["accelerator"] == {
                 "type": "amd.com/gpu", "resourceType": "amd.com/gpu", "count": count, "resourceCount": count
             }  # fmt: skip
-            assert config["emptyDirMounts"] == [
-                {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "20Gi"}
-            ]
+            shared = {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "20Gi"}
+            assert shared in config["emptyDirMounts"]
             assert config["nodeSelector"]["labels"] == {"pool": "gpu"}
             assert config["tolerations"][0]["key"] == "gpu"
             assert config["nodeAffinity"][0]["matchExpressions"] == [{"key": "gpu", "operator": "In", "values": ["h100"]}]
     assert platform["platforms"]["kubernetes"]["pipelineConfig"] == {"resourceTtlOnCompletion": 7200}
+
+
+def mounted(config: dict) -> dict[str, str]:
+    """The empty folders of a task's pod, by path."""
+    return {mount["mountPath"]: mount["volumeName"] for mount in config["emptyDirMounts"]}
+
+
+def test_a_claim_takes_the_place_of_an_empty_folder():
+    """Two volumes at one path are refused by Kubernetes."""
+    resources = {"pvc": [{"name": "home", "mount_path": "/home/xtoken/"}]}
+    configs = documents(compile_spec(spec_of(resources=resources)))[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert [set(mounted(config)) - {"/dev/shm"} for config in configs.values()] == [{"/tmp"}] * len(configs)
 
 
 def test_evaluations_ask_for_the_memory_that_resolve_tells():

@@ -20,7 +20,7 @@ from xtoken_core.identity import identity
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
 from xtoken_core.training.trackers import PIPELINES_MLFLOW
-from xtoken_core.workflow.kubeflow import namespace
+from xtoken_core.workflow.kubeflow import namespace, run_metadata
 from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
 
 PLURAL = "trainjobs"
@@ -56,7 +56,10 @@ def launch(
     command = worker_command(rows, normalize(run_uri), modes, projections, baseline, checkpoints)
     key = identity(json.loads(spec), json.loads(resources), command, length=12)
     mlflow = {name: os.environ[name] for name in PIPELINES_MLFLOW if name in os.environ}
-    run_job(manifest(f"xtoken-distill-{key}", spec, given, command, mlflow))
+    job = manifest(f"xtoken-distill-{key}", spec, given, command, mlflow)
+    for kind, told in run_metadata().items():
+        job["metadata"].setdefault(kind, {}).update(told)
+    run_job(job)
 
 
 def run_job(job: Mapping[str, Any]) -> None:

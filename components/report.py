@@ -85,7 +85,8 @@ def report(
         )
         finished = finish(parsed, parts, page.path)
         told = register(parsed, finished)
-        print(told, flush=True)
+        if parsed.output.registry:
+            print(told, flush=True)
         Path(summary.path).write_text(f"{markdown(finished)}\n{told}\n", encoding="utf-8")
         for artifact in (page, summary):
             artifact.metadata["published"] = parsed.output.uri

@@ -11,7 +11,15 @@ from components.cli import run_command
 from pipelines.commands import cluster, completion, new, runs, specs, students, sweeps
 
 
-@click.group()
+class Verbs(click.Group):
+    """The commands in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(self.commands)
+
+
+@click.group(cls=Verbs, epilog="xtoken COMMAND --help has an example of each. First: init, validate, show, plan, run.")
 @click.version_option(version("xtoken-pipelines"), message="xtoken %(version)s")
 def cli() -> None:
     """Cross-tokenizer distillation on Kubeflow Pipelines, from one spec."""
@@ -21,19 +29,19 @@ for _command in (
     new.init,
     specs.validate,
     specs.explain,
-    specs.schema,
-    specs.plan,
     specs.show,
-    specs.tokenizers,
+    specs.plan,
     runs.run,
     runs.status,
     runs.compare,
-    cluster.compile_,
-    cluster.submit,
-    sweeps.sweep,
     students.chat,
     students.export,
     students.push,
+    cluster.compile_,
+    cluster.submit,
+    sweeps.sweep,
+    specs.tokenizers,
+    specs.schema,
     completion.completion,
 ):
     cli.add_command(_command)

@@ -152,7 +152,13 @@ def answer(spec: DistillationSpec, run: Run) -> str:
     if run.summary is None:  # a pilot that nothing follows
         return answer_table(run, {"report": f"{uri}/report.html", "figures": f"{uri}/pilot.json"})
     student = "student/best" if spec.data.validation else "student/last"
-    return answer_table(run, {"report": f"{uri}/report.html", "student": f"{uri}/{student}", "logs": f"{uri}/logs"})
+    places = {
+        "report": f"{uri}/report.html",
+        "student": f"{uri}/{student}",
+        "logs": f"{uri}/logs",
+        "talk to it": f"xtoken chat {uri}",
+    }
+    return answer_table(run, places)
 
 
 def for_this_machine(compiled: str) -> dict[str, Any]:

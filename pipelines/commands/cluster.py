@@ -11,13 +11,16 @@ from pipelines.commands.options import ENDPOINT, NAMESPACE, SET, SPEC, TOKEN, wr
 from xtoken_core.spec import DistillationSpec
 
 
-@click.command("compile")
+@click.command("compile", epilog="For example: xtoken compile spec.yaml -o run.yaml")
 @click.argument("spec", type=click.Path(path_type=Path), required=False)
 @SET
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to; default: standard output.")
 @click.option("--check", is_flag=True, help="Without SPEC: only say which compiled forms are stale; exit 1 if any is.")
 def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None, check: bool) -> None:
-    """Compile a spec to KFP's YAML; without SPEC, bring pipelines/compiled up to date."""
+    """Compile a spec to KFP's YAML.
+
+    Without SPEC, brings pipelines/compiled up to date.
+    """
     from pipelines import compiling
     from pipelines.cluster import image_caution, output_caution, retry_caution, size_caution
     from xtoken_core.workflow.shape import check_ranks
@@ -50,7 +53,7 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
             click.echo(f"{path.name}: compiled anew")
 
 
-@click.command()
+@click.command(epilog="For example: xtoken submit spec.yaml --endpoint https://kubeflow.example.org/pipeline --wait")
 @SPEC
 @SET
 @ENDPOINT

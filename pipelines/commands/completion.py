@@ -6,10 +6,10 @@ import click
 from click.shell_completion import get_completion_class
 
 
-@click.command()
+@click.command(epilog="For example: xtoken completion bash")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands, options and fields of the spec.
+    """Print what makes a shell complete commands and fields.
 
     In ~/.bashrc or ~/.zshrc: eval "$(xtoken completion bash)", or zsh. In ~/.config/fish/config.fish: xtoken completion fish | source.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -23,7 +25,9 @@ PILOT = """pilot:
 """
 
 
-@click.command()
+@click.command(
+    epilog="For example: xtoken init --student org/small --teacher Qwen/Qwen3-4B --train 'text/*.jsonl' --validation held-out.jsonl"
+)
 @click.argument("spec", type=click.Path(path_type=Path), default=Path("spec.yaml"))
 @click.option("--kind", type=click.Choice(["text", "chat"]), default="text", show_default=True, help="What the data are.")
 @click.option("--student", prompt="Student (hub id, folder or URI)", help="Hub id, folder or URI of the model that learns.")
@@ -33,7 +37,10 @@ PILOT = """pilot:
 @click.option("--pilot", is_flag=True, help="Begin with short runs of two candidates, and a verdict on the whole.")
 @click.option("--name", default="my-student", show_default=True, help="Of the run; its output goes to runs/NAME/output.")
 def init(spec: Path, pilot: bool, **answers: str) -> None:
-    """Write a first spec, by flags or by asking; and beside it the schema by which editors complete and check its fields."""
+    """Write a first spec, by flags or by asking.
+
+    Beside it goes the schema by which editors complete and check its fields.
+    """
     given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI)"),)
     text = spec_text(answers | {"teachers": tuple(given)}) + (PILOT if pilot else "")
     DistillationSpec.from_text(text, source=str(spec))
@@ -47,7 +54,7 @@ def init(spec: Path, pilot: bool, **answers: str) -> None:
 def spec_text(given: dict[str, str | tuple[str, ...]]) -> str:
     """The spec's YAML from the options of `init`."""
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if isinstance(value, str)}
-    teachers = "\n".join(_teacher(number, teacher) for number, teacher in enumerate(given["teachers"]))
+    teachers = "\n".join(map(_teacher, _ids(given["teachers"]), given["teachers"]))
     held_out = f"  validation: [{quoted['validation']}]   # chooses the best checkpoint, and says whether it helped\n"
     evaluation = "evaluation:\n  ce_baseline: true          # a twin without teachers: what the text alone would have taught\n"
     return f"""# yaml-language-server: $schema={SCHEMA}
@@ -77,9 +84,16 @@ def _about(given: dict[str, str | tuple[str, ...]]) -> str:
     return "           # chats, through the models' own templates; only assistant turns teach" if given["kind"] == "chat" else ""
 
 
-def _teacher(number: int, given: str) -> str:
-    name, _, model = given.rpartition("=")
+def _ids(teachers: Sequence[str]) -> list[str]:
+    """What is given before `=`, else the model's own name in letters that an id may have; the second of a name is numbered."""
+    given = [teacher.rpartition("=") for teacher in teachers]
+    own = [name or re.sub("[^a-z0-9]+", "-", Path(model).name.lower()).strip("-") or "teacher" for name, _, model in given]
+    return [name if name not in own[:at] else f"{name}-{at}" for at, name in enumerate(own)]
+
+
+def _teacher(name: str, given: str) -> str:
+    model = given.rpartition("=")[2]
     return (
-        f"  - id: {json.dumps(name or f'teacher-{number}')}\n    model: {json.dumps(model, ensure_ascii=False)}\n"
+        f"  - id: {json.dumps(name)}\n    model: {json.dumps(model, ensure_ascii=False)}\n"
         "    projection: {}           # for another tokenizer than the student's; leave it out for the same one"
     )

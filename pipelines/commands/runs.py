@@ -11,12 +11,15 @@ from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOK
 from xtoken_core.spec import DistillationSpec
 
 
-@click.command()
+@click.command(epilog="For example: xtoken run spec.yaml --set training.max_steps=200")
 @SPEC
 @SET
 @RUNS
 def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
-    """Run a spec on this machine, through KFP's local runner."""
+    """Run a spec on this machine.
+
+    Through KFP's local runner. Steps whose inputs are unchanged come from the cache; an interrupted training goes on.
+    """
     from pipelines.local import RunFailed, answer, ended_by_sigterm, kept, run_locally
 
     parsed = DistillationSpec.from_yaml(spec, overrides)
@@ -32,13 +35,13 @@ def run(spec: Path, overrides: tuple[str, ...], runs: Path) -> None:
     click.echo(f"\n{answer(parsed, finished)}")
 
 
-@click.command()
+@click.command(epilog="For example: xtoken status --endpoint https://kubeflow.example.org/pipeline")
 @RUNS
 @ENDPOINT
 @NAMESPACE
 @TOKEN
 def status(runs: Path, endpoint: str | None, namespace: str | None, existing_token: str | None) -> None:
-    """Tell how runs fare: those of this machine, or with an endpoint the last ones there."""
+    """Tell how runs fare, here or (--endpoint) on a cluster."""
     from pipelines.status import statuses, told
 
     if endpoint is None:
@@ -50,16 +53,18 @@ def status(runs: Path, endpoint: str | None, namespace: str | None, existing_tok
         click.echo("\n".join(last_runs(Cluster(endpoint, namespace, existing_token))) or f"{endpoint}: no runs")
 
 
-@click.command()
+@click.command(epilog="For example: xtoken compare runs/first/output runs/second/output")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The page."
 )
 def compare(runs: tuple[str, ...], output: Path) -> None:
-    """Put finished runs side by side on one page; RUN is what a spec's output.uri said."""
-    from xtoken_core.report.compare import write_comparison
-    from xtoken_core.report.run import Run
-    from xtoken_core.storage import RUN_FILE, local_copy
+    """Put finished runs side by side on one page.
 
-    write_comparison([Run.load(local_copy(f"{run.rstrip('/')}/{RUN_FILE}")) for run in runs], output)
+    RUN is what a spec's output.uri said.
+    """
+    from pipelines.api import finished_run
+    from xtoken_core.report.compare import write_comparison
+
+    write_comparison([finished_run(run) for run in runs], output)
     click.echo(f"{output}: {len(runs)} runs compared")

@@ -16,13 +16,16 @@ CHECKPOINT = click.option("--checkpoint", type=click.Choice(["best", "last"]), h
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-@click.command()
+@click.command(epilog="For example: xtoken chat runs/my-student/output")
 @RUN
 @CHECKPOINT
 @click.option("--alone", is_flag=True, help="Only the student, not its former self beside it.")
 @click.option("--tokens", type=click.IntRange(1, 4096), default=128, show_default=True, help="Length of an answer, at most.")
 def chat(run: str, checkpoint: str | None, alone: bool, tokens: int) -> None:
-    """Talk to the student of a finished run, beside its former self; RUN is what output.uri said. An empty line ends it."""
+    """Talk to a student, beside its former self.
+
+    RUN is what output.uri of its run said. An empty line ends it.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from pipelines.api import load
@@ -44,12 +47,15 @@ def _said() -> str:
     return sys.stdin.readline().strip()
 
 
-@click.command()
+@click.command(epilog="For example: xtoken export runs/my-student/output --gguf small.gguf")
 @RUN
 @CHECKPOINT
 @click.option("--gguf", required=True, type=click.Path(path_type=Path), help="The file to write, for llama.cpp and Ollama.")
 def export(run: str, checkpoint: str | None, gguf: Path) -> None:
-    """Write the student of a finished run as one file of another format; RUN is what output.uri said."""
+    """Write a student as one file, for llama.cpp and Ollama.
+
+    RUN is what output.uri of its run said. llama.cpp's converter does it.
+    """
     from pipelines.api import load
     from xtoken_core.storage import local_copy
 
@@ -62,15 +68,18 @@ def export(run: str, checkpoint: str | None, gguf: Path) -> None:
     click.echo(f"{gguf}: written")
 
 
-@click.command()
+@click.command(epilog="For example: xtoken push runs/my-student/output my-name/my-student")
 @RUN
 @click.argument("repository", metavar="OWNER/NAME")
 @CHECKPOINT
 @click.option("--public", is_flag=True, help="For all to see; default: private.")
 def push(run: str, repository: str, checkpoint: str | None, public: bool) -> None:
-    """Put the student of a finished run, with its card, on the Hugging Face hub; RUN is what output.uri said."""
+    """Put a student, with its card, on the Hugging Face hub.
+
+    RUN is what output.uri of its run said.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
     from pipelines.api import load
     from xtoken_core.storage import local_copy
@@ -84,6 +93,6 @@ def push(run: str, repository: str, checkpoint: str | None, public: bool) -> Non
         status, why = e.response.status_code, e.server_message or "no reason given"
         login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
         raise InputError(f"{repository}: the hub refuses ({status}): {why}{login}") from None
-    except (HFValidationError, LocalTokenNotFoundError, OSError) as e:
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as e:
         raise InputError(f"{repository}: cannot be pushed: {' '.join(str(e).split())[:300]}") from None
     click.echo(str(done))

@@ -11,7 +11,7 @@ import yaml
 from pipelines.commands.options import ENDPOINT, NAMESPACE, RUNS, SET, SPEC, TOKEN, write_text
 
 
-@click.command()
+@click.command(epilog="For example: xtoken sweep spec.yaml --over loss.kd_weight=0.5,1,2")
 @SPEC
 @SET
 @click.option(
@@ -42,9 +42,9 @@ def sweep(
     namespace: str | None,
     existing_token: str | None,
 ) -> None:
-    """Run a spec with some fields of its training at several values, as one workflow that shares everything but training.
+    """Run a spec with fields of its training at several values.
 
-    Each run is published under its values at output.uri; one page puts them side by side. The trials of an OptimizationJob only train.
+    It is one workflow, which shares everything but training. Each run is published under its values at output.uri; one page puts them side by side. The trials of an OptimizationJob only train.
     """
     from pipelines.cluster import size_caution
     from pipelines.compiling import compile_sweep

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_a_first_spec_is_valid_and_names_its_schema(tmp_path, kind, held_out):
     done = call("pipelines", "init", spec, *flags)
     assert done.returncode == 0, done.stderr
     parsed = DistillationSpec.from_yaml(spec)
-    assert [(t.id, t.model) for t in parsed.teachers] == [("qwen", "Qwen/Qwen3-4B"), ("teacher-1", "a/b: c")]
+    assert [(t.id, t.model) for t in parsed.teachers] == [("qwen", "Qwen/Qwen3-4B"), ("b-c", "a/b: c")]
     assert parsed.evaluation.ce_baseline == bool(held_out)
     named = spec.read_text().splitlines()[0].rpartition("=")[2]
     assert json.loads((tmp_path / named).read_text())["title"] == "DistillationSpec"
@@ -207,13 +208,6 @@ def test_export_calls_the_converter(finished, tmp_path, monkeypatch, works, code
     assert works or "could not convert" in done.stderr
 
 
-@pytest.mark.parametrize("verb", [("chat",), ("push",)])
-def test_a_run_that_is_not_there_is_one_line(verb, tmp_path):
-    more = ("owner/name",) if verb == ("push",) else ()
-    done = call("pipelines", *verb, tmp_path / "none", *more)
-    assert (done.returncode, done.stderr) == (2, f"{tmp_path}/none/spec.yaml: no such file or folder\n")
-
-
 def test_a_run_begins_without_the_libraries_that_its_steps_need():
     """Which take ten seconds to load: the process that steps are forked from does so meanwhile."""
     loaded = (
@@ -236,3 +230,43 @@ def test_a_notebook_shows_bars(tmp_path, monkeypatch, capsys):
             assert last.postfix == "loss 2.0  00:12 left"
             print("Task 'distill' finished with status SUCCESS")
     assert progress.bars.run.n == 3 and "loss 2.0" not in capsys.readouterr().out
+
+
+def test_every_command_is_a_line_of_help_and_has_an_example_that_parses():
+    told = call("pipelines", "--help").stdout.partition("Commands:")[2]
+    assert "..." not in told and list(cli.commands)[:2] == ["init", "validate"] and told.index("init") < told.index("compare")
+    for name, command in cli.commands.items():
+        example = re.fullmatch("For example: xtoken (.*)", command.epilog)
+        assert example, name
+        words = shlex.split(example[1])
+        assert words[0] == name
+        command.make_context(name, words[1:])  # raises for an option that is not there, and for one that is missing
+
+
+def test_teachers_have_ids_by_their_models_names(tmp_path):
+    teachers = ("Qwen/Qwen3-4B", "other/Qwen3-4B", "big=s3://bucket/models/Llama_3.1-8B/", "./__")
+    flags = [word for teacher in teachers for word in ("--teacher", teacher)]
+    done = call("pipelines", "init", tmp_path / "spec.yaml", "--student", "s", *flags, "--train", "t", "--validation", "")
+    assert done.returncode == 0, done.stderr
+    ids = [teacher.id for teacher in DistillationSpec.from_yaml(tmp_path / "spec.yaml").teachers]
+    assert ids == ["qwen3-4b", "qwen3-4b-1", "big", "teacher"]
+
+
+def test_a_part_of_a_name_is_enough_to_find_a_field():
+    assert "loss.kd_weight" in call("pipelines", "explain", "kd").stderr
+
+
+@pytest.mark.parametrize("words", ["chat PLACE", "compare PLACE PLACE", "push PLACE me/student", "plan SPEC --from PLACE"])
+def test_a_run_that_is_not_there_is_one_line(tmp_path, words):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tiny_run(tmp_path)))
+    given = {"PLACE": str(tmp_path / "none"), "SPEC": str(tmp_path / "spec.yaml")}
+    wrong = call("pipelines", *(given.get(word, word) for word in words.split()))
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith(f"{tmp_path}/none: no finished run lies there")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(finished, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_TOKEN", "t")
+    wrong = call("pipelines", "push", finished, "me/student")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("me/student: cannot be pushed: ") and wrong.stderr.count("\n") == 1

@@ -18,10 +18,13 @@ def plan_text(plan: Plan) -> str:
         ("tokens of training", f"{at_most}{tokens}"),
         ("epochs", f"{at_most}{epochs}"),
         ("GPU hours", f"{hours}  ({plan.speed})"),
-        *((f"download {m.field}", f"{_gib(m.download_bytes)}  ({m.model}, {_count(m.parameters)} weights)") for m in plan.models),
-        *((f"memory {step}", _gib(size)) for step, size in plan.memory.items()),
-        *((f"host memory, {who} evaluated", _gib(size)) for who, size in plan.host_memory.items()),
-        *((f"disk {what}", _gib(size)) for what, size in plan.disk_bytes.items()),
+        *(
+            (f"download {m.field}", f"{_size(m.download_bytes)}  ({m.model}, {_count(m.parameters)} weights)")
+            for m in plan.models
+        ),
+        *((f"memory {step}", _size(size)) for step, size in plan.memory.items()),
+        *((f"host memory, {who} evaluated", _size(size)) for who, size in plan.host_memory.items()),
+        *((f"disk {what}", _size(size)) for what, size in plan.disk_bytes.items()),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
@@ -31,5 +34,6 @@ def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f} GiB"
+def _size(size: int) -> str:
+    """In GiB, or of less than a hundredth of one in MiB."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 or not size else f"{size / 2**20:,.2f} MiB"

@@ -53,6 +53,29 @@ def test_commands_that_pages_name_exist():
     assert named >= {"validate", "run", "submit"} and named <= set(cli.commands)
 
 
+def test_options_that_pages_name_are_those_of_the_command():
+    """In `xtoken plan SPEC --from RUN` and the like; a page that tells of an option that has gone is a lie."""
+    known = {name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in cli.commands.items()}
+    used = [
+        (page.stem, name, option)
+        for page in PAGES
+        for name, words in re.findall(r"xtoken ([a-z]+)([^\n`|#;)]*)", page.read_text(encoding="utf-8"))
+        for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", words)
+    ]
+    assert len(used) > 12 and [use for use in used if use[2] not in known[use[1]]] == []
+
+
+def test_fields_and_files_that_pages_name_exist():
+    fields = {field.path.replace("[]", "") for field in spec_fields(DistillationSpec)}
+    sections = "|".join(sorted({path.partition(".")[0] for path in fields}))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        told = [name.replace("[]", "") for name in re.findall(rf"`((?:{sections})(?:\[\])?\.[a-z_.\[\]]+)[`:={{ ]", text)]
+        assert [name for name in told if name not in fields and not name.endswith((".yaml", ".json"))] == [], page
+        files = re.findall(r"`((?:tests|pipelines|manifests|xtoken_core|components|examples)/[\w./-]+)`", text)
+        assert [file for file in files if not (ROOT / file).exists()] == [], page
+
+
 def test_every_field_has_its_values_and_a_default():
     found = {field.path: field for field in spec_fields(DistillationSpec)}
     assert found["loss.mode"].kind.startswith("partition_kl | ") and found["loss.temperature"].default == "1.0"

@@ -29,6 +29,19 @@ def seal(folder: Path, names: Iterable[str] | None = None) -> None:
     write_whole(folder / FILE, text)
 
 
+def note(path: Path) -> None:
+    """Seals one more file of a folder that is filled file by file."""
+    _sync(path)
+    known = _known(path.parent) or {}
+    write_whole(path.parent / FILE, json.dumps(known | {path.name: _digest(path)}, indent=1))
+
+
+def is_noted(path: Path) -> bool:
+    """Whether a file directly in a sealed folder is as it was written."""
+    known = (_known(path.parent) or {}).get(path.name)
+    return known is not None and path.is_file() and path.stat().st_size == known[0] and _digest(path) == known
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all, also after a power cut."""
     partial = path.with_name(f"{path.name}.partial")
@@ -40,29 +53,35 @@ def write_whole(path: Path, text: str) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder: the name of a file that is missing or not as it was written, or None."""
-    try:
-        known: dict[str, list[int | str]] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        files = [folder / name for name in known]
-    except (OSError, ValueError, TypeError):
+    if (known := _known(folder)) is None:
         return FILE
-    for path, (size, _) in zip(files, known.values(), strict=True):  # the cheap look first
-        if not path.is_file() or path.stat().st_size != size:
-            return path.relative_to(folder).as_posix()
-    pairs = zip(known.items(), _digests(files), strict=True)
+    for name, (size, _) in known.items():  # the cheap look first
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return name
+    pairs = zip(known.items(), _digests([folder / name for name in known]), strict=True)
     return next((name for (name, before), now in pairs if before != now), None)
 
 
 def check_whole(path: str | Path) -> None:
-    """Raises RunError, and removes the folder, unless what training wrote is as it was written: then the next run makes it again."""
+    """Raises RunError, and removes the folder, unless what a step wrote is as it was written: then the next run makes it again."""
     if damaged := damage(Path(path)):
         storage.remove(str(path))
-        raise RunError(f"{path}: {damaged} is not as training wrote it; it was removed, and another run makes it again")
+        raise RunError(f"{path}: {damaged} is not as it was written; it was removed, and another run makes it again")
 
 
 def same_files(folder: Path, other: Path) -> bool:
     """Whether two folders hold the same files, byte for byte."""
     here, there = (sorted(path.relative_to(top) for path in _files(top, None)) for top in (folder, other))
     return here == there and all(filecmp.cmp(folder / name, other / name, shallow=False) for name in here)
+
+
+def _known(folder: Path) -> dict[str, list[int | str]] | None:
+    """What the folder's list says, [bytes, SHA-256] by name; None where there is none that can be read."""
+    try:
+        known = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return known if all(name and len(told) == 2 for name, told in known.items()) else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:

@@ -59,7 +59,7 @@ def test_a_student_that_was_damaged_is_not_published_and_its_checkpoints_stay(tr
     before = kept(folder)
     weights = tmp_path / "run" / "best" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(RunError, match="best/model.safetensors is not as training wrote it") as told:
+    with pytest.raises(RunError, match="best/model.safetensors is not as it was written") as told:
         finish(DistillationSpec.model_validate(values), parts, tmp_path / "page.html")
     assert kept(folder) == before and not Path(values["output"]["uri"]).exists()
     fault("the student is damaged before it is published", "not published, every checkpoint stays", told.value)

@@ -147,7 +147,7 @@ def test_a_trained_student_that_was_damaged_later_is_found_and_made_again(base, 
     run(changed(values, training={"max_steps": 1, "eval_steps": None}), base, out, baseline=True)
     check_whole(out)
     cut(out / "best" / "model.safetensors")
-    with pytest.raises(RunError, match=f"^{out}: best/model.safetensors is not as training wrote it") as told:
+    with pytest.raises(RunError, match=f"^{out}: best/model.safetensors is not as it was written") as told:
         check_whole(out)
     assert not out.exists()  # the cache then has it no more
     fault("a cached student is cut in half", "found before it is published, made again", told.value)

@@ -18,7 +18,7 @@ Any other teacher has the cells of the two vocabularies as classes (`losses.cell
     rest            float32 [N]                mass of the cells that are not listed, each to the power 1/temperature
     total           float32 [N]                mass of all cells
 
-Headers hold the settings (`ScoreSettings`); parts of other settings are made anew.
+Headers hold the settings (`ScoreSettings`) and the first row; parts of other settings are made anew. `checksums.json` seals the parts.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from xtoken_core.checksums import is_noted, note
 from xtoken_core.errors import InputError
 from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.logits import TopKLogits
+from xtoken_core.storage.places import one_line
 
-FORMAT = "xtoken-scores-2"
+FORMAT = "xtoken-scores-3"
 _ALWAYS = ("values", "indices", "realised")
 _OF_TOKENS = (*_ALWAYS, "log_sum", "log_normaliser")
 _OF_CELLS = (*_ALWAYS, "own", "rest", "total")
@@ -56,6 +59,7 @@ class ScoreSettings:
     """Version of the model, by its content."""
     rows: str
     """`rows_digest` of the prepared rows."""
+    num_rows: int
     top_k: int
     vocab_size: int
     """Columns of the logits: ids of the tokenizer; of the student's vocabulary those that all its models have a row for."""
@@ -72,6 +76,11 @@ class ScoreSettings:
     def tensors(self) -> tuple[str, ...]:
         """Names of what a part holds beside `starts`."""
         return _OF_CELLS if self.cells else _OF_TOKENS
+
+    @property
+    def classes(self) -> int:
+        """How many there are: indices are below."""
+        return self.num_cells if self.cells else self.vocab_size
 
 
 def rows_digest(rows: Any, column: str, domains: str = "") -> str:
@@ -94,45 +103,75 @@ def part_file(folder: Path, part: int) -> Path:
     return folder / f"part-{part:05}.safetensors"
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], settings: ScoreSettings) -> None:
-    """Writes a part so that it appears whole or not at all."""
+def write_part(path: Path, tensors: dict[str, Tensor], settings: ScoreSettings, first: int) -> None:
+    """Writes a part, whose first row has the number `first`, so that it appears whole or not at all, and seals it."""
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"format": FORMAT, "settings": json.dumps(asdict(settings), sort_keys=True)})
+    save_file(tensors, partial, {"format": FORMAT, "settings": json.dumps(asdict(settings), sort_keys=True), "first": str(first)})
     os.replace(partial, path)
+    note(path)
 
 
 def is_part(path: Path, settings: ScoreSettings) -> bool:
-    """Whether a whole part of the settings lies there."""
+    """Whether a part of the settings lies there as it was written."""
     try:
-        with safe_open(path, "pt") as file:
-            return _settings(file.metadata(), path) == settings and {*settings.tensors, "starts"} <= set(file.keys())
-    except (OSError, SafetensorError, InputError):
+        return is_noted(path) and _Part.read(path).settings == settings
+    except InputError:
         return False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a part says of itself, held to what it is."""
+
+    settings: ScoreSettings
+    first: int
+    starts: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> _Part:
+        """Raises InputError for what is no part, or has tensors of other shapes than its header tells."""
+        try:
+            with safe_open(path, "pt") as file:
+                header, names = file.metadata() or {}, set(file.keys())
+                settings, first = _settings(header, path)
+                if absent := sorted({*settings.tensors, "starts"} - names):
+                    raise InputError(f"{path}: its {absent[0]} are missing")
+                starts = file.get_tensor("starts").numpy()
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in settings.tensors}
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: cannot read the scores: {one_line(e)}") from None
+        if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts) or starts[0] != 0 or (np.diff(starts) < 0).any():
+            raise InputError(f"{path}: its starts are not where rows begin")
+        for name, shape in shapes.items():
+            expected = (int(starts[-1]), settings.top_k)[: 2 if name in ("values", "indices") else 1]
+            if shape != expected:
+                raise InputError(f"{path}: {name} has the shape {list(shape)}, and not {list(expected)}")
+        return cls(settings, first, starts)
 
 
 class Scores:
     """The scores of one shard's rows, memory-mapped: a row is read when it is asked for."""
 
     def __init__(self, folder: str | Path):
-        """Raises InputError for a folder without scores, or with parts that do not go together."""
+        """Raises InputError for a folder without scores, or with parts that do not go together or are not all."""
         self.folder = Path(folder)
         self.parts = sorted(self.folder.glob("part-*.safetensors"))
         if not self.parts:
             raise InputError(f"{folder}: holds no scores")
-        starts, found = [], []
-        for path in self.parts:
-            try:
-                with safe_open(path, "pt") as file:
-                    found.append(_settings(file.metadata(), path))
-                    starts.append(file.get_tensor("starts").numpy())
-            except (OSError, SafetensorError) as e:
-                raise InputError(f"{path}: cannot read the scores: {str(e).splitlines()[0]}") from None
-        if len(set(found)) > 1:
-            raise InputError(f"{folder}: its parts were scored with different settings")
-        self.settings: ScoreSettings = found[0]
-        self._starts: list[np.ndarray] = starts
-        self._first = np.cumsum([0, *(len(s) - 1 for s in starts)])
+        found = [_Part.read(path) for path in self.parts]
+        self.settings: ScoreSettings = found[0].settings
+        self._starts: list[np.ndarray] = [part.starts for part in found]
+        self._first = np.cumsum([0, *(len(s) - 1 for s in self._starts)])
         self._open: dict[int, Any] = {}
+        for path, part, first in zip(self.parts, found, self._first):
+            if part.settings != self.settings:
+                raise InputError(f"{path}: was scored with other settings than {self.parts[0].name}")
+            if part.first != first:
+                raise InputError(f"{path}: begins with row {part.first}, and the parts before it end at row {first}")
+        if len(self) != self.settings.num_rows:
+            raise InputError(
+                f"{folder}: holds {len(self)} of {self.settings.num_rows} rows: a part is missing behind {path.name}"
+            )
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -165,6 +204,8 @@ class ScoredTeacher:
             len(row[self.column]) for row in rows
         )  # more than a scored row's, where the longest is of no domain of the teacher's
         of = {name: _padded([row[name] for row in found], width) for name in found[0]}
+        if of["indices"].numel() and not 0 <= of["indices"].min() <= of["indices"].max() < self.settings.classes:
+            raise InputError(f"{self.shards[0].folder}: a score is of a class that is none of {self.settings.classes}")
         values = of["values"].float()
         if not self.settings.cells:
             return TopKLogits(values + of["log_sum"][..., None], of["indices"], self.settings.vocab_size)
@@ -184,10 +225,13 @@ def _padded(rows: list[Tensor], width: int) -> Tensor:
     return torch.cat([padded, padded.new_zeros(len(rows), width - padded.shape[1], *padded.shape[2:])], 1)
 
 
-def _settings(header: dict[str, str] | None, path: Path) -> ScoreSettings:
-    if header is None or header.get("format") != FORMAT:
+def _settings(header: dict[str, str], path: Path) -> tuple[ScoreSettings, int]:
+    """The settings and the number of the first row."""
+    if header.get("format") != FORMAT:
         raise InputError(f"{path}: no scores of the format {FORMAT}")
     try:
-        return ScoreSettings(**json.loads(header["settings"]))
-    except (KeyError, TypeError, ValueError):
+        settings = TypeAdapter(ScoreSettings).validate_json(header["settings"])
+        TypeAdapter(list[str]).validate_json(settings.domains or "[]")
+        return settings, int(header["first"])
+    except (KeyError, ValueError):
         raise InputError(f"{path}: its settings cannot be read") from None

@@ -35,7 +35,7 @@ Cut = Callable[[HiddenLogits, Tensor], dict[str, Tensor]]
 
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: ScoreSettings, cut: Cut) -> int:
-    """Writes what a model says of rows of its tokens to parts in `folder`; parts that are there already are left. The tokens scored.
+    """Writes what a model says of rows of its tokens to parts in `folder`; parts that are there whole are left. The tokens scored.
 
     rows: in their order, int64 [T] each, without tokens where they are not to be scored; read when they are scored. The model stays where it is.
     """
@@ -47,7 +47,7 @@ def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: Score
             continue
         started = time.monotonic()
         tensors = _score_part(model, [rows[i] for i in range(first, min(first + PART_ROWS, len(rows)))], settings, cut)
-        write_part(path, tensors, settings)
+        write_part(path, tensors, settings, first)
         tokens = len(tensors["realised"])
         scored += tokens
         log.info("%s: %d tokens, %.0f tokens/s", path.name, tokens, tokens / (time.monotonic() - started))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from xtoken_core.checksums import check_whole, damage
 from xtoken_core.configs import head_rows
 from xtoken_core.data.reading import load_rows
 from xtoken_core.data.rows import teacher_column
@@ -46,7 +49,8 @@ def check_classes(spec: DistillationSpec, teachers: Sequence[ReadyTeacher], scor
 def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[ScoredTeacher | None, ...]:
     """What stands for each teacher that has scores, in the spec's order; None for those that are run.
 
-    Raises InputError for scores that are not there, or of other rows; of several shards the first is compared, since the others
+    Raises InputError for scores that are not there, damaged or of other rows; and for damaged ones that this run has made itself
+    RunError, after it has removed them; of several shards the first is compared, since the others
     may not have been fetched yet.
     """
     found: list[ScoredTeacher | None] = []
@@ -59,7 +63,11 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
         if len(places) != len(inputs.rows):
             raise InputError(f"{name}: {len(places)} were given for {len(inputs.rows)} shards of rows")
         column = scored_column(teacher)
-        scored = ScoredTeacher([Scores(local_copy(str(place))) for place in places], column)
+        copies = [local_copy(str(place)) for place in places]
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # which reads every byte: of a host's ranks one does
+            for copy in copies:
+                _check_sealed(copy, name, own=teacher.scores.uri is None)
+        scored = ScoredTeacher([Scores(copy) for copy in copies], column)
         told, asked = scored.settings.domains, set(teacher.domains or ())
         if told and (not asked or asked - set(json.loads(told))):
             raise InputError(f"{name}: {places[0]}: made of the domains {', '.join(json.loads(told))} only")
@@ -68,3 +76,12 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
             raise InputError(f"{name}: {places[0]}: made of other rows than these")
         found.append(scored)
     return tuple(found)
+
+
+def _check_sealed(folder: Path, name: str, own: bool) -> None:
+    if not any(folder.glob("part-*")):
+        raise InputError(f"{name}: {folder}: holds no scores")
+    if own:
+        check_whole(folder)
+    elif damaged := damage(folder):
+        raise InputError(f"{name}: {folder}: {damaged} is not as it was written; score these rows again")

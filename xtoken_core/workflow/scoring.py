@@ -41,6 +41,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
         rows=rows_digest(train, column, domains),
+        num_rows=len(train),
         top_k=0,
         vocab_size=len(table) if teacher.cross_tokenizer else shared_rows(spec, student),
         temperature=spec.loss.temperature,

@@ -87,11 +87,17 @@ def _object(fs: AbstractFileSystem, path: str, uri: str, taken: InputError) -> I
 
 
 def _take(fs: AbstractFileSystem, path: str, token: str, taken: InputError) -> None:
-    """Creates the claim; takes it over from a holder that gives no sign of life, and raises `taken` for one that does."""
+    """Creates the claim; takes it over from a holder that gives no sign of life, and raises `taken` for one that does.
+
+    Raises OSError for a store where nothing is written in `PATIENCE`.
+    """
     seen, since = b"", time.monotonic()
     while True:
-        with contextlib.suppress(OSError):  # there already; or a store that does not know the condition: the last to write wins
+        refused: OSError | None = None
+        try:  # of stores that do not know the condition the last to write wins
             fs.pipe_file(path, token.encode(), mode="create")
+        except OSError as e:  # there already, or an answer that says no
+            refused = e
         if _owner(fs, path) == token:
             time.sleep(REFRESH / 10)
             if _owner(fs, path) == token:
@@ -105,6 +111,8 @@ def _take(fs: AbstractFileSystem, path: str, token: str, taken: InputError) -> N
             with contextlib.suppress(FileNotFoundError):
                 fs.rm_file(path)
             seen, since = b"", time.monotonic()
+        elif refused and now is None and not seen and time.monotonic() - since >= PATIENCE:
+            raise refused
         time.sleep(REFRESH / 10)
 
 

@@ -64,7 +64,7 @@ def reported(uri: str) -> Iterator[None]:
     except PermissionError as e:
         raise InputError(f"{uri}: not allowed: {one_line(e)}") from None
     except OSError as e:
-        raise InputError(f"{uri}: {os.strerror(e.errno) if e.errno else one_line(e)}") from None
+        raise InputError(f"{uri}: {' '.join((e.strerror or one_line(e)).split())}") from None
     except Exception as e:
         if type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
             raise InputError(f"{uri}: {one_line(e)}") from None

@@ -16,7 +16,7 @@ from xtoken_core.checksums import damage, seal, write_whole
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import claimed, folders, local_copy, publish, remove
+from xtoken_core.storage import claimed, folders, is_remote, local_copy, publish, remove
 from xtoken_core.training.inputs import TrainingInputs
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,10 @@ def restore(checkpoint: Path | None, out_dir: Path) -> None:
 
 
 def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: str | None) -> None:
-    """Adds to a checkpoint what lies beside it, seals it, and keeps it at `uri` in place of older ones."""
+    """Adds to a checkpoint what lies beside it, seals it, and keeps it at `uri` in place of older ones.
+
+    A store that is out of reach for a while ends no training: the log says that this one is not kept there.
+    """
     best, log = out_dir / "best", out_dir / "log.jsonl"
     if best.exists():  # with the checkpoint, in case the run goes on elsewhere
         shutil.rmtree(folder / "best", ignore_errors=True)
@@ -164,7 +167,13 @@ def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: st
     shutil.copy(log, folder / log.name)
     write_whole(folder / STATE_FILE, json.dumps(asdict(progress)))
     seal(folder)
-    if uri is not None:
+    if uri is None:
+        return
+    try:
         publish(folder, f"{uri.rstrip('/')}/{folder.name}")
         for name in _kept(uri)[:-KEPT]:
             remove(name)
+    except InputError as e:
+        if not is_remote(uri):
+            raise
+        logger.warning("%s is not kept in the store (%s); the training goes on, and keeps the next one there", folder.name, e)

@@ -29,11 +29,11 @@ def seal(folder: Path, names: Iterable[str] | None = None) -> None:
     write_whole(folder / FILE, text)
 
 
-def note(path: Path) -> None:
-    """Seals one more file of a folder that is filled file by file."""
+def note(path: Path, name: str | None = None) -> None:
+    """Seals one more file of a folder that is filled file by file; `name`: the one that the file is about to be given."""
     _sync(path)
     known = _known(path.parent) or {}
-    write_whole(path.parent / FILE, json.dumps(known | {path.name: _digest(path)}, indent=1))
+    write_whole(path.parent / FILE, json.dumps(known | {name or path.name: _digest(path)}, indent=1))
 
 
 def is_noted(path: Path) -> bool:

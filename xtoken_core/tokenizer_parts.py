@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from xtoken_core.bounded import Bounded, Overrun, Refused
 from xtoken_core.errors import InputError
 
 SPACE = "\u2581"
@@ -137,13 +138,26 @@ def plain_encoding(backend: Tokenizer, specials_as_text: bool) -> Iterator[None]
             backend.enable_truncation(**truncation)
 
 
+def rendered(tok: PreTrainedTokenizerFast, messages: list[dict[str, Any]], tools: Any = None, generation: bool = False) -> str:
+    """What a tokenizer's `apply_chat_template` gives; `generation`: with the prompt for an answer. Raises Refused, and Overrun of those."""
+    render = Bounded(tok.apply_chat_template)
+    try:
+        return str(render(messages, tools=tools, tokenize=False, add_generation_prompt=generation))
+    finally:
+        render.close()
+
+
 def turn_end(tok: PreTrainedTokenizerFast, specials: dict[str, int]) -> int | None:
     """The id of the special token that the chat template puts behind what an assistant says last; None without one."""
     answer = "\ufdd0"  # no character, so no template has it
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    if not tok.chat_template:
+        return None
     try:
-        _, said, behind = str(tok.apply_chat_template(chat, tokenize=False)).rpartition(answer)
-    except Exception:  # no template, several, or one that wants other messages
+        _, said, behind = rendered(tok, chat).rpartition(answer)
+    except Overrun as e:
+        raise InputError(f"{tok.name_or_path}: its chat template: {e}") from None
+    except Refused:  # several templates, or one that wants other messages
         return None
     if not said:
         return None

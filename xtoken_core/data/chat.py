@@ -21,7 +21,7 @@ from xtoken_core.data.rows import NO_TEXT, Chunks, Side, Tokenized
 from xtoken_core.data.spelling import Speller, Spelling
 from xtoken_core.data.templates import Rendering, Template, Unmapped
 from xtoken_core.data.words import Words, words_of
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, blamed
 from xtoken_core.tokenization import role_pairs
 
 _PROBE = Conversation([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
@@ -74,7 +74,8 @@ class ChatTokenizer:
         renderings, spellings = [], []
         for side, template, speller in zip(self.sides, self._templates, self._spellers):
             try:
-                renderings.append(rendering := template.rendering(chat, words, roles))
+                with blamed(side.name):
+                    renderings.append(rendering := template.rendering(chat, words, roles))
                 spellings.append(speller.spell(rendering, words, said))
             except Unmapped as e:
                 raise Unmapped(f"{side.name}: {e}") from None

@@ -10,16 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from os.path import commonprefix
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from xtoken_core.bounded import Bounded, Overrun, Refused
 from xtoken_core.data.records import Conversation, Message, plain_text
 from xtoken_core.data.words import CLOSE, MARK, OPEN, Words, marked
+from xtoken_core.errors import InputError
 
 _render: Any = chat_template_utils.render_jinja_template  # transformers has its types wrong
+
+MOST_OVERRUNS = 3
+"""Conversations that may cost a template more time or memory than it has. They are left out; one more ends the run."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -48,12 +54,14 @@ class Rendering:
 
 
 class Template:
-    """The chat template of one tokenizer."""
+    """The chat template of one tokenizer. It is a program of somebody else's, and runs within bounds (`bounded`)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, specials: re.Pattern[str]):
         """specials: finds names of special tokens."""
         self.tokenizer: Any = tokenizer
         self.specials = specials
+        self._run = Bounded(partial(_run, tokenizer))
+        self._overruns = 0
         self._takes_parts = self._understands_parts()
 
     def rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
@@ -70,18 +78,24 @@ class Template:
         raise refused or Unmapped("it has no form")
 
     def render(self, conversation: Conversation, count: int | None = None, generation: bool = False) -> str:
-        """The first `count` messages (None: all), with the prompt for an answer or not. Raises Unmapped where the template refuses."""
+        """The first `count` messages (None: all), with the prompt for an answer or not.
+
+        Raises Unmapped where the template refuses, and InputError where it goes beyond its bounds too often.
+        """
         messages = conversation.messages[:count]
+        how: How = "as it is" if any(message.get("content", "") is None for message in messages) else "as transformers does"
+        return str(self._told(how, messages, conversation.tools, generation))
+
+    def _told(self, how: How, messages: list[Message], tools: Any, generation: bool = False) -> Any:
         try:
-            if any(message.get("content", "") is None for message in messages):
-                return self._with_nulls(messages, conversation.tools, generation)
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=generation
-                )
-            )
-        except Exception as e:  # templates raise jinja2's errors, and whatever Python does with odd values
-            raise Unmapped(f"its chat template refuses it: {' '.join(str(e).split())[:120]}") from None
+            return self._run(how, messages, tools, generation)
+        except Overrun as e:
+            self._overruns += 1
+            if self._overruns > MOST_OVERRUNS:
+                raise InputError(f"its chat template: {e}, on {self._overruns} chats") from None
+            raise Unmapped(f"its chat template: {e}") from None
+        except Refused as e:
+            raise Unmapped(f"its chat template refuses it: {e}") from None
 
     def _forms(self, conversation: Conversation) -> Iterator[Conversation]:
         """The ways to say it in which a template may know it, the first that it takes counts.
@@ -96,13 +110,6 @@ class Template:
         if any(message.get("content", "") is None for message in messages):
             yield replace(conversation, messages=messages)
             yield replace(conversation, messages=[m | {"content": m.get("content") or ""} for m in messages])
-
-    def _with_nulls(self, messages: list[Message], tools: Any, generation: bool) -> str:
-        """What `apply_chat_template` renders, with the messages' nulls left in."""
-        options = {**self.tokenizer.special_tokens_map, "add_generation_prompt": generation}
-        template = self.tokenizer.get_chat_template(tools=tools)
-        rendered, _ = _render([messages], tools=tools, chat_template=template, **options)
-        return str(rendered[0])
 
     def _rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
         text = self.render(conversation)
@@ -126,8 +133,8 @@ class Template:
     def _understands_parts(self) -> bool:
         probe = [{"role": "user", "content": [{"type": "text", "text": OPEN}]}]
         try:
-            text = str(self.tokenizer.apply_chat_template(probe, tokenize=False))
-        except Exception:  # see `render`
+            text = self.render(Conversation(probe))
+        except Unmapped:
             return False
         return OPEN in text and "'text'" not in text and '"text"' not in text
 
@@ -204,17 +211,25 @@ class Template:
         template = self.tokenizer.get_chat_template(tools=conversation.tools)
         if not _GENERATION.search(template):
             return turns
-        rendered, spans = _render(
-            [conversation.messages],
-            tools=conversation.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        if rendered[0] != text:
+        rendered, spans = self._told("with spans", conversation.messages, conversation.tools)
+        if rendered != text:
             return turns
         found = []
         for turn in turns:
-            start, end = next(((a, b) for a, b in spans[0] if a < turn.end and turn.start < b), (turn.start, turn.end))
+            start, end = next(((a, b) for a, b in spans if a < turn.end and turn.start < b), (turn.start, turn.end))
             found.append(Turn(turn.message, start, max(turn.end, end)))
         return found
+
+
+How = Literal["as transformers does", "as it is", "with spans"]
+"""Ways to render: by `apply_chat_template`; with the messages' nulls left in; with the spans of `{% generation %}` besides the text."""
+
+
+def _run(tokenizer: Any, how: How, messages: list[Message], tools: Any, generation: bool) -> Any:
+    """Runs the template."""
+    if how == "as transformers does":
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation))
+    options = {**tokenizer.special_tokens_map, "add_generation_prompt": generation}
+    options |= {"return_assistant_tokens_mask": True} if how == "with spans" else {}
+    rendered, spans = _render([messages], tools=tools, chat_template=tokenizer.get_chat_template(tools=tools), **options)
+    return (str(rendered[0]), spans[0]) if how == "with spans" else str(rendered[0])

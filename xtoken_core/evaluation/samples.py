@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from xtoken_core.bounded import Refused
 from xtoken_core.data.documents import Document
 from xtoken_core.data.records import plain_text
+from xtoken_core.errors import InputError
 from xtoken_core.results.evaluation import Sample
 from xtoken_core.tokenization import row_bos
+from xtoken_core.tokenizer_parts import rendered
 
 SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
 
@@ -20,13 +23,13 @@ SAMPLES, PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 48
 def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Sequence[Document]) -> list[Sample]:
     """Greedy continuations of the first held-out texts of each corpus in turn.
 
-    The prompt is a text's beginning, or a chat up to the assistant's first answer.
+    The prompt is a text's beginning, or a chat up to the assistant's first answer; without those that the template refuses.
     """
     asked, begun = [], []
     for document in _one_of_each(documents)[:SAMPLES]:
-        prompt, reference = _prompt(tok, document)
-        asked.append((prompt, reference))
-        begun.append(_ids(tok, prompt, opened=isinstance(document.content, str)))
+        with suppress(Refused):
+            asked.append(_prompt(tok, document))
+            begun.append(_ids(tok, asked[-1][0], opened=isinstance(document.content, str)))
     # what models that carry a state along make of padding in front is another text
     together = [[row] for row in begun] if getattr(model, "_is_stateful", False) else [begun]
     texts = [text for rows in together if rows for text in _continued(model, tok, rows, SAMPLE_TOKENS)]
@@ -35,10 +38,15 @@ def samples(model: PreTrainedModel, tok: PreTrainedTokenizerFast, documents: Seq
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tok: PreTrainedTokenizerFast, said: str, tokens: int) -> str:
-    """The greedy answer to one message, of at most so many tokens; of a model without a chat template, the text goes on."""
+    """The greedy answer to one message, of at most so many tokens; of a model without a chat template, the text goes on.
+
+    Raises InputError where the template refuses the message.
+    """
     if tok.chat_template is not None:
-        turns = [{"role": "user", "content": said}]
-        said = str(tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            said = rendered(tok, [{"role": "user", "content": said}], generation=True)
+        except Refused as e:
+            raise InputError(f"{tok.name_or_path}: its chat template refuses a message of a user: {e}") from None
     return _continued(model, tok, [_ids(tok, said, opened=tok.chat_template is None)], tokens)[0]
 
 
@@ -78,9 +86,6 @@ def _prompt(tok: PreTrainedTokenizerFast, document: Document) -> tuple[str, str]
         return text[:cut], text[cut : cut + PROMPT_CHARACTERS]
     chat = document.content
     asked = next((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), len(chat.messages))
-    template: Any = tok  # whose `tools` transformers types too narrowly
-    prompt = str(
-        template.apply_chat_template(chat.messages[:asked], tools=chat.tools, tokenize=False, add_generation_prompt=True)
-    )
+    prompt = rendered(tok, chat.messages[:asked], chat.tools, generation=True)
     answer = plain_text(chat.messages[asked].get("content")) if asked < len(chat.messages) else ""
     return prompt, answer[:PROMPT_CHARACTERS]

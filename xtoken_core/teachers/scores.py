@@ -107,8 +107,8 @@ def write_part(path: Path, tensors: dict[str, Tensor], settings: ScoreSettings, 
     """Writes a part, whose first row has the number `first`, so that it appears whole or not at all, and seals it."""
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, {"format": FORMAT, "settings": json.dumps(asdict(settings), sort_keys=True), "first": str(first)})
+    note(partial, path.name)  # before it is there: one that is there is sealed, whenever the process ends
     os.replace(partial, path)
-    note(path)
 
 
 def is_part(path: Path, settings: ScoreSettings) -> bool:

@@ -74,7 +74,7 @@ def _run(name: str, compiled: Callable[[], str], runs: Path) -> None:
     log = root / f"{datetime.now():%Y-%m-%d-%H-%M-%S}.log"
     with (
         tempfile.TemporaryDirectory() as scratch,
-        log.open("w", encoding="utf-8") as raw,
+        log.open("a", encoding="utf-8") as raw,
         _environment(
             {**SETTINGS, ERROR_FILE: f"{scratch}/error", RUNNER: str(os.getpid()), CHECKPOINTS: str(runs / "checkpoints")}
         ),

@@ -85,7 +85,7 @@ class Progress(io.TextIOBase):
             self._tell(f"{self._place()} {found[1]}")
         elif found := re.match(r"Task '(\S+)' finished with status (\w+)", message):
             verb = "done" if found[2] == "SUCCESS" else "failed"
-            self._tell(f"{self._place()} {found[1]}: {verb} after {time.time() - self.begun:.1f} s")
+            self._tell(f"{self._place()} {found[1]}: {verb} after {time.monotonic() - self.begun:.1f} s")
             self.inside = False
         elif re.fullmatch(r"    [\w -]+: (started|done in [\d.]+ s)", line):  # around them, KFP speaks (see `workflow.step`)
             self.inside = line.endswith("started")
@@ -95,7 +95,7 @@ class Progress(io.TextIOBase):
             self._tell(f"      {told}")
 
     def _begin(self, task: str) -> None:
-        self.begun, self.inside = time.time(), False
+        self.begun, self.inside = time.monotonic(), False
         self.status = self.status.tell(self.folder, task=task, count=self.status.count + 1, line="")
 
     def _place(self) -> str:

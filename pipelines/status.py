@@ -21,7 +21,7 @@ class Status(Record):
     name: str
     pid: int
     begun: float
-    """Unix seconds; of the process, so that another one of the same id is not taken for it."""
+    """Seconds since the machine's boot; of the process, so that another one of the same id is not taken for it."""
     log: str
     tasks: int
     count: int = 0
@@ -36,8 +36,7 @@ class Status(Record):
     @classmethod
     def of_this_process(cls, name: str, log: Path, tasks: int) -> Status:
         """The status of a run that begins."""
-        process = psutil.Process()
-        return cls(name=name, pid=process.pid, begun=process.create_time(), log=str(log), tasks=tasks)
+        return cls(name=name, pid=os.getpid(), begun=_begun(os.getpid()), log=str(log), tasks=tasks)
 
     def tell(self, folder: Path, **changes: object) -> Status:
         """The status with changes, after it has been written to `folder` whole."""
@@ -51,9 +50,14 @@ class Status(Record):
     def alive(self) -> bool:
         """Whether the process of the run is still there."""
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.begun) < 1
+            return abs(_begun(self.pid) - self.begun) < 1
         except psutil.NoSuchProcess:
             return False
+
+
+def _begun(pid: int) -> float:
+    """Of a process, in seconds since the boot: both of psutil's times move when the clock is set, and their difference does not."""
+    return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
 def statuses(runs: Path) -> list[Status]:
@@ -66,7 +70,7 @@ def statuses(runs: Path) -> list[Status]:
 def told(status: Status) -> str:
     """One run in a line or two."""
     place = f"step {status.count}/{status.tasks} {status.task}" if status.task else "starting"
-    ago = time.time() - status.changed
+    ago = max(0.0, time.time() - status.changed)  # the clock may have been set back
     head = f"{status.name}: {status.state}, {place}" if status.state != "succeeded" else f"{status.name}: succeeded"
     lines = [f"{head}, {ago:.0f} s ago" if ago < 120 else f"{head}, {ago / 60:.0f} min ago"]
     if status.state == "running" and status.line:

@@ -56,7 +56,7 @@ def prepare_rows(
     """
     from tqdm import tqdm
 
-    folder, started = Path(folder), time.time()
+    folder, started, began = Path(folder), time.time(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec) if sides is None else sides
     uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
@@ -67,7 +67,7 @@ def prepare_rows(
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec, domains, stats)
         _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
-    result = stats.summary(started=round(started, 1), seconds=round(time.time() - started, 3))
+    result = stats.summary(started=round(started, 1), seconds=round(time.monotonic() - began, 3))
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
         check_statistics(result, f"data.{split}", stats.examples)
     RowsRecord(pads={side.column: side.pad for side in sides}, stats=result).write(folder / "rows.json")

@@ -24,13 +24,13 @@ def step(name: str, *outputs: Any) -> Iterator[Callable[[], dict[str, float]]]:
     `outputs`: the step's artifacts, whose metadata are given `started` (unix seconds) and `seconds`. Yields a function that
     tells the two so far, for a step that has no artifacts.
     """
-    start = time.time()
+    start, began = time.time(), time.monotonic()  # the clock may be set meanwhile
     show_log()
     if runner := os.environ.get(RUNNER):
         end_with(int(runner))
 
     def times() -> dict[str, float]:
-        return {"started": round(start, 1), "seconds": round(time.time() - start, 1)}
+        return {"started": round(start, 1), "seconds": round(time.monotonic() - began, 1)}
 
     print(f"{name}: started", flush=True)
     try:

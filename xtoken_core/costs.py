@@ -44,7 +44,8 @@ _STATE_BYTES = 16
 _CHECKPOINT_BYTES = 12
 """Of a trained weight in a checkpoint: it and the two moments."""
 _EVALUATED_TOKENS, _LOGITS_COPIES = 1024, 4
-"""Tokens that get full logits at a time, and how often these lie in memory: logits, log-probabilities, what the losses make."""
+"""Tokens that get full logits at a time, if a row is not longer, and how often these lie in memory: logits, log-probabilities, what
+the losses make."""
 _STUDENT_ROW_BYTES, _TEACHER_ROW_BYTES = 7, 15
 """Of a token in prepared rows: id, mask, length; on a teacher's side also chunk ids of both sides."""
 
@@ -168,17 +169,19 @@ def gradient_seconds(size: float, gpus: int) -> float:
     return 2 * (host - 1) / host * size / NVLINK + (2 * size / PER_HOST / NETWORK if gpus > PER_HOST else 0)
 
 
-def host_bytes(models: Sequence[ModelSize], gpu: bool) -> int:
+def evaluation_bytes(models: Sequence[ModelSize], width: int, row: int) -> int:
+    """Memory of the device that compares models: their weights, and their logits for rows of `row` tokens. width: bytes of a weight."""
+    logits = max(_EVALUATED_TOKENS, row) * sum(size.rows for size in models) * 4 * _LOGITS_COPIES
+    return sum(size.parameters for size in models) * width + logits
+
+
+def host_bytes(models: Sequence[ModelSize], gpu: bool, row: int) -> int:
     """Host memory of a step that loads models for evaluation, one after another, each through a mapped file of its own size.
 
     On a GPU (bfloat16) a model leaves the host before the next is read; a CPU (float32) keeps all of them, and their logits.
     """
-    width = 2 if gpu else 4
-    weights = [size.parameters * width for size in models]
-    if gpu:
-        return STEP_BYTES + 2 * max(weights)
-    logits = _EVALUATED_TOKENS * sum(size.rows for size in models) * 4 * _LOGITS_COPIES
-    return STEP_BYTES + sum(weights) + max(weights) + logits
+    loading = max(size.parameters for size in models) * (2 if gpu else 4)
+    return STEP_BYTES + loading + (loading if gpu else evaluation_bytes(models, 4, row))
 
 
 def score_bytes(top_k: int, precision: str) -> int:

@@ -57,9 +57,19 @@ def test_rows_tokens_epochs_and_hours(spec):
 def test_memory_of_evaluations_follows_the_models():
     """A student of 1.2, teachers of 4 and 70 billion weights; on a CPU in float32, all of them at a time."""
     student, small, large = (ModelSize(int(n * 1e9), 0, 1, 1, 128_256) for n in (1.2, 4, 70))
-    assert 16e9 < host_bytes([student, small], gpu=True) < 20e9 and 280e9 < host_bytes([large], gpu=True) < 290e9
-    assert host_bytes([student, small], gpu=True) == host_bytes([small], gpu=True)
-    assert host_bytes([student, small], gpu=False) > 4 * (1.2e9 + 4e9) + 4 * 4e9
+    assert (
+        16e9 < host_bytes([student, small], gpu=True, row=2048) < 20e9 and 280e9 < host_bytes([large], gpu=True, row=2048) < 290e9
+    )
+    assert host_bytes([student, small], gpu=True, row=2048) == host_bytes([small], gpu=True, row=2048)
+    assert host_bytes([student, small], gpu=False, row=512) > 4 * (1.2e9 + 4e9) + 4 * 4e9
+    logits = host_bytes([student, small], gpu=False, row=4096) - host_bytes([student, small], gpu=False, row=1024)
+    assert logits == 3072 * 2 * 128_256 * 16  # rows beyond 1,024 tokens get their logits whole
+
+
+def test_a_gpu_holds_student_and_teacher_for_their_agreement(spec):
+    parsed = DistillationSpec.from_yaml(spec)
+    student, teacher = (size.parameters for size in model_sizes(parsed).values())
+    assert plan(parsed).memory["evaluate"] > 2 * (student + teacher)
 
 
 @pytest.mark.parametrize(("set_to", "told"), [((), "3Gi"), (("resources.evaluation_memory=20Gi",), "20Gi")])

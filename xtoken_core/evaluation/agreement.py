@@ -75,6 +75,7 @@ def agreement(
             chunks=int(totals.kd_counts[0]),
             mode=mode or "same_vocabulary",
         )
+        del model  # the next teacher is loaded into their memory
     return results
 
 

@@ -13,6 +13,7 @@ from xtoken_core.costs import (
     STEP_BYTES,
     ModelSize,
     StepShape,
+    evaluation_bytes,
     host_bytes,
     row_bytes,
     score_bytes,
@@ -141,23 +142,27 @@ def _memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str,
     shape = step_shape(spec, sizes)
     own = student.student_bytes(shape, width, _gpus(spec) if training.sharding == "fsdp" else 1)
     heard = [size.teacher_bytes(shape, width, fp8) for size, fp8 in zip(_running(spec, sizes).values(), shape.fp8, strict=True)]
-    window = spec.evaluation.window or row
     return {
         "overlap": STEP_BYTES,
         "projections": STEP_BYTES,
         "prepare": STEP_BYTES,
         "distill": round(own + max(heard, default=0)),
         "distill-teachers-resident": round(own + sum(heard)),
-        "evaluate": max(size.parameters * width + window * size.rows * 4 for size in sizes.values()),
+        "evaluate": max(evaluation_bytes(compared, width, row) for compared in _compared(sizes)),
     }
 
 
 def _host_memory(spec: DistillationSpec, sizes: Mapping[str, ModelSize]) -> dict[str, int]:
     """Bytes of the host's memory by kind of evaluation. The student's holds one teacher at a time beside it, for the agreement."""
-    gpu = spec.resources.gpus_per_node > 0
-    teachers = [size for field, size in sizes.items() if field != "student.model"]
-    largest = max(teachers, key=lambda size: size.parameters)
-    return {"teacher": host_bytes([largest], gpu), "student": host_bytes([sizes["student.model"], largest], gpu)}
+    gpu, row = spec.resources.gpus_per_node > 0, spec.data.max_length
+    teacher, student = (host_bytes(models, gpu, row) for models in _compared(sizes))
+    return {"teacher": teacher, "student": student}
+
+
+def _compared(sizes: Mapping[str, ModelSize]) -> tuple[list[ModelSize], list[ModelSize]]:
+    """What an evaluation of teachers holds at a time, at most, and one of the student."""
+    largest = max((size for field, size in sizes.items() if field != "student.model"), key=lambda size: size.parameters)
+    return [largest], [sizes["student.model"], largest]
 
 
 def _trained(spec: DistillationSpec, size: ModelSize) -> int:

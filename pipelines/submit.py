@@ -63,7 +63,8 @@ class Cluster:
         except TimeoutError as e:  # the client's word for an answer to its question after health that it can't read
             raise InputError(f"{where}: does not answer as Kubeflow Pipelines: {e}") from None
         except urllib3.exceptions.HTTPError as e:
-            raise InputError(f"{where}: cannot be reached: {' '.join(str(e).split())[:300]}") from None
+            hint = "" if self.endpoint else " (--endpoint names another)"
+            raise InputError(f"{where}: cannot be reached{hint}: {' '.join(str(e).split())[:300]}") from None
 
 
 def submit(

@@ -41,7 +41,7 @@ def init(spec: Path, pilot: bool, **answers: str) -> None:
 
     Beside it goes the schema by which editors complete and check its fields.
     """
-    given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI)"),)
+    given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI; more than one by --teacher)"),)
     text = spec_text(answers | {"teachers": tuple(given)}) + (PILOT if pilot else "")
     DistillationSpec.from_text(text, source=str(spec))
     if spec.exists():
@@ -58,7 +58,7 @@ def spec_text(given: dict[str, str | tuple[str, ...]]) -> str:
     held_out = f"  validation: [{quoted['validation']}]   # chooses the best checkpoint, and says whether it helped\n"
     evaluation = "evaluation:\n  ce_baseline: true          # a twin without teachers: what the text alone would have taught\n"
     return f"""# yaml-language-server: $schema={SCHEMA}
-# Every field: xtoken explain; one: xtoken explain training.learning_rate
+# Every field: xtoken explain; one: xtoken explain training.learning_rate. Paths are relative to the folder in which xtoken is called.
 name: {quoted["name"]}
 student:
   model: {quoted["student"]}

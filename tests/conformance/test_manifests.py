@@ -165,6 +165,17 @@ def rights() -> set[tuple[str, str]]:
     return {(verb, resource) for rule in role["rules"] for verb in rule["verbs"] for resource in rule["resources"]}
 
 
+def test_shipped_specs_keep_what_they_fetch_on_the_claim_of_the_overlays():
+    claim = yaml.safe_load((MANIFESTS / "base" / "models-claim.yaml").read_text())["metadata"]["name"]
+    specs = {path.stem: DistillationSpec.from_yaml(path) for path in SPECS.glob("*.yaml")}
+    on_a_hub = {name: spec.resources for name, spec in specs.items() if not spec.student.model.startswith("models/")}
+    assert len(on_a_hub) > 4
+    for name, resources in on_a_hub.items():
+        mounted = {mount.mount_path for mount in resources.pvc if mount.name == claim}
+        caches = {resources.env.get(cache, "") for cache in ("HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        assert all(any(cache.startswith(f"{path}/") for path in mounted) for cache in caches), name
+
+
 def test_secret_templates_hold_no_secret():
     for path in (MANIFESTS / "secrets").glob("*.yaml"):
         secret = yaml.safe_load(path.read_text())

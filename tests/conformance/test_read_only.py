@@ -76,7 +76,7 @@ def check_names(value, path: list[str]) -> None:
 @pytest.mark.skipif(not read_only.available(), reason="needs the right to make a mount namespace")
 def test_a_whole_run_writes_nowhere_else(tmp_path):
     """What a pipeline of tiny models writes, by KFP's executor in every step: to the named places and the claim only."""
-    spec = tiny_run(tmp_path)
+    spec = tiny_run(tmp_path, teachers=1)
     text = json.dumps(spec).replace(str(tmp_path), read_only.CLAIM)
     (tmp_path / "spec.yaml").write_text(text)
     roots = [tmp_path / f"root-{number}" for number in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ CLAIM = "/claim"
 
 _SCRIPT = """
 set -e
-root=$1 folder=$2 writable=$3; shift 3
+root=$1 folder=$2 writable=$3 needed=$4; shift 4
 mount -t tmpfs tmpfs "$root"
 for place in /*; do
   case $place in /tmp | /home | /mnt) continue ;; esac
@@ -24,6 +25,9 @@ done
 mkdir "$root/claim"
 mount --bind "$folder" "$root/claim"
 for place in $writable; do mkdir -p "$root$place"; mount -t tmpfs -o mode=1777 tmpfs "$root$place"; done
+for place in $needed; do
+  if ! [ -e "$root$place" ]; then mkdir -p "$root$place"; mount --bind -o ro "$place" "$root$place"; fi
+done
 mount -o remount,bind,ro "$root"
 exec chroot "$root" env HOME=/home/xtoken "$@"
 """
@@ -36,6 +40,6 @@ def available() -> bool:
 
 def within(root: Path, folder: Path, writable: Sequence[str], *command: object) -> subprocess.CompletedProcess:
     """Runs a command where only `writable`, OF_KFP and `folder`, at CLAIM, can be written to; `root`: an empty folder to build it in."""
-    places = " ".join([*writable, *OF_KFP])
-    started = ["unshare", "--mount", "sh", "-c", _SCRIPT, "sh", root, folder, places, *command]
+    places, needed = " ".join([*writable, *OF_KFP]), f"{Path.cwd()} {sys.prefix} {sys.base_prefix}"  # which may lie in /tmp
+    started = ["unshare", "--mount", "sh", "-c", _SCRIPT, "sh", root, folder, places, needed, *command]
     return subprocess.run([str(word) for word in started], capture_output=True, text=True, timeout=300)

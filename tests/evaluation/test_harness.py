@@ -71,7 +71,7 @@ def told(model):
     """What the suite tells of the tiny model and of one that knows."""
     tasks = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
     subjects = [yaml.load(path.read_text(), yaml.BaseLoader)["dataset_name"] for path in tasks]
-    absent = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False, "tasks": ["arc_easy"]}}
+    absent = SPEC | {"student": {"model": str(model)}, "evaluation": {"bits_per_byte": False}}
     (model / "absent.yaml").write_text(yaml.safe_dump(absent))
     with Hub(paper_data(subjects)) as hub:
         arguments = [str(model / "told.json"), str(model), str(model / "absent.yaml")]
@@ -179,6 +179,11 @@ def test_data_that_the_hub_does_not_have_is_one_line(told):
     code, line = told["refused"]
     assert code == 2, line
     assert line.strip().splitlines()[-1].startswith("evaluation.tasks: arc_easy: Dataset 'allenai/ai2_arc' doesn't exist")
+
+
+def test_a_task_that_nobody_knows_is_one_line(told):
+    code, line = told["unknown"]
+    assert code == 2 and line.strip().splitlines()[-1].startswith("evaluation.tasks: nonesuch: no task")
 
 
 def test_intervals_of_shares():

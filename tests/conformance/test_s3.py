@@ -85,13 +85,13 @@ def same(a: Path, b: Path) -> bool:
 
 def test_big_files_go_in_parts_and_come_in_ranges_with_progress(tmp_path, calls, capfd, monkeypatch):
     monkeypatch.setattr(progress, "PROGRESS_DELAY", 0)
-    source = model(tmp_path / "model", 100 * MIB)
+    source = model(tmp_path / "model", 40 * MIB)
     storage.publish(source, "s3://bucket/parts")
     methods = [method for method, _ in calls]
-    assert methods.count("upload_part") == 7  # of 16 MiB
+    assert methods.count("upload_part") == 3  # of 16 MiB
     calls.clear()
     assert same(storage.local_copy("s3://bucket/parts"), source)
-    assert sum("Range" in arguments for method, arguments in calls if method == "get_object") == 4  # of 32 MiB
+    assert sum("Range" in arguments for method, arguments in calls if method == "get_object") == 2  # of 32 MiB
     told = capfd.readouterr().err
     assert "publishing s3://bucket/parts: 100%" in told and "reading s3://bucket/parts: 100%" in told
 
@@ -144,7 +144,7 @@ def test_other_readers_never_load_half_a_model(students, s3, tmp_path, monkeypat
 
     async def slow(self, method, *args, **kwargs):
         if method in ("copy_object", "delete_object"):
-            await asyncio.sleep(0.6 if method == "copy_object" else 0.02)
+            await asyncio.sleep(0.4 if method == "copy_object" else 0.02)
         return await ask(self, method, *args, **kwargs)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", slow)
@@ -161,6 +161,7 @@ def test_other_readers_never_load_half_a_model(students, s3, tmp_path, monkeypat
                 model, tokenizer = AutoModelForCausalLM.from_pretrained(copy), AutoTokenizer.from_pretrained(copy)
             except (OSError, ValueError):  # gone under its hands, or transformers finds no model there
                 missing += 1
+                time.sleep(0.02)
                 continue
             assert files_of(copy) == versions[model.config.version]
             assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
@@ -168,16 +169,16 @@ def test_other_readers_never_load_half_a_model(students, s3, tmp_path, monkeypat
 
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(read)
-        for version in (0, 1, 0, 1):
-            root = tmp_path / f"in-{version}" / "student"
-            root.mkdir(parents=True, exist_ok=True)
-            if not (root / "best").exists():
-                (root / "best").symlink_to(students[version])
+        for turn, version in enumerate((0, 1, 0)):
+            root = tmp_path / f"in-{turn}" / "student"
+            root.mkdir(parents=True)
+            (root / "best").symlink_to(students[version])
             storage.publish(root.parent, "s3://bucket/llama")
-            time.sleep(1)
+            while loaded[-1:] != [version] and not reader.done():
+                time.sleep(0.02)
         done.set()
         reader.result()
-    assert missing > 3 and set(loaded) == {0, 1}
+    assert missing > 3
 
 
 def test_config_goes_first_and_comes_last(students, s3, calls):
@@ -216,7 +217,7 @@ def interrupted(weed: Weed, calls, method: str, seconds: float | None):
 
 def test_a_server_that_dies_and_returns_is_tried_again(tmp_path, weed, calls, monkeypatch):
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
-    source = model(tmp_path / "model", 100 * MIB)
+    source = model(tmp_path / "model", 40 * MIB)
     for transfer in ("upload_part", "get_object"):
         calls.clear()
         watcher = interrupted(weed, calls, transfer, 0.5)
@@ -233,7 +234,7 @@ def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_p
     calls.clear()
     watcher = interrupted(weed, calls, "upload_part", None)
     with pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
-        storage.publish(model(tmp_path / "new", 100 * MIB), "s3://bucket/kept")
+        storage.publish(model(tmp_path / "new", 40 * MIB), "s3://bucket/kept")
     watcher.join()
     assert "\n" not in str(caught.value)
     weed.start()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.session import get_session
@@ -60,18 +61,6 @@ class Weed:
         ]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
-        for _ in range(240):
-            if self.process.poll() is not None:
-                break
-            try:
-                self._store_and_read()
-                return self
-            except (BotoCoreError, ClientError):
-                time.sleep(0.25)
-        raise RuntimeError((self.folder / "log").read_text()[-2000:])
-
-    def _store_and_read(self) -> None:
-        """Raises until the server serves objects: it listens before it has found its volumes, and then answers with internal errors."""
         client = get_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
@@ -80,6 +69,18 @@ class Weed:
             aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
             config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
         )
+        for _ in range(600):
+            if self.process.poll() is not None:
+                break
+            try:
+                self._store_and_read(client)
+                return self
+            except (BotoCoreError, ClientError):
+                time.sleep(0.1)
+        raise RuntimeError((self.folder / "log").read_text()[-2000:])
+
+    def _store_and_read(self, client: BaseClient) -> None:
+        """Raises until the server serves objects: it listens before it has found its volumes, and then answers with internal errors."""
         with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
             client.create_bucket(Bucket="ready")
         client.put_object(Bucket="ready", Key="probe", Body=b"ready")

@@ -9,6 +9,7 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels themselves", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from tests.support.kernel_cases import CASES, compare  # noqa: E402
@@ -16,7 +17,7 @@ from xtoken_core.losses import selection  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-_patch = interpreter._patch_lang_tensor
+_patch, _patch_all = interpreter._patch_lang_tensor, interpreter._patch_lang
 
 
 def _patch_for_numpy_2_4(tensor, scope):
@@ -25,7 +26,14 @@ def _patch_for_numpy_2_4(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
 
+def _patch_once(fn):
+    """Every function that a kernel calls would replace the whole language again: a third of the time."""
+    needed = any(value is lang and tl.core.is_builtin(lang.load) for lang in (tl, tl.core) for value in fn.__globals__.values())
+    return _patch_all(fn) if needed else interpreter._LangPatchScope()
+
+
 interpreter._patch_lang_tensor = _patch_for_numpy_2_4
+interpreter._patch_lang = _patch_once
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 2999])

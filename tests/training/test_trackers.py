@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from unittest import mock
@@ -107,9 +108,10 @@ def test_mlflow_in_a_database_of_the_run(tracked):
     assert len(client.get_metric_history(run.info.run_id, "eval_validation_bits_per_byte")) == 2
 
 
-def test_the_mlflow_run_that_kubeflow_pipelines_has_made_is_used(values, tmp_path):
+def test_the_mlflow_run_that_kubeflow_pipelines_has_made_is_used(values, tracked, tmp_path):
     """As its driver makes it: one a step, under one of the pipeline, its id in the environment; `report_to` does not name MLflow."""
     folder, spec = values
+    shutil.copy(tracked / "mlflow.db", tmp_path / "server.db")  # one takes seconds to make
     client = mlflow.tracking.MlflowClient(uri := f"sqlite:///{tmp_path}/server.db")
     experiment = client.create_experiment("KFP-Default")
     made = client.create_run(experiment, tags={"mlflow.parentRunId": "of-the-pipeline"}, run_name="distill")

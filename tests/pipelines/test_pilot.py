@@ -1,17 +1,17 @@
 """A pilot as tasks: what compiles to what, and whole runs of it on this machine, killed and resumed."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import yaml
 
 from pipelines import api
+from pipelines.__main__ import main
 from pipelines.compiling import compile_spec, documents
 from pipelines.local import for_this_machine
+from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.tiny import texts, tiny_run
 from xtoken_core.errors import InputError
@@ -85,21 +85,25 @@ def unchanged(output):
     return {found[1] for found in re.finditer(r"\] ([\w-]+): unchanged", output)}
 
 
+def _command_line(arguments):
+    sys.argv = ["pipelines", *arguments]
+    main()
+
+
 @pytest.mark.slow
 def test_a_pilot_that_is_killed_goes_on_and_the_main_run_follows_it(run):
     """SIGKILL after some short runs of the first rung; the next run repeats none of them. Then without the main run, from the cache."""
     command = ["run", run / "spec.yaml", "--runs", run / "runs"]
-    arguments = [sys.executable, "-m", "pipelines", *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    started, output = fork(_command_line, list(map(str, command)))
     done = set()
-    for line in started.stdout:
-        if len(done) == 2:  # and the next task has begun, so that both are in the cache
-            break
-        if found := re.search(r"\] (trial-1-\w+): done", line):
-            done.add(found[1])
-    started.kill()
-    started.communicate()
+    with output:
+        for line in output:
+            if len(done) == 2:  # and the next task has begun, so that both are in the cache
+                break
+            if found := re.search(r"\] (trial-1-\w+): done", line):
+                done.add(found[1])
+        started.kill()
+        started.join()
     assert len(done) == 2
 
     whole = call("pipelines", *command)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import psutil
@@ -533,13 +534,20 @@ def test_a_run_that_is_ended_leaves_nothing_and_goes_on(run, tmp_path):
 @pytest.mark.slow
 def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):
     """Killed from outside, as for want of memory: no matter of the spec. The log is named, the exit code is 1."""
-    command = [sys.executable, "-m", "pipelines", "run", run / "spec.yaml", "--runs", tmp_path / "runs"]
-    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not started.stdout.readline().endswith("] overlap\n"):
-        assert started.poll() is None
-    while not (steps_running := forked(started.pid)):
-        assert started.poll() is None
-    steps_running[0].kill()
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 1 and errors.startswith("overlap: the step failed")
-    assert errors.count("\n") == 1 and "Traceback" not in errors
+    known = set(forked(os.getpid()))
+
+    def kill_the_first_step() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for step in set(forked(os.getpid())) - known:
+                if step.cpu_times().user > 0.1:  # it is at work
+                    return step.kill()
+            time.sleep(0.01)
+        raise TimeoutError("no step has started")
+
+    with ThreadPoolExecutor(1) as thread:
+        killed = thread.submit(kill_the_first_step)
+        done = pipelines("run", run / "spec.yaml", "--runs", tmp_path / "runs")
+        killed.result()
+    assert done.returncode == 1 and done.stderr.startswith("resolve: the step failed")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

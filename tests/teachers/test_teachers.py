@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
+from pipelines.warm import fork
 from tests.support.processes import ended, forked, is_forked, left_in_shared_memory
 from tests.support.tiny import tiny_model
 from xtoken_core.errors import InputError
@@ -24,7 +25,7 @@ from xtoken_core.losses import HiddenLogits, TeacherBatch, TopKLogits, distillat
 from xtoken_core.models import load_model
 from xtoken_core.spec import LossSpec
 from xtoken_core.teachers.pool import TeacherPool
-from xtoken_core.teachers.setup import TeacherError, TeacherSetup
+from xtoken_core.teachers.setup import Shards, TeacherError, TeacherSetup
 from xtoken_core.teachers.worker import shared_forwards
 
 IDS = 380
@@ -41,7 +42,7 @@ def nothing_left_behind(pool):
     before, teachers = set(os.listdir("/dev/shm")), set(forked(os.getpid()))
     yield
     assert not [name for name in left_in_shared_memory(before) if name.startswith("torch_")]
-    assert set(forked(os.getpid())) <= teachers
+    assert {process for process in forked(os.getpid()) if is_forked(process)} <= teachers
 
 
 def setup(folder, name="teachers.0 (one)", **changes):
@@ -101,6 +102,14 @@ def scored(batches):
     return result
 
 
+def hold(teacher):
+    """What a student does that is to be killed."""
+    with TeacherPool([teacher]) as pool:
+        pool.run([micro_batches((1, 4))])
+        print("heard", flush=True)
+        time.sleep(60)
+
+
 def run(pool, batches):
     return pool.run([batches, batches, scored(batches)])
 
@@ -149,19 +158,19 @@ def test_packed_micro_batches_that_share_a_forward_keep_their_documents_apart(fo
 
 def test_a_teacher_that_waits_for_another_ranks_ends_with_its_student(folder, tmp_path):
     """It stands in a rendezvous (or a collective) that never ends and cannot read its pipe."""
-    address = f"file://{tmp_path}/group"
-    code = (
-        "from tests.teachers.test_teachers import setup, TeacherPool; from xtoken_core.teachers.setup import Shards\n"
-        f"with TeacherPool([setup({str(folder)!r}, shards=Shards({address!r}, 1, 2))]): pass"
-    )
-    student = subprocess.Popen([sys.executable, "-c", code])
+    known = set(forked(os.getpid()))
+    student, _ = fork(hold, setup(folder, shards=Shards(f"file://{tmp_path}/group", 1, 2)))
     deadline = time.monotonic() + 60
-    while not forked(student.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    [teacher] = forked(student.pid)
-    time.sleep(2)
+    while (
+        len(started := [process for process in forked(os.getpid()) if process not in known]) < 2 and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    [_, teacher] = started
+    while teacher.cpu_times().user < 0.05 and time.monotonic() < deadline:  # it has read what it is to do
+        time.sleep(0.05)
+    time.sleep(0.5)
     student.kill()
-    student.wait()
+    student.join()
     assert ended([teacher])
 
 
@@ -272,29 +281,39 @@ if __name__ == "__main__":
 """
 
 
+def assert_gone(teacher):
+    deadline = time.monotonic() + 10
+    while is_forked(teacher):
+        assert time.monotonic() < deadline, "a teacher outlived its student"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_teachers_are_gone_after_an_interrupt_or_the_students_death(folder, tmp_path, how):
+def test_teachers_are_gone_after_an_interrupt(folder, tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
-    root = Path(__file__).parents[2]
     student = subprocess.Popen(
         [sys.executable, str(script), str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     [pid] = student.stdout.readline().split()
     [teacher] = forked(student.pid)
     assert teacher.pid == int(pid)
-    if how == signal.SIGINT:
-        os.killpg(student.pid, how)  # as a terminal does: teachers get it too
-    else:
-        student.send_signal(how)
+    os.killpg(student.pid, signal.SIGINT)  # as a terminal does: teachers get it too
     student.wait(60)
-    deadline = time.monotonic() + 10
-    while is_forked(teacher):
-        assert time.monotonic() < deadline, "a teacher outlived its student"
-        time.sleep(0.1)
+    assert_gone(teacher)
+
+
+def test_teachers_are_gone_after_the_students_death(folder):
+    known = set(forked(os.getpid()))
+    student, output = fork(hold, setup(folder))
+    with output:
+        assert output.readline() == "heard\n"
+        [teacher] = [process for process in forked(os.getpid()) if process not in known and process.pid != student.pid]
+        student.kill()
+        student.join()
+        assert_gone(teacher)

@@ -61,7 +61,9 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_runner_that_is_killed_takes_its_steps_along(how, fault):
-    runner = subprocess.Popen(["sleep", "60"])
+    runner = subprocess.Popen(
+        ["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )  # nohup ignores it
     step = subprocess.Popen([sys.executable, "-c", CHILD, str(runner.pid)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert step.stdout.readline() == "ready\n"
     runner.send_signal(how)

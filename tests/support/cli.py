@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
 from components.cli import command, run_command
 from pipelines.__main__ import cli
+from tests.support.state import log_kept
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,6 @@ class Done:
     stderr: str
 
 
-@contextlib.contextmanager
-def _log_kept() -> Iterator[None]:
-    """The library's logger is afterwards as it was: what a command attaches to it writes to a stderr that ends with the call."""
-    logger = logging.getLogger("xtoken_core")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    try:
-        yield
-    finally:
-        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
-
-
 def call(program: str, *arguments: object, **environment: str) -> Done:
     """Runs `pipelines` or `components.NAME` as `python -m` does."""
     if program == "pipelines":
@@ -45,7 +33,7 @@ def call(program: str, *arguments: object, **environment: str) -> Done:
         group, name = command(getattr(module, program.rpartition(".")[2])), f"python -m {program}"
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        _log_kept(),
+        log_kept(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.dict(os.environ, environment),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from pipelines.commands.options import write_text
 from xtoken_core.errors import InputError
@@ -33,16 +34,19 @@ PILOT = """pilot:
 @click.option("--student", prompt="Student (hub id, folder or URI)", help="Hub id, folder or URI of the model that learns.")
 @click.option("--teacher", "teachers", multiple=True, metavar="[ID=]MODEL", help="A model to learn from; may be repeated.")
 @click.option("--train", prompt="Training data (file, folder, glob or URI)", help="File, folder, glob or URI of the documents.")
-@click.option("--validation", prompt="Validation data (the same; empty: none)", default="", help="The same, held out.")
+@click.option("--validation", help="The same, held out.")
 @click.option("--pilot", is_flag=True, help="Begin with short runs of two candidates, and a verdict on the whole.")
 @click.option("--name", default="my-student", show_default=True, help="Of the run; its output goes to runs/NAME/output.")
-def init(spec: Path, pilot: bool, **answers: str) -> None:
+@click.pass_context
+def init(context: click.Context, spec: Path, pilot: bool, validation: str | None, **answers: str) -> None:
     """Write a first spec, by flags or by asking.
 
     Beside it goes the schema by which editors complete and check its fields.
     """
     given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI; more than one by --teacher)"),)
-    text = spec_text(answers | {"teachers": tuple(given)}) + (PILOT if pilot else "")
+    if validation is None and context.get_parameter_source("train") is ParameterSource.PROMPT:
+        validation = click.prompt("Validation data (file, folder, glob or URI; empty: none)", default="", show_default=False)
+    text = spec_text({**answers, "teachers": tuple(given), "validation": validation or ""}) + (PILOT if pilot else "")
     DistillationSpec.from_text(text, source=str(spec))
     if spec.exists():
         raise InputError(f"{spec}: is there already")

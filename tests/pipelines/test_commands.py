@@ -252,6 +252,19 @@ def test_teachers_have_ids_by_their_models_names(tmp_path):
     assert ids == ["qwen3-4b", "qwen3-4b-1", "big", "teacher"]
 
 
+def test_a_first_spec_is_asked_for_or_told_by_flags(tmp_path, monkeypatch):
+    """Whoever gives the data as a flag is asked nothing more: a script has nobody to answer."""
+    flags = ("--student", "s", "--teacher", "t", "--train", "text")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert call("pipelines", "init", tmp_path / "told.yaml", *flags).returncode == 0
+    assert DistillationSpec.from_yaml(tmp_path / "told.yaml").data.validation == ()
+    monkeypatch.setattr("sys.stdin", io.StringIO("s\ntext\nt\nheld-out\n"))
+    asked = call("pipelines", "init", tmp_path / "asked.yaml")
+    assert asked.returncode == 0, asked.stderr
+    parsed = DistillationSpec.from_yaml(tmp_path / "asked.yaml")
+    assert (parsed.student.model, parsed.data.validation) == ("s", ("held-out",)) and parsed.evaluation.ce_baseline
+
+
 def test_a_part_of_a_name_is_enough_to_find_a_field():
     assert "loss.kd_weight" in call("pipelines", "explain", "kd").stderr
 

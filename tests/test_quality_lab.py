@@ -14,6 +14,7 @@ from tests.benchmarks.quality.text import collect, mixed
 from tests.benchmarks.quality.train import ratio_at
 from tests.benchmarks.quality.work import run
 from tests.support.tiny import texts, tiny_model
+from xtoken_core.evaluation.harness import OFFLINE_TASKS
 from xtoken_core.losses import HiddenLogits
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection, make_projection
@@ -30,6 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, some in {"train.code": texts(6)[:2], "train.prose": texts(6)[2:4], "code": texts(6)[4:]}.items():
         (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text[:1500]}) + "\n" for text in some))
     tiny_model(folder / "other", 450, seed=2)
+    (folder / "tasks").mkdir()
+    for name in ("humaneval_choice.jsonl", "humaneval_choice.yaml"):
+        lines = (OFFLINE_TASKS / name).read_text().splitlines(keepends=True)
+        (folder / "tasks" / name).write_text("".join(lines[:3] if name.endswith(".jsonl") else lines))
     prepare_folder(
         str(folder / "student"), [str(folder / name) for name in ("teacher", "other")], folder / "text", folder / "data", 64
     )
@@ -44,9 +49,10 @@ def plan(folder: Path) -> dict:
         {"model": str(folder / name), "projection": str(folder / "data" / f"w-{i}.safetensors")} for i, name in enumerate(names)
     ]
     common = {"data": str(folder / "data"), "held_out": ["code"], "rows": 8, "batch": 4}
+    asked = {"tasks": [str(folder / "tasks")]}
     settings = [
         {"name": "cross", "student": str(folder / "student"), "teachers": [*teachers, teachers[0] | {"columns": 0}], **common},
-        {"name": "same", "student": str(folder / "teacher"), "teachers": [{"model": teachers[0]["model"]}], "as_teacher": True, "keep_layers": 1, **common},
+        {"name": "same", "student": str(folder / "teacher"), "teachers": [{"model": teachers[0]["model"]}], "as_teacher": True, "keep_layers": 1, **common, **asked},
     ]  # fmt: skip
     one = {"loss": loss, "teachers": [0]}
     arms = [
@@ -83,6 +89,9 @@ def test_every_arm_trains_once(folder: Path) -> None:
         all(f"### {setting}" in table for setting in ("cross", "same", "scarce"))
         and "<svg" in (folder / "report.svg").read_text()
     )
+    assert [set(line["tasks"]) for line in lines if line["tasks"]] == [
+        {"xtoken_humaneval_choice"}
+    ] * 2 and "xtoken_humaneval_choice" in table
     kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
     assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "few")}) == 3
     assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]

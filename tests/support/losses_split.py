@@ -96,7 +96,7 @@ def cut(batch, teachers: Sequence[TeacherBatch], model: Model, kept: torch.Tenso
         if isinstance(form, CellScores):
             fields["logits"] = form.over_positions(lambda x: x[kept])
         if teacher.projection is None:
-            fields = {name: x[:, :length] for name, x in fields.items()}
+            fields = {name: x[:, :length] if x.dim() > 1 else x for name, x in fields.items()}
         else:
             fields["student_chunk_id"] = fields["student_chunk_id"][:, :length]
             if i == 0:
@@ -107,10 +107,17 @@ def cut(batch, teachers: Sequence[TeacherBatch], model: Model, kept: torch.Tenso
 
 
 def step(
-    spec: LossSpec, micro_batches: Sequence[Sequence[int]], group=None, scale: float | None = None, from_scores: bool = False
+    spec: LossSpec,
+    micro_batches: Sequence[Sequence[int]],
+    group=None,
+    scale: float | None = None,
+    from_scores: bool = False,
+    taught: Sequence[Sequence[int]] = (),
 ):
-    """((loss, gradients...), metrics, next scale) of the global batch, from this rank's micro-batches."""
+    """((loss, gradients...), metrics, next scale) of the global batch, from this rank's micro-batches. taught: the samples of each teacher."""
     model, batch, teachers = global_batch(spec)
+    if taught:
+        teachers = [replace(t, taught=torch.tensor(own) > 0) for t, own in zip(teachers, taught, strict=True)]
     if from_scores:
         teachers = scored_teachers(teachers, spec)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Batch:
     sample_mask: Tensor
     """float32 [B], 1: the sample counts."""
     taught: tuple[Tensor | None, ...] = ()
-    """In the spec's order, bool [B]: the samples of the domains that a teacher teaches; None, or none at all: all."""
+    """In the spec's order, bool [B]: the samples of the domains that a teacher teaches; None, where it teaches all. Empty: so do all."""
     scored: tuple[Any, ...] = ()
     """In the spec's order what stands for a teacher's logits, of those that are not run; None for the others."""
 
@@ -178,10 +179,10 @@ class Collator:
         teachers = [student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns]
         known = "row" in rows[0]  # validation rows are not scored
         scored = tuple(read and read(rows) for read in self.scored) if known else ()
-        taught = tuple(None if d is None else torch.tensor([str(row["domain"]) in d for row in rows]) for d in self.domains)
+        taught = tuple(map(partial(_taught, rows), self.domains))
         items = groups or [[row] for row in rows]
         read = (
-            side if own is None or own.all() else self._of_domain(side, items, column or "student", own)
+            side if own is None else self._of_domain(side, items, column or "student", own)
             for side, column, own in zip(teachers, self.columns, taught, strict=True)
         )
         return Batch(student, tuple(read), torch.ones(len(rows)), taught, scored)
@@ -241,6 +242,12 @@ class Collator:
         counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
         valid = _padded([_valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
         return Chunks(*map(_tensor, (students, teachers, valid, exact)))
+
+
+def _taught(rows: list[Row], domains: Collection[str] | None) -> Tensor | None:
+    """[B] bool: which rows are of one of the domains; None: all."""
+    own = torch.tensor([domains is None or str(row["domain"]) in domains for row in rows])
+    return None if own.all() else own
 
 
 def _valid(student: np.ndarray, teacher: np.ndarray, count: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def agreement(
         if projection is None:  # the ids that both have a row for
             own_ids = other_ids = min(own_ids, other_ids)
         mode = modes[teacher.id] if teacher.cross_tokenizer else None
-        counts, sums = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        counts, sums = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
         same = places = 0
         for start in range(0, len(rows), size):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))]).to(student.model.device)

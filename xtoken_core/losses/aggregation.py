@@ -12,8 +12,8 @@ from torch import Tensor
 from xtoken_core.errors import InputError
 from xtoken_core.losses.dispatch import term_sums
 from xtoken_core.losses.logits import AveragedLogits, Logits, as_form
-from xtoken_core.losses.metrics import dynamic_scale, loss_metrics, sums_vector
-from xtoken_core.losses.resolve import check_sample_mask, check_vocabularies, resolve_teachers
+from xtoken_core.losses.metrics import dynamic_scale, loss_metrics, sums_vector, untaught_factor
+from xtoken_core.losses.resolve import check_sample_mask, check_vocabularies, resolve_teachers, untaught_samples
 from xtoken_core.losses.totals import StepTotals, batch_counts
 from xtoken_core.losses.types import Coefficients, StudentBatch, TeacherBatch, TermSums
 from xtoken_core.spec import LossSpec
@@ -34,7 +34,7 @@ class LossOutput:
 
     @functools.cached_property
     def sums(self) -> Tensor:
-        """[2 + 3n] float64, additive, without gradient: what the metrics are made of, for `loss_metrics` over a whole step."""
+        """[3 + 3n] float64, additive, without gradient: what the metrics are made of, for `loss_metrics` over a whole step."""
         return sums_vector(self.terms, self.slots, len(self.totals.modes))
 
     @functools.cached_property
@@ -58,6 +58,7 @@ def distillation_loss(
 ) -> LossOutput:
     """The distillation loss of a batch: kd_weight * KD + ce_weight * CE, or with dynamic scaling sg(ratio * CE / KD) * KD + CE.
 
+    Samples that no teacher teaches have more of CE in place of KD, so that teachers of some domains do not change what the others weigh.
     Formulas and sources: `reference`. On one whole batch, without `totals`, with `topk_scope: batch`: NeMo-RL's arithmetic.
 
     Args:
@@ -87,8 +88,9 @@ def distillation_loss(
     elif spec.dynamic_scaling and totals.scale is None:
         raise ValueError("totals.scale: not set; see dynamic_scale")
     slots, active = _active(teachers, spec, totals)
+    rest = untaught_samples(sample_mask, teachers)
     if spec.dynamic_scaling and totals.scale is None:
-        terms = term_sums(student, active, spec)
+        terms = _with_untaught(term_sums(student, active, spec), student, rest, spec)
         totals = totals.with_scale(dynamic_scale(sums_vector(terms, slots, len(teachers)), totals, spec))
         coefficients = _coefficients(totals, spec, slots)
         loss = (coefficients.ce * terms.ce + (coefficients.kd * terms.kd).sum()).to(terms.ce.dtype)
@@ -96,6 +98,10 @@ def distillation_loss(
         terms = term_sums(student, active, spec, _coefficients(totals, spec, slots))
         assert terms.total is not None
         loss = terms.total
+    if rest is not None:
+        more = term_sums(replace(student, sample_mask=rest), [], spec, _untaught_coefficients(totals, spec))
+        assert more.total is not None
+        loss, terms = loss + more.total, replace(terms, untaught=more.ce)
     return LossOutput(loss, terms, slots, totals, spec)
 
 
@@ -105,7 +111,13 @@ def loss_sums(student: StudentBatch, teachers: Sequence[TeacherBatch], spec: Los
     teachers = resolve_teachers(teachers, student.input_ids, student.token_mask, spec)
     check_vocabularies(teachers, student.logits.shape[-1])
     slots, active = _active(teachers, spec, totals)
-    return sums_vector(term_sums(student, active, spec), slots, len(teachers))
+    rest = untaught_samples(student.sample_mask, teachers)
+    return sums_vector(_with_untaught(term_sums(student, active, spec), student, rest, spec), slots, len(teachers))
+
+
+def _with_untaught(terms: TermSums, student: StudentBatch, rest: Tensor | None, spec: LossSpec) -> TermSums:
+    """The terms with the CE of the samples `rest` [B] of the batch, if there are any."""
+    return terms if rest is None else replace(terms, untaught=term_sums(replace(student, sample_mask=rest), [], spec).ce.detach())
 
 
 def _active(teachers: list[TeacherBatch], spec: LossSpec, totals: StepTotals) -> tuple[slice, list[TeacherBatch]]:
@@ -124,9 +136,13 @@ def _active(teachers: list[TeacherBatch], spec: LossSpec, totals: StepTotals) ->
 
 
 def _coefficients(totals: StepTotals, spec: LossSpec, slots: slice) -> Coefficients:
-    kd = (totals.weights * totals.factors / totals.kd_counts.clamp(min=1))[slots]
+    kd = (totals.kd_weights / totals.kd_counts.clamp(min=1))[slots]
     tokens = totals.tokens.clamp(min=1)
     if spec.dynamic_scaling:
         assert totals.scale is not None
         return Coefficients(1 / tokens, totals.course * totals.scale * kd)
     return Coefficients(spec.ce_weight / tokens, totals.course * spec.kd_weight * kd)
+
+
+def _untaught_coefficients(totals: StepTotals, spec: LossSpec) -> Coefficients:
+    return Coefficients(untaught_factor(totals, spec) / totals.tokens.clamp(min=1), totals.kd_counts[:0])

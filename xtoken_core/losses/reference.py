@@ -55,8 +55,12 @@ def distillation_loss(
 
     loss = kd_weight · KD + ce_weight · CE; with dynamic_scaling sg(ratio · |CE| / |KD|) · KD + CE, the factor taken as 1 where KD = 0.
 
+    Where teachers teach some samples only (`TeacherBatch.taught`): KD_i is multiplied by s_i, the share of the counted tokens in samples that
+    teacher i teaches; the scale looks at the part of CE that is of samples with a teacher; the other part is added once more, times kd_weight
+    or the ratio. So a sample weighs the same, taught or not.
+
     KD over the teachers i:
-        sum: Σ w_i f_i KD_i, f_i = log V_i / log min_j V_j with normalize_by_vocab, else 1, and w_i the fixed weights or, with a
+        sum: Σ w_i f_i s_i KD_i, f_i = log V_i / log min_j V_j with normalize_by_vocab, else 1, and w_i the fixed weights or, with a
             weight_metric, softmax_i(alpha · f_i · score_i) of the teachers' `score`s.
         averaged_logits: the full-vocabulary KL to the teacher of logits Σ w_i z_i / Σ w_i.
         select_teacher: KD_i of the teacher whose CE is lowest.
@@ -88,6 +92,10 @@ def distillation_loss(
         return score(own, teacher.input_ids, teacher.token_mask, sample_mask, teacher.token_bytes, spec)
 
     count = range(len(teachers))
+    own = [[(b, t) for b, t in targets if teacher.taught is None or teacher.taught[b]] for teacher in teachers]
+    untaught = [place for place in targets if teachers and all(place not in part for part in own)]
+    rest = len(untaught) / max(len(targets), 1) * cross_entropy(z, input_ids, untaught)
+    teachers = [_where_taught(teacher, token_mask) for teacher in teachers]
     kd = z.new_zeros(())
     if spec.aggregation == "averaged_logits":
         total = sum(teacher.weight for teacher in teachers)
@@ -109,16 +117,28 @@ def distillation_loss(
             weights = [power / sum(powers) for power in powers]
         for i in count:
             metrics[f"weight_t{i}"] = weights[i]
-            kd = kd + weights[i] * factors[i] * term(i)
+            kd = kd + weights[i] * factors[i] * (len(own[i]) / max(len(targets), 1) if targets else 1.0) * term(i)
 
     scale = 1.0
     if spec.dynamic_scaling:
-        scale = float(spec.dynamic_scaling) * abs(ce.item() / kd.item()) if kd.item() != 0 else 1.0
+        scale = float(spec.dynamic_scaling) * abs((ce - rest).item() / kd.item()) if kd.item() != 0 else 1.0
         loss = scale * kd + ce
     else:
         loss = spec.kd_weight * kd + spec.ce_weight * ce
+    loss = loss + (float(spec.dynamic_scaling) if spec.dynamic_scaling else spec.kd_weight) * rest
     metrics |= {"loss": loss, "kl_loss": kd, "kl_loss_scale": scale}
     return ReferenceOutput(loss, {name: torch.as_tensor(value, dtype=torch.float64).item() for name, value in metrics.items()})
+
+
+def _where_taught(teacher: TeacherBatch, token_mask: Tensor) -> TeacherBatch:
+    """Masked on the samples that it does not teach."""
+    if teacher.taught is None:
+        return teacher
+    if teacher.projection is None:
+        own = token_mask if teacher.token_mask is None else teacher.token_mask
+        return replace(teacher, token_mask=own * teacher.taught[:, None])
+    assert teacher.chunk_valid is not None
+    return replace(teacher, chunk_valid=teacher.chunk_valid & teacher.taught[:, None])
 
 
 def cross_entropy(z: Tensor, input_ids: Tensor, targets: list[tuple[int, int]]) -> Tensor:

@@ -20,7 +20,8 @@ from xtoken_core.spec import LossSpec
 def resolve_teachers(
     teachers: Sequence[TeacherBatch], input_ids: Tensor, token_mask: Tensor, spec: LossSpec
 ) -> list[TeacherBatch]:
-    """The teachers with nothing left open: mode chosen, a same-vocabulary teacher's ids and mask filled in, padded columns cut off.
+    """The teachers with nothing left open: mode chosen, a same-vocabulary teacher's ids and mask filled in, padded columns cut off,
+    masked where they do not teach.
 
     Raises InputError where a teacher contradicts the spec, and for a cross-tokenizer teacher whose mode is `auto`.
     """
@@ -35,6 +36,7 @@ def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Te
         if spec.aggregation == "averaged_logits" and not logits.complete:
             raise InputError(f"{name}: aggregation: averaged_logits needs full logits, not their top k")
         own = token_mask if teacher.token_mask is None else teacher.token_mask
+        own = own if teacher.taught is None else own * teacher.taught[:, None]
         return replace(teacher, logits=logits, input_ids=input_ids, token_mask=own, mode=None)
     mode = teacher.mode or spec.mode
     if mode == "auto":
@@ -52,7 +54,19 @@ def _resolve(name: str, teacher: TeacherBatch, input_ids: Tensor, token_mask: Te
     elif not logits.complete:
         raise InputError(f"{name}: a cross-tokenizer teacher needs full logits, not their top k")
     ids = teacher.projection.teacher_vocab_size  # an lm_head may have more rows than its tokenizer has ids
-    return replace(teacher, logits=logits if ids is None else logits.cut(ids), mode=mode)
+    teacher = replace(teacher, logits=logits if ids is None else logits.cut(ids), mode=mode)
+    if teacher.taught is None:
+        return teacher
+    assert teacher.chunk_valid is not None
+    return replace(teacher, chunk_valid=teacher.chunk_valid & teacher.taught[:, None])
+
+
+def untaught_samples(sample_mask: Tensor, teachers: Sequence[TeacherBatch]) -> Tensor | None:
+    """[B] like `sample_mask`: those of its samples that none of the teachers teaches. None: there are none, or no teachers."""
+    flags = [teacher.taught for teacher in teachers if teacher.taught is not None]
+    if not flags or len(flags) < len(teachers):
+        return None
+    return sample_mask * ~torch.stack(flags).any(0)
 
 
 def _check_cells(name: str, mode: str, scores: LogitsForm, cells: Partition | None) -> None:

@@ -1,8 +1,8 @@
 """What is decided once over a whole global batch, before the student runs: counts, weights, the selected teacher, the scale.
 
-The loss of a global batch is `ce_coefficient * CE sum + Σ_i kd_coefficient_i * KD sum_i`. The sums belong to samples and add up. The
-coefficients hold every count, weight, selection and scale; they are decided once per optimizer step from additive vectors, so neither
-loss nor gradient depends on how the batch is split into micro-batches and ranks. Nothing here communicates: the caller sums the
+The loss of a global batch is `ce_coefficient * CE sum + Σ_i kd_coefficient_i * KD sum_i`, and where some samples have no teacher, a third
+term of their CE. The sums belong to samples and add up. The coefficients hold every count, weight, selection and scale; they are decided
+once per optimizer step from additive vectors, so neither loss nor gradient depends on how the batch is split into micro-batches and ranks. Nothing here communicates: the caller sums the
 vectors over its micro-batches and all-reduces them over the data-parallel group, always, since their layout is fixed by the number of teachers.
 """
 
@@ -43,8 +43,8 @@ def batch_counts(
         scores: per teacher `teacher_scores(...)` of this batch, where it was computed elsewhere (in the teacher's process, say).
 
     Returns:
-        [2 + 3n] float64, additive: counted tokens, samples, then per teacher the count its KD is divided by (valid chunks; same
-        vocabulary: counted tokens), the sum of its scores and their count.
+        [2 + 4n] float64, additive: counted tokens, samples, then per teacher the count its KD is divided by (valid chunks; same
+        vocabulary: counted tokens), the sum of its scores, their count, and the counted tokens of the samples that it teaches.
     """
     device = input_ids.device
     tokens, nothing = counted_tokens(token_mask, sample_mask).double()[None], _constant((0.0, 0.0), device)
@@ -60,7 +60,8 @@ def batch_counts(
             count = tokens
         else:
             count = counted_tokens(teacher.token_mask, sample_mask).double()[None]
-        parts += [count, nothing if score is None else score.to(device, torch.float64)]
+        own = tokens if teacher.taught is None else counted_tokens(token_mask, sample_mask * teacher.taught).double()[None]
+        parts += [count, nothing if score is None else score.to(device, torch.float64), own]
     return torch.cat(parts)
 
 
@@ -78,6 +79,8 @@ class StepTotals:
     """[n]: of each KD in the aggregate."""
     factors: Tensor
     """[n]: log V_i / log min V with `normalize_by_vocab`, else 1; multiplies KD_i beside its weight."""
+    shares: Tensor
+    """[n]: of the counted tokens, those of samples that each teacher teaches; multiplies KD_i beside its weight."""
     modes: tuple[str | None, ...]
     """The mode of each teacher; None: the student's vocabulary."""
     selected: int | None = None
@@ -94,12 +97,13 @@ class StepTotals:
         """Decides from the `batch_counts` of the whole global batch.
 
         Args:
-            sums: [2 + 3n], summed over micro-batches and ranks.
+            sums: [2 + 4n], summed over micro-batches and ranks.
             teachers: any batch's; only their weights, modes and vocabularies are read.
             spec: the loss.
             scale: `dynamic_scale` of the step before, with `dynamic_scaling`.
         """
-        per_teacher = sums[2:].view(-1, 3)
+        tokens, samples = sums[:2]
+        per_teacher = sums[2:].view(-1, 4)
         modes = tuple(None if t.projection is None else t.mode or spec.mode for t in teachers)
         growth = [math.log(_vocabulary(t)) if spec.normalize_by_vocab else 1.0 for t in teachers]
         factors = _constant(tuple(g / min(growth) for g in growth), sums.device)
@@ -121,7 +125,13 @@ class StepTotals:
             weights = _constant(tuple(float(t.weight) for t in teachers), sums.device)
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float64, device=sums.device)
-        return cls(sums[0], sums[1], per_teacher[:, 0], weights, factors, modes, selected, scale)
+        shares = torch.where(per_teacher[:, 3] == tokens, 1.0, per_teacher[:, 3] / tokens.clamp(min=1))
+        return cls(tokens, samples, per_teacher[:, 0], weights, factors, shares, modes, selected, scale)
+
+    @property
+    def kd_weights(self) -> Tensor:
+        """[n]: of each teacher's mean KD in the aggregate."""
+        return self.weights * self.factors * self.shares
 
     def with_scale(self, scale: float | Tensor) -> StepTotals:
         """The same with dynamic scaling's factor set."""

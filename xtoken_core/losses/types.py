@@ -60,6 +60,8 @@ class TeacherBatch:
     """partition_kl | p_kl | h_kl | gold; None: the loss spec's mode."""
     token_bytes: Tensor | None = None
     """[B, T_t] int: bytes of each token; only read with score_unit: byte."""
+    taught: Tensor | None = None
+    """[B] bool: the samples that it teaches; on others nothing of it counts. None: all."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,5 @@ class TermSums:
     """[n], no gradient: gold and h_kl, the uncommon columns' part of `kd` without τ²; 0 for other teachers."""
     total: Tensor | None = None
     """0-dim: coefficients.ce * ce + coefficients.kd · kd. Set where coefficients were given, and then alone differentiable."""
+    untaught: Tensor | None = None
+    """0-dim, no gradient: the part of `ce` that is of samples that no teacher teaches; None: there are none."""

@@ -115,7 +115,7 @@ class Step:
     """`LossOutput.sums` of the micro-batches so far."""
 
     def __post_init__(self) -> None:
-        size = 2 + 3 * len(self.totals.modes)
+        size = 3 + 3 * len(self.totals.modes)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.totals.tokens.device)
 
     def add(self, sums: Tensor) -> None:
@@ -126,7 +126,7 @@ class Step:
         """Whose numbers are not finite, over all ranks, which all call this."""
         device, ids = self.sums.device, list(self.finite)
         broken = over_ranks(torch.tensor([not self.finite[name] for name in ids], dtype=torch.float64), device).tolist()
-        ce, _, *rest = over_ranks(self.sums.clone(), device).tolist()
+        ce, _, *rest, _ = over_ranks(self.sums.clone(), device).tolist()
         for name, count in zip(ids, broken):
             if count:
                 return f"teacher {name}: its outputs are not finite"

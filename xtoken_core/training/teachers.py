@@ -61,18 +61,15 @@ class ReadyTeacher:
         """
         chunks = {} if side.chunks is None else vars(side.chunks)
         form = as_form(logits) if self.setup is None else as_form(logits).over_positions(side.unpacked)
-        token_mask = side.token_mask
-        if taught is not None:
-            token_mask = token_mask * taught[:, None]
-            chunks = chunks | {"chunk_valid": chunks["chunk_valid"] & taught[:, None]} if chunks else chunks
         return TeacherBatch(
             logits=form,
             input_ids=side.input_ids,
-            token_mask=token_mask,
+            token_mask=side.token_mask,
             token_bytes=side.token_bytes,
             projection=self.projection,
             weight=self.weight,
             mode=self.mode,
+            taught=taught,
             **chunks,
         )
 

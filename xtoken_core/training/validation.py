@@ -45,6 +45,6 @@ def validate(student: Student, batches: Iterable[Batch], device: torch.device) -
         out = student(MicroBatch(batch, {}), StepTotals.from_sums(counts, [], student.loss), with_loss=False)
         targets = batch.student.token_mask.bool() & batch.sample_mask.bool()[:, None]
         num_bytes = (batch.student.token_bytes * targets)[:, 1:].sum().double()
-        sums += torch.cat([out["sums"], counts[:1], num_bytes[None]])
+        sums += torch.cat([out["sums"][:2], counts[:1], num_bytes[None]])
     ce, correct, tokens, num_bytes = over_ranks(sums, device).tolist()
     return Validation(ce / math.log(2) / num_bytes, correct / tokens)

@@ -43,6 +43,8 @@ class Setting:
     """Ids of the student's tokenizer; None: as many as its lm_head has rows."""
     as_teacher: bool = False
     """The student reads teacher 0's tokens: a setting of one vocabulary out of rows made for two."""
+    tasks: tuple[str, ...] = ()
+    """What of `evaluation.tasks` every trained student is asked, `xtoken-offline` say, which choose by likelihood."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ class Row:
     """Steps a second of the student, its teacher's hidden states at hand, in runs of the arm that had their GPU to themselves; None: none."""
     lines: tuple[dict[str, Any], ...]
 
-    def mean(self, text: str) -> float:
-        """Bits per byte of a held-out text."""
-        return statistics.mean(line["held_out"][text] for line in self.lines)
+    def mean(self, measure: str) -> float:
+        """Bits per byte of a held-out text, or the share of right answers of a task."""
+        return statistics.mean(measures(line)[measure] for line in self.lines)
 
-    def error(self, text: str) -> float | None:
+    def error(self, measure: str) -> float | None:
         """Its standard error over the seeds; None with one seed."""
-        values = [line["held_out"][text] for line in self.lines]
+        values = [measures(line)[measure] for line in self.lines]
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
@@ -49,6 +49,11 @@ class Row:
     def seconds(self) -> float | None:
         """GPU seconds of the run, its teacher's hidden states at hand."""
         return None if self.speed is None else self.steps / self.speed
+
+
+def measures(line: dict[str, Any]) -> dict[str, float]:
+    """What was measured of a trained student: held-out texts in order, then tasks."""
+    return line["held_out"] | line.get("tasks", {})
 
 
 def read(folder: Path) -> list[Row]:
@@ -88,7 +93,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
-        texts = list(own[0].lines[0]["held_out"])
+        texts = [name for name in measures(own[0].lines[0]) if all(name in measures(line) for row in own for line in row.lines)]
         ces = [row for row in own if row.arm == CE]
         names = ["arm", "steps", *texts, "best on the way", "CE in the same GPU time", "tokens/s", "seeds"]
         lines += [f"### {setting}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]

@@ -55,7 +55,7 @@ class CachedTeacher:
             fields["chunk_exact"] = torch.zeros_like(fields["chunk_exact"])
         domain = None if arm.domains is None else arm.domains[self.number]
         if domain is not None:
-            fields["chunk_valid"] = fields["chunk_valid"] & (rows.arrays["domain"][index] == domain)[:, None]
+            fields["taught"] = rows.arrays["domain"][index] == domain
         mode = arm.spec().mode if self.projection else None
         logits = replace(self.head, hidden=hidden)
         heard = logits if self.cut is None else self.cut(logits, fields["input_ids"])

@@ -16,9 +16,12 @@ from transformers import PreTrainedModel
 from tests.benchmarks.quality.arms import Arm, Job, Setting
 from tests.benchmarks.quality.rows import Rows, orders
 from tests.benchmarks.quality.teachers import CachedTeacher, cached_teacher, feed
+from xtoken_core.evaluation.harness import run_tasks
 from xtoken_core.layers import prune_layers
 from xtoken_core.losses import StepTotals, StudentBatch, batch_counts, distillation_loss, dynamic_scale, loss_metrics, loss_sums
 from xtoken_core.models import final_hidden, head_logits, load_model
+from xtoken_core.spec import EvaluationSpec
+from xtoken_core.tokenization import load_tokenizer
 
 WARMUP = 20
 SETTLED = 20
@@ -115,15 +118,12 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
         masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
         teachers = [t.batch(bench.rows, index, hidden[n], arm) for n, t in chosen.items()]
         totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale)
+        totals = replace(totals, course=ratio_at(arm, step, job.steps))
         logits = head_logits(bench.model, bench.hidden(batch["input_ids"], bench.forward), bench.vocabulary)
-        if spec.dynamic_scaling:
-            if scale is None:
-                totals = totals.with_scale(1.0)
-                totals = totals.with_scale(
-                    dynamic_scale(loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals), totals, spec)
-                )
-            assert totals.scale is not None
-            totals = totals.with_scale(totals.scale * ratio_at(arm, step, job.steps))
+        if spec.dynamic_scaling and scale is None:
+            totals = totals.with_scale(1.0)
+            own = loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals)
+            totals = totals.with_scale(dynamic_scale(own, totals, spec))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
@@ -147,10 +147,20 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     per_second = (job.steps - min(SETTLED, job.steps - 1)) / seconds
     return {
         "key": job.key, "job": asdict(job), "held_out": {main: curve[-1][1], **{name: bench.bits_per_byte(name) for name in others}},
-        "curve": curve, "losses": losses, "tokens_per_second": per_second * batch_size * masks[0].shape[1],
+        "tasks": _asked(bench.model, setting), "curve": curve, "losses": losses, "tokens_per_second": per_second * batch_size * masks[0].shape[1],
         "steps_per_second": per_second, "teacher_tokens_per_second": [t.tokens_per_second for t in chosen.values()],
         "device": _name(device),
     }  # fmt: skip
+
+
+def _asked(model: PreTrainedModel, setting: Setting) -> dict[str, float | None]:
+    """The share of right answers of each of the setting's tasks."""
+    if not setting.tasks:
+        return {}
+    tokenizer = load_tokenizer(setting.teachers[0].model if setting.as_teacher else setting.student)
+    found = run_tasks(EvaluationSpec(tasks=setting.tasks), model.eval(), tokenizer, None)
+    model.train()
+    return {name: score.value for name, score in found.items()}
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -43,16 +43,16 @@ def init(context: click.Context, spec: Path, pilot: bool, validation: str | None
 
     Beside it goes the schema by which editors complete and check its fields.
     """
+    if spec.exists():
+        raise InputError(f"{spec}: is there already")
     given = answers["teachers"] or (click.prompt("Teacher (hub id, folder or URI; more than one by --teacher)"),)
     if validation is None and context.get_parameter_source("train") is ParameterSource.PROMPT:
         validation = click.prompt("Validation data (file, folder, glob or URI; empty: none)", default="", show_default=False)
     text = spec_text({**answers, "teachers": tuple(given), "validation": validation or ""}) + (PILOT if pilot else "")
     DistillationSpec.from_text(text, source=str(spec))
-    if spec.exists():
-        raise InputError(f"{spec}: is there already")
     write_text(spec, text)
     write_text(spec.parent / SCHEMA, json.dumps(DistillationSpec.model_json_schema(), indent=1) + "\n")
-    click.echo(f"{spec}: written; next: xtoken validate {spec}, xtoken plan {spec}, xtoken run {spec}")
+    click.echo(f"{spec}: written; next: xtoken show {spec}, xtoken plan {spec}, xtoken run {spec}")
 
 
 def spec_text(given: dict[str, str | tuple[str, ...]]) -> str:

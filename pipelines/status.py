@@ -51,7 +51,7 @@ class Status(Record):
         """Whether the process of the run is still there."""
         try:
             return abs(_begun(self.pid) - self.begun) < 1
-        except psutil.NoSuchProcess:
+        except (psutil.Error, ValueError, OverflowError):  # gone, or no number of a process
             return False
 
 

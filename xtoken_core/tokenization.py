@@ -226,9 +226,9 @@ def load_tokenizer(model: str, tokenizer: str | None = None) -> PreTrainedTokeni
         tok.backend_tokenizer.no_padding()
         tok.backend_tokenizer.no_truncation()
         hide_control_pieces(tok.backend_tokenizer, ref)
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as e:  # transformers and tokenizers raise a dozen kinds, from OSError to KeyError and Exception itself
+    except BaseException as e:  # a dozen kinds, from OSError to Exception itself, and panics of tokenizers, which are none
         raise InputError(f"{ref}: cannot load a tokenizer: {str(e).strip().splitlines()[0] if str(e).strip() else e!r}") from None
     check_merges(tok, ref)
     return tok

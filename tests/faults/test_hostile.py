@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from pipelines.status import Status, statuses
+from tests.support.report_sample import sample_run
 from tests.support.tiny import tiny_model, tiny_run
+from xtoken_core import storage
 from xtoken_core.data.documents import Document, read_documents
+from xtoken_core.data.records import MOST_MESSAGES
 from xtoken_core.data.statistics import MOST_REASONS, Statistics
 from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
+from xtoken_core.report.run import Run
 from xtoken_core.spec import DataSpec, DistillationSpec
 from xtoken_core.tokenization import load_tokenizer
 from xtoken_core.workflow.model_checks import check_models
+from xtoken_core.workflow.plan import plan
 
 USER = {"role": "user", "content": "x"}
 
@@ -137,3 +144,89 @@ def test_what_could_not_be_saved_in_the_end_is_known_at_the_beginning(tmp_path, 
     fault(
         f"{next(iter(changes))} in {file}, which transformers refuses to save", "said by resolve, before any training", told.value
     )
+
+
+def test_pipes_devices_and_links_are_no_files(tmp_path, fault):
+    """Reading them may never end: each is named, also inside a folder, and by whatever reads it."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"text": "good"}\n')
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    readers = {
+        "data": lambda path: list(read_documents((path,), DataSpec(train="x"))),
+        "a model or W": storage.local_copy,
+        "a result": lambda path: Run.load(path),
+        "a fingerprint": storage.fingerprint,
+    }
+    for what, read in readers.items():
+        for path in ("pipe", "zero"):
+            with pytest.raises(InputError, match=f"^{tmp_path}/{path}: is ") as told:
+                read(str(tmp_path / path))
+            fault(f"{path} given for {what}", "one line", told.value)
+    for name, make in {"b.jsonl": os.mkfifo, "c.jsonl": lambda path: path.symlink_to("/dev/zero")}.items():
+        make(texts / name)
+        for read in (readers["data"], storage.local_copy, storage.fingerprint):
+            with pytest.raises(InputError, match=f"^{texts}/{name}: is a pipe, a socket or a device") as told:
+                read(str(texts))
+        (texts / name).unlink()
+        fault(f"a folder that holds a {'pipe' if name < 'c' else 'link to /dev/zero'}", "one line", told.value)
+    (texts / "loop").symlink_to(texts)
+    with pytest.raises(InputError, match=f"^{texts}/loop: is a link to a folder, which is not followed") as told:
+        readers["data"](str(texts))
+    fault("a folder of texts that links to itself", "one line", told.value)
+    with pytest.raises(InputError, match="a spec is a mapping of fields"):
+        DistillationSpec.from_yaml(tmp_path / "pipe")  # that nobody writes to; `<(...)` of a shell is one that somebody does
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    os.mkfifo(tmp_path / "runs" / "x" / "status.json")
+    with pytest.raises(InputError, match=r"status\.json: is no file$") as told:
+        statuses(tmp_path / "runs")
+    fault("a pipe for status.json", "one line", told.value)
+
+
+def test_a_chat_of_thousands_of_turns_is_left_out(tmp_path, fault):
+    """Its time grows with the square of its turns: 6,000 took a quarter of an hour."""
+    turns = [USER, {"role": "assistant", "content": "y"}] * (MOST_MESSAGES // 2)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, [*turns, USER])))
+    good, bad = read_documents((str(tmp_path / "x.jsonl"),), DataSpec(train="x"))
+    assert len(good.content.messages) == MOST_MESSAGES and bad.unusable == f"more than {MOST_MESSAGES} messages in one chat"
+    fault("a chat of 1,001 messages", "left out and counted with its reason", bad.unusable)
+
+
+@pytest.mark.parametrize("uri", ["hf://x", "hf://org/name:a:b:c", "hf://datasets/x", "hf://org/na me"])
+def test_names_that_the_hub_cannot_have(uri, fault):
+    with pytest.raises(InputError, match=f"^{uri}: ") as told:
+        list(read_documents((uri,), DataSpec(train="x")))
+    fault(f"data.train: {uri}", "one line", told.value)
+
+
+def test_a_tokenizer_that_panics(base, tmp_path, fault):
+    model = Path(edited(base, tmp_path / "m", "tokenizer_config.json"))
+    told = json.loads((model / "tokenizer.json").read_text())
+    told["model"]["continuing_subword_prefix"] = "##"
+    (model / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=f"^{model}: cannot load a tokenizer: ") as refused:
+        load_tokenizer(str(model))
+    fault("a tokenizer on which the library panics", "one line that names it", refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("prepare", "rows"), ("prepare", "bytes"), ("prepare", "student_tokens"), ("summary", "tokens"), ("summary", "ranks")],
+)
+@pytest.mark.parametrize("value", [0, -5])
+def test_a_plan_from_a_run_of_impossible_figures(tmp_path, part, field, value, fault):
+    told = json.loads(sample_run(tmp_path).model_dump_json(exclude_none=True))
+    (told["prepare"]["train"] if part == "prepare" else told["summary"])[field] = value
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=rf"{field}: {value} is a figure of no finished run$") as refused:
+        plan(DistillationSpec.model_validate(tiny_run(tmp_path / "tiny")), Run.load(tmp_path / "run.json"))
+    fault(f"plan --from a run.json with {field}: {value}", "one line", refused.value)
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**63])
+def test_a_status_of_no_process(tmp_path, pid):
+    (tmp_path / "x").mkdir()
+    Status(name="n", pid=pid, begun=1.0, log="l", tasks=3).tell(tmp_path / "x")
+    (told,) = statuses(tmp_path)
+    assert told.state == "interrupted"

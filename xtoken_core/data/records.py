@@ -24,6 +24,9 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 
+MOST_MESSAGES = 1000
+"""Of a chat. What templates make of the turns is asked for each turn anew, so that the time grows with their square."""
+
 DEEPEST = 64
 """Levels of lists and objects in a chat: arguments of tools may hold some."""
 
@@ -111,6 +114,8 @@ def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Convers
         return Conversation([])
     if not isinstance(messages, list) or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
         raise Unusable(f"{key!r} is not a list of messages with a role")
+    if len(messages) > MOST_MESSAGES:
+        raise Unusable(f"more than {MOST_MESSAGES} messages in one chat")
     cleaned = [{name: v for name, v in m.items() if v is not None or name == "content"} for m in messages]
     for message in cleaned:
         _check_content(message, key)

@@ -55,6 +55,8 @@ def _number(text: str) -> float:
 def text_of(path: str | Path) -> str:
     """A file's text. Raises InputError."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device may never end
+            raise InputError(f"{path}: is no file")
         return Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
@@ -161,7 +162,8 @@ class DistillationSpec(Section):
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a spec file and applies `dotted.key=value` overrides. Raises InputError."""
         try:
-            with Path(path).open(encoding="utf-8") as file:
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+                os.set_blocking(file.fileno(), True)  # only a pipe that nobody writes to is not waited for
                 text = file.read(MAX_CHARACTERS + 1)
         except (OSError, ValueError) as e:  # ValueError: not UTF-8, or no path at all
             raise InputError(f"{path}: cannot read the spec: {getattr(e, 'strerror', None) or e}") from None

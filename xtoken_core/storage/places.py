@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs", "hf", "http", "https", "memory")
 """Where models, data and runs may lie. fsspec knows more, among them ones that log in or run commands when they are named."""
 
+LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "httpx")
+"""Whose own errors say what is wrong with a place. Of fsspec's they are ValueErrors too, for names that cannot be."""
+
 ATTEMPTS = 8
 """Of one request to an object store, by botocore's own rules: with pauses that grow to 20 s, and none for what fails for good."""
 
@@ -66,7 +69,7 @@ def reported(uri: str) -> Iterator[None]:
     except OSError as e:
         raise InputError(f"{uri}: {' '.join((e.strerror or one_line(e)).split())}") from None
     except Exception as e:
-        if type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+        if type(e).__module__.split(".")[0] in LIBRARIES or (isinstance(e, ValueError) and is_remote(uri)):
             raise InputError(f"{uri}: {one_line(e)}") from None
         raise
 

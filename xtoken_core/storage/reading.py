@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ def expand(uris: Iterable[str]) -> list[str]:
         with reported(uri):
             fs.invalidate_cache()
             paths = sorted(_files_below(fs, path))
+            if not is_remote(uri) and (linked := next(filter(os.path.isdir, paths), None)):
+                raise InputError(f"{linked}: is a link to a folder, which is not followed; name it by itself")
         if not paths:
             raise InputError(f"{uri}: no such file, or nothing in it")
         found.update(dict.fromkeys(fs.unstrip_protocol(p) if is_remote(uri) else p for p in paths))
@@ -81,6 +84,8 @@ def local_copy(uri: str) -> Path:
     if not is_remote(uri):
         if not os.path.exists(path):
             raise InputError(f"{uri}: no such file or folder")
+        with reported(uri):
+            _check_kind([path, *(entry.path for entry in os.scandir(path))] if os.path.isdir(path) else [path])
         return Path(path)
     with reported(uri):
         listing = _listing(fs, path, uri)
@@ -133,14 +138,27 @@ def remove_path(fs: AbstractFileSystem, path: str) -> None:
 
 def _files_below(fs: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
     """fsspec's info, by path, of the file itself, of the visible files of a folder, or of what a glob matches."""
+    local = "file" in fs.protocol
     if fs.isfile(path):
         return {path: fs.info(path)}
     if fs.isdir(path):
         files = fs.find(path, detail=True)
-        return {f: i for f, i in files.items() if f != path and not any(part[:1] == "." for part in f[len(path) :].split("/"))}
+        seen = {f: i for f, i in files.items() if f != path and not any(part[:1] == "." for part in f[len(path) :].split("/"))}
+        _check_kind(seen if local else ())
+        return seen
+    _check_kind([path] if local else ())
     if any(c in path for c in "*?["):
         return {f: info for f, info in fs.glob(_pattern(fs, path), detail=True).items() if info["type"] == "file"}
     return {}
+
+
+def _check_kind(paths: Iterable[str]) -> None:
+    """Raises InputError for a pipe, a socket or a device among local paths: reading it may never end."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # a link to nothing, which whoever reads it tells
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise InputError(f"{path}: is a pipe, a socket or a device, and not a file")
 
 
 def _pattern(fs: AbstractFileSystem, path: str) -> str:

@@ -32,6 +32,8 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
 
     Raises InputError for models and data that are not there.
     """
+    if finished is not None:
+        _check_figures(finished)
     sizes = model_sizes(spec)
     counted = _same_rows(spec, finished)
     rows = _rows(spec, finished) if counted is None else counted.rows
@@ -54,6 +56,15 @@ def plan(spec: DistillationSpec, finished: Run | None = None) -> Plan:
         speed=told,
         disk_bytes=_disk(spec, sizes, rows, None if counted is None else counted.tokens),
     )
+
+
+def _check_figures(finished: Run) -> None:
+    """Raises InputError for a run.json of others with figures that no finished run has, and that would be divided by."""
+    parts = {"prepare.train": finished.prepare.get("train"), "summary": finished.summary}
+    for name, fields in {"prepare.train": ("rows", "bytes", "student_tokens"), "summary": ("steps", "tokens", "ranks")}.items():
+        for field in fields if parts[name] is not None else ():
+            if (value := getattr(parts[name], field)) <= 0:
+                raise InputError(f"{finished.name}: {name}.{field}: {value} is a figure of no finished run")
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ def _hours(
         return hours, f"modelled: H100s, {seconds:.3g} s a step"
     theirs, summary = finished.as_spec(), finished.summary
     measured = sum(summary.seconds_by_phase.get(phase, 0.0) for phase in ("data", "teachers", "student"))
-    if not measured:
+    if measured <= 0:
         raise InputError(f"{finished.name}: the run has no seconds by phase to take a speed from")
     speed = training_flops(theirs, model_sizes(theirs), summary.tokens) / measured / summary.ranks
     device = summary.environment.devices[0] if summary.environment and summary.environment.devices else "its devices"

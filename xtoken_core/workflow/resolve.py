@@ -118,7 +118,8 @@ def check_output(spec: DistillationSpec) -> None:
     output, student = spec.output, spec.student
     with blamed("output.uri"):
         storage.check_place(output.uri, spec.name, output.replace)
-    if student.keep_layers is None and (storage.is_remote(student.model) or os.path.exists(storage.normalize(student.model))):
+    place = storage.normalize(student.model)
+    if student.keep_layers is None and (storage.is_remote(place) or os.path.isfile(place) or os.path.isdir(place)):
         with blamed("output.uri"):
             storage.check_space(output.uri, student.model, copies=2)  # best and last
 

@@ -43,7 +43,7 @@ def expand(uris: Iterable[str]) -> list[str]:
             fs.invalidate_cache()
             paths = sorted(_files_below(fs, path))
             if not is_remote(uri) and (linked := next(filter(os.path.isdir, paths), None)):
-                raise InputError(f"{linked}: is a link to a folder, which is not followed; name it by itself")
+                raise InputError(f"{linked}: is a link to a folder, which is not followed")
         if not paths:
             raise InputError(f"{uri}: no such file, or nothing in it")
         found.update(dict.fromkeys(fs.unstrip_protocol(p) if is_remote(uri) else p for p in paths))

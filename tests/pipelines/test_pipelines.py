@@ -25,7 +25,7 @@ from pipelines.compiling import compile_spec, documents
 from pipelines.local import for_this_machine
 from tests.support.cli import call
 from tests.support.processes import ended, forked, left_in_shared_memory
-from tests.support.tiny import tiny_run
+from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import resolve
@@ -291,6 +291,8 @@ STEPS = ("overlap", "projections", "prepare", "distill", "baseline", "evaluate_s
         ("teachers.same.weight=0.5", {"distill"}),
         ("teachers.big.projection.top_k=2", {"distill", "projections"}),
         ("data.max_length=128", {"prepare", "distill", "baseline", "evaluate_student", "evaluate_teachers"}),
+        ("student.model=other", {"overlap", "projections", "prepare", "distill", "baseline", "evaluate_student"}),
+        ("student={model: other, tokenizer: small}", {"distill", "baseline", "evaluate_student"}),
         ("student.keep_layers=2", {"distill", "baseline", "evaluate_student"}),
         ("training.precision=fp32", {"distill", "baseline", "evaluate_student", "evaluate_teachers"}),
         ("evaluation.limit=3", {"evaluate_student", "evaluate_teachers"}),
@@ -318,6 +320,44 @@ def test_views_follow_the_files_that_a_step_reads(run):
     after = resolve(spec.to_json())
     document.write_text(text)
     assert {name for name, old, new in zip(before._fields, before, after) if old != new} == {"prepare", "inputs"}
+
+
+SCORED = "teachers=[{id: same, model: RUN/same, scores: {top_k: 4}}, {id: other, model: RUN/other, projection: {}}]"
+SHARED = {"overlap", "projections", "prepare", "score", "evaluate_teachers"}
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("student={model: RUN/second, tokenizer: RUN/student}", SHARED),
+        ("student.keep_layers=1", SHARED),
+        ("training.seed=7", SHARED),
+        ("training.learning_rate=1e-4", SHARED),
+        ("loss.dynamic_scaling=0.5", SHARED),
+        ("name=other", SHARED),
+        ("student={model: RUN/second}", {"evaluate_teachers"}),
+        ("teachers.1.projection.top_k=2", SHARED - {"projections"}),
+        ("teachers.1.mode=gold", SHARED - {"overlap"}),
+        ("loss.temperature=2", SHARED - {"score"}),
+        ("data.max_length=32", SHARED - {"prepare", "score", "evaluate_teachers"} | {"score"}),
+    ],
+)
+def test_students_of_one_tokenizer_share_what_does_not_depend_on_them(run, override, same):
+    """All that KFP's key has of a task: its inputs, which are views of the first task and outputs of shared ones, and its container."""
+    tiny_model(run / "same", 400, 2)
+    tiny_model(run / "second", 400, 9)
+
+    def of(*changes):
+        return DistillationSpec.from_yaml(run / "spec.yaml", [change.replace("RUN", str(run)) for change in (SCORED, *changes)])
+
+    first, second = of(), of(override)
+    views = [resolve(spec.to_json())._asdict() for spec in (first, second)]
+    assert {step for step in SHARED if views[0][step] == views[1][step]} == same
+    keys = [
+        (document["root"]["dag"]["tasks"]["score-same"], document["deploymentSpec"]["executors"]["exec-score-same"])
+        for document in (documents(compile_spec(spec))[0] for spec in (first, second))
+    ]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(
@@ -437,39 +477,32 @@ def steps(output, ending):
 
 
 def reported(run):
-    """Tasks that the run's report marks as taken from the cache; all have a duration but the report itself."""
+    """Tasks that the run's report marks as taken from the cache; all have a duration but the report itself, and scores, which it does not read."""
     told = json.loads((run / "out" / "run.json").read_text())["tasks"]
-    assert all(task["seconds"] is not None for task in told if task["name"] != "report")
-    return {task["name"] for task in told if task["status"] == "cached"}
+    read = [task for task in told if not task["name"].startswith("score")]
+    assert all(task["seconds"] is not None for task in read if task["name"] != "report")
+    return {task["name"] for task in read if task["status"] == "cached"}
 
 
 @pytest.mark.slow
 def test_a_run_reuses_what_has_not_changed(run):
-    """Everything the first time; then nothing but what publishes; then training alone, when only its steps change."""
-    command = (
-        "run",
-        run / "spec.yaml",
-        "--runs",
-        run / "runs",
-        "--set",
-        "evaluation.bits_per_byte=false",
-        "--set",
-        "data.shards=2",
-    )
+    """Everything the first time; then nothing but what publishes; then training only, of another student with the first one's tokenizer."""
+    changes = ("evaluation.bits_per_byte=false", "data.shards=2", "loss.mode=partition_kl", "teachers.other.scores={top_k: 4}")
+    command = ("run", run / "spec.yaml", "--runs", run / "runs", *(part for change in changes for part in ("--set", change)))
+    shared, scores = {"overlap", "prepare-0", "prepare-1", "projections"}, {"score-other-0", "score-other-1"}
     first = pipelines(*command)
     assert first.returncode == 0, first.stdout + first.stderr
     assert reported(run) == set()
-    assert first.stdout.count(": done after") == 7 and "unchanged" not in first.stdout
+    assert first.stdout.count(": done after") == 9 and "unchanged" not in first.stdout
     assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
 
     second = pipelines(*command)
-    assert steps(second.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projections", "distill"}
-    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projections", "distill"}
+    assert steps(second.stdout, "unchanged") == shared | scores | {"distill"} and reported(run) == shared | {"distill"}
     prepared = json.loads((run / "out" / "run.json").read_text())["prepare"]["train"]
     assert prepared["documents"] == 4 and len(prepared["corpora"]) == 1  # of both shards
-    third = pipelines(*command, "--set", "training.max_steps=3")
-    assert steps(third.stdout, "unchanged") == {"overlap", "prepare-0", "prepare-1", "projections"}
-    assert reported(run) == {"overlap", "prepare-0", "prepare-1", "projections"}
+    other = f"student={{model: {tiny_model(run / 'another', 400, 8)}, tokenizer: {run / 'student'}}}"
+    third = pipelines(*command, "--set", "training.max_steps=3", "--set", other)
+    assert steps(third.stdout, "unchanged") == shared | scores and reported(run) == shared
     assert len((run / "out" / "logs" / "log.jsonl").read_text().splitlines()) > 2
 
 

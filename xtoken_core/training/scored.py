@@ -8,22 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xtoken_core.checksums import check_whole, damage
-from xtoken_core.configs import head_rows
 from xtoken_core.data.reading import load_rows
 from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.scores import ScoredTeacher, Scores, rows_digest
-from xtoken_core.tokenization import TokenTable
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.teachers import ReadyTeacher
-
-
-def shared_rows(spec: DistillationSpec, student: TokenTable) -> int:
-    """Ids that the student and every teacher of its vocabulary have a row of the lm_head for. Raises InputError."""
-    heads = [head_rows(ref) for ref in (spec.student.model, *(t.model for t in spec.teachers if not t.cross_tokenizer))]
-    return min(len(student), *heads)
 
 
 def scored_column(teacher: TeacherSpec) -> str:

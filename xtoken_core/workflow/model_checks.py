@@ -6,7 +6,7 @@ import tempfile
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from xtoken_core.configs import check_attention, empty_model, positions, read_config
+from xtoken_core.configs import check_attention, empty_model, head_rows, positions, read_config
 from xtoken_core.errors import InputError
 from xtoken_core.layers import prune_layers
 from xtoken_core.same_vocabulary import check_same_vocabulary
@@ -39,6 +39,13 @@ def check_models(spec: DistillationSpec) -> None:
                 prune_layers(model, spec.student.keep_layers)
             _check_saving(field, ref, model.config)
     _check_tokenizers(spec, known)
+
+
+def shared_rows(spec: DistillationSpec) -> int:
+    """Ids that the student and every teacher of its vocabulary have a row of the lm_head for; with a tokenizer at a URI, rows. Raises InputError."""
+    heads = [head_rows(ref) for ref in (spec.student.model, *(t.model for t in spec.teachers if not t.cross_tokenizer))]
+    tokenizer = _tokenizer(spec.student)
+    return min(heads if tokenizer is None else [len(TokenTable.from_tokenizer(tokenizer)), *heads])
 
 
 def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:

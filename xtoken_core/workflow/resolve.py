@@ -20,12 +20,12 @@ from xtoken_core.results.plan import Plan
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.trackers import check_trackers
-from xtoken_core.workflow.model_checks import check_models
+from xtoken_core.workflow.model_checks import check_models, shared_rows
 from xtoken_core.workflow.plan import plan
 from xtoken_core.workflow.registry import check_registry
 from xtoken_core.workflow.shape import CHECKPOINTS, check_ranks, check_shape, output_lasts, shape
-from xtoken_core.workflow.versions import Versions
-from xtoken_core.workflow.views import view
+from xtoken_core.workflow.versions import Versions, stored_matrices
+from xtoken_core.workflow.views import View, view
 
 
 class Resolved(NamedTuple):
@@ -74,32 +74,44 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         from xtoken_core.evaluation.harness import plan_tasks
 
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
-    versions, student = Versions(), spec.student
-    models: tuple[StudentSpec | TeacherSpec, ...] = (student, *spec.teachers)
-    train, held_out = _named("data.train", spec.data.train_uris), _named("data.validation", spec.data.validation)
-    folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
-    texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
-    views = {
-        "overlap": view(spec, "overlap", versions.of(models)),
-        "projections": view(spec, "projections", versions.of(models)),
-        "prepare": view(spec, "prepare", versions.of(models, [*train, *held_out])),
-        "score": view(spec, "score", versions.of(models)),
-        "distill": view(spec, "distill", versions.of(models)),
-        "baseline": view(spec, "baseline", versions.of([student])),
-        "trial": view(spec, "trial", versions.of(models, texts)),
-        "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
-        "evaluate_teachers": view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)),
-        "report": spec,
-    }
+    versions = Versions()
+    views = _views(spec, versions)
     planned = _checked_plan(spec)  # last: what is not there at all has been told by then
+    if any(not teacher.cross_tokenizer for teacher in _scored(spec)):
+        views["score"] = views["score"].model_copy(update={"shared_rows": shared_rows(spec)})
     return Resolved(
         **{step: seen.to_json() for step, seen in views.items()},
+        report=spec.to_json(),
         checkpoints=checkpoints_place(spec),
         teacher_memory=_evaluation_memory(spec, planned.host_memory["teacher"]),
         student_memory=_evaluation_memory(spec, planned.host_memory["student"]),
         inputs=versions.known,
         plan=planned,
     )
+
+
+def _views(spec: DistillationSpec, versions: Versions) -> dict[str, View]:
+    """What each kind of step reads, by its name; `versions` get to know all of it. Raises InputError for what is not there."""
+    models: tuple[StudentSpec | TeacherSpec, ...] = (spec.student, *spec.teachers)
+    train, held_out = _named("data.train", spec.data.train_uris), _named("data.validation", spec.data.validation)
+    folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
+    texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
+    return {
+        "overlap": view(spec, "overlap", versions.of(tokenizers=models)),
+        "projections": view(spec, "projections", versions.of(texts=stored_matrices(models), tokenizers=models)),
+        "prepare": view(spec, "prepare", versions.of(texts=[*train, *held_out], tokenizers=models)),
+        "score": view(spec, "score", versions.of(_scored(spec), tokenizers=[spec.student])),
+        "distill": view(spec, "distill", versions.of(models)),
+        "baseline": view(spec, "baseline", versions.of([spec.student])),
+        "trial": view(spec, "trial", versions.of(models, texts)),
+        "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
+        "evaluate_teachers": view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)),
+    }
+
+
+def _scored(spec: DistillationSpec) -> list[TeacherSpec]:
+    """The teachers whose scores the run computes."""
+    return [teacher for teacher in spec.teachers if teacher.scores is not None and teacher.scores.uri is None]
 
 
 def _checked_plan(spec: DistillationSpec) -> Plan:

@@ -21,8 +21,10 @@ from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.teachers.scores import ScoreSettings, rows_digest
 from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
-from xtoken_core.training.scored import scored_column, shared_rows
+from xtoken_core.training.scored import scored_column
+from xtoken_core.workflow.model_checks import shared_rows
 from xtoken_core.workflow.versions import model_version
+from xtoken_core.workflow.views import View
 
 
 def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, folder: str | Path) -> int:
@@ -36,6 +38,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
         raise InputError(f"teacher: {teacher_id}: one of {', '.join(known) or 'none'} has scores in the spec")
     student, column = _table(spec.student), scored_column(teacher)
     train, dtype = load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
+    told = spec.shared_rows if isinstance(spec, View) else None
     domains = json.dumps(sorted(teacher.domains)) if teacher.domains else ""
     table = _table(teacher) if teacher.cross_tokenizer else student
     settings = ScoreSettings(
@@ -43,7 +46,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
         rows=rows_digest(train, column, domains),
         num_rows=len(train),
         top_k=0,
-        vocab_size=len(table) if teacher.cross_tokenizer else shared_rows(spec, student),
+        vocab_size=len(table) if teacher.cross_tokenizer else min(len(student), told or shared_rows(spec)),
         temperature=spec.loss.temperature,
         dtype=str(dtype).removeprefix("torch."),
         domains=domains,

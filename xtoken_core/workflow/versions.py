@@ -37,18 +37,26 @@ class Versions:
     def __init__(self) -> None:
         self.known: list[ReadInput] = []
 
-    def of(self, models: Iterable[StudentSpec | TeacherSpec], texts: Iterable[tuple[str, str]] = ()) -> str:
-        """Digest of the code, of models with their tokenizers and W, and of texts (field, URI)."""
+    def of(
+        self,
+        models: Iterable[StudentSpec | TeacherSpec] = (),
+        texts: Iterable[tuple[str, str]] = (),
+        tokenizers: Iterable[StudentSpec | TeacherSpec] = (),
+    ) -> str:
+        """Digest of the code, of models with their tokenizers and W, of texts (field, URI), and of the tokenizers only of other models."""
         parts = [code_digest()]
         for model in models:
-            field = f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
-            parts.append(self._lookup(f"{field}.model", model.model, model_version))
+            parts.append(self._lookup(f"{_field(model)}.model", model.model, model_version))
             if model.tokenizer:
-                parts.append(self._lookup(f"{field}.tokenizer", model.tokenizer, model_version))
-            if isinstance(model, TeacherSpec) and model.projection and model.projection.uri:
-                parts.append(self._lookup(f"{field}.projection.uri", model.projection.uri, storage.fingerprint))
+                parts.append(self._tokenizer(model))
+            parts += [self._lookup(field, uri, storage.fingerprint) for field, uri in stored_matrices([model])]
+        parts += [self._tokenizer(model) for model in tokenizers]
         parts += [self._lookup(field, uri, corpus_version) for field, uri in texts]
         return identity(*parts)
+
+    def _tokenizer(self, model: StudentSpec | TeacherSpec) -> str:
+        name = "tokenizer" if model.tokenizer else "model"
+        return self._lookup(f"{_field(model)}.{name}", model.tokenizer or model.model, model_version)
 
     def _lookup(self, field: str, uri: str, version: Callable[[str], str]) -> str:
         found = next((entry.version for entry in self.known if entry.uri == uri), None)
@@ -62,6 +70,16 @@ class Versions:
         if entry not in self.known:
             self.known.append(entry)
         return found
+
+
+def stored_matrices(models: Iterable[StudentSpec | TeacherSpec]) -> list[tuple[str, str]]:
+    """Field and URI of every W that is stored."""
+    projected = [(model, model.projection) for model in models if isinstance(model, TeacherSpec)]
+    return [(f"{_field(model)}.projection.uri", w.uri) for model, w in projected if w is not None and w.uri]
+
+
+def _field(model: StudentSpec | TeacherSpec) -> str:
+    return f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
 
 
 def model_version(ref: str) -> str:

@@ -11,6 +11,17 @@ from xtoken_core.spec import DistillationSpec
 
 _TOKENIZERS = {"student": ("model", "tokenizer"), "teachers": ("id", "model", "tokenizer", "projection")}
 
+_OF_TOKENIZERS = {
+    "overlap": ("student", "teachers"),
+    "projections": ("student", "teachers"),
+    "prepare": ("student", "teachers"),
+    "score": ("student",),
+}
+"""Steps that load of these sections' models the tokenizers only: two models that share one are the same to them."""
+
+_WHETHER_PROJECTED = ("overlap", "prepare", "score", "evaluate_student", "evaluate_teachers", "baseline")
+"""Steps that read of W whether there is one, not which."""
+
 _TEXTS = ("validation", "format", "text_key", "messages_key", "assistant_only", "max_length")
 
 _DIVERGENCE = (
@@ -59,7 +70,12 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
         "evaluation": _MEASURES,
         "training": ("attention", "precision"),
     },
-    "evaluate_teachers": {**_TOKENIZERS, "data": _TEXTS, "evaluation": _MEASURES, "training": ("attention", "precision")},
+    "evaluate_teachers": {
+        "teachers": _TOKENIZERS["teachers"],
+        "data": _TEXTS,
+        "evaluation": _MEASURES,
+        "training": ("attention", "precision"),
+    },
 }
 """Fields of the spec that each kind of step reads; `*`: all."""
 
@@ -68,6 +84,10 @@ class View(DistillationSpec):
     """The spec as a step is given it: what the step reads, the rest reset."""
 
     content: str = Field("", description="Digest of the code and of what the step reads beside the spec: part of its cache key.")
+    shared_rows: int | None = Field(
+        None,
+        description="Ids that the student and every teacher of its vocabulary have a row for, to a step that is not told them all.",
+    )
 
 
 def view(spec: DistillationSpec, step: str, content: str = "") -> View:
@@ -76,21 +96,32 @@ def view(spec: DistillationSpec, step: str, content: str = "") -> View:
     kept: dict[str, Any] = {}
     for section, fields in READS[step].items():
         if section == "teachers":
-            kept["teachers"] = [_pick(t, fields) for t in full["teachers"]]
-            if step in (
-                "overlap",
-                "prepare",
-                "score",
-                "evaluate_student",
-                "evaluate_teachers",
-                "baseline",
-            ):  # whether there is one, not which
-                kept["teachers"] = [t | {"projection": {}} if t.get("projection") else t for t in kept["teachers"]]
+            kept["teachers"] = [_teacher(teacher, step) for teacher in _concerned(full["teachers"], step)]
         elif section in full:
             kept[section] = _pick(full[section], fields)
-    kept = {"name": "view", "output": {"uri": "unused"}, "content": content} | kept
+    if "student" in _OF_TOKENIZERS.get(step, ()):
+        kept["student"] = _tokenizer(kept["student"])
+    kept = {"name": "view", "student": {"model": "unused"}, "output": {"uri": "unused"}, "content": content} | kept
     kept["data"] = {"train": ["unused"]} | kept.get("data", {})
     return View.from_text(json.dumps(kept), source=f"the {step} step's part of the spec")
+
+
+def _concerned(teachers: list[dict[str, Any]], step: str) -> list[dict[str, Any]]:
+    """The teachers that a step is told of: scoring of those whose scores are computed, where there are any."""
+    return [t for t in teachers if step == "score" and "scores" in t and not t["scores"].get("uri")] or teachers
+
+
+def _teacher(section: dict[str, Any], step: str) -> dict[str, Any]:
+    kept = _pick(section, READS[step]["teachers"])
+    if kept.get("projection") and step in _WHETHER_PROJECTED:
+        kept["projection"] = {}
+    return _tokenizer(kept) if "teachers" in _OF_TOKENIZERS.get(step, ()) else kept
+
+
+def _tokenizer(section: dict[str, Any]) -> dict[str, Any]:
+    """A model that stands for its tokenizer: where that lies."""
+    other = section.pop("tokenizer", None)
+    return section | ({"model": other} if other else {})
 
 
 def _pick(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:

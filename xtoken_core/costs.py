@@ -37,6 +37,8 @@ _PROCESS_BYTES = 0.6 * GIB
 """Of a process that has the GPU open."""
 FORWARD_TOKENS = 16384
 """Of one forward pass of a teacher, which keeps no activations and may take more at a time than the student."""
+SCORED_LOGITS = 2**26
+"""Numbers of logits that are there at a time while scores are computed."""
 _TILE = 2048
 """Rows of logits that the losses form at a time."""
 _STATE_BYTES = 16
@@ -132,6 +134,11 @@ class ModelSize:
         work = _WORK_BYTES * max(FORWARD_TOKENS, shape.length) * self.hidden * width
         return weights + work + shape.rows * shape.length * self.hidden * width + _PROCESS_BYTES
 
+    def scoring_bytes(self, length: int, width: int) -> float:
+        """Memory of a teacher whose scores are computed, over rows of `length` tokens."""
+        shape = StepShape(rows=max(1, FORWARD_TOKENS // length), length=length)
+        return self.teacher_bytes(shape, width) + _LOGITS_COPIES * SCORED_LOGITS * 4
+
     def checkpoint_bytes(self, trained: int) -> int:
         """A checkpoint on disk."""
         return trained * _CHECKPOINT_BYTES
@@ -161,6 +168,11 @@ def step_seconds(student: ModelSize, teachers: Sequence[ModelSize], shape: StepS
     products = student.training_flops(tokens, shape.length, shape.recomputed, shape.trained) / (_STUDENT[how] * PRODUCT)
     learned = products + shape.rows / shape.micro_batch * trained * _MICRO_BATCH
     return StepSeconds(taught, learned, gradient_seconds(4 * trained, shape.gpus))
+
+
+def forward_seconds(size: ModelSize, tokens: int, row: int) -> float:
+    """A model that reads `tokens` in rows of `row`, not compiled, on an H100 or H200."""
+    return size.forward_flops(tokens, row) / (_TEACHER["eager"] * PRODUCT)
 
 
 def gradient_seconds(size: float, gpus: int) -> float:

@@ -9,17 +9,22 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from pipelines.__main__ import cli
+from pipelines.compiling import compile_spec, documents
 from tests.support.architectures import tiny_config
 from tests.support.tiny import tiny_tokenizer
 from tests.support.training_run import prepare, run
 from xtoken_core.costs import ModelSize, host_bytes, step_seconds
 from xtoken_core.data.statistics import statistics_of
+from xtoken_core.errors import InputError
 from xtoken_core.report.run import Run
+from xtoken_core.results.pilot import Pilot, Trial
 from xtoken_core.results.rows import RowStatistics
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.workflow.plan import model_sizes, plan, step_shape, training_flops
+from xtoken_core.workflow.plan import plan
+from xtoken_core.workflow.plan_speed import model_sizes, step_shape, training_flops
 from xtoken_core.workflow.resolve import resolve
+from xtoken_core.workflow.rungs import as_candidate, candidates_of
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,81 @@ def test_a_teacher_with_scores_costs_disk_and_no_time(spec):
     found = plan(scored)
     assert found.disk_bytes["scores"] == 50 * 32 * (8 * 6 + 16) and plan(live).disk_bytes["scores"] == 0
     assert found.memory["distill"] < plan(live).memory["distill"]
+
+
+PILOT = """pilot={budget: 0.4, then: best, candidates: [{name: all}, {name: one, teachers: [t]}, {name: read, teachers: [s]}]}"""
+
+
+def piloted(spec, *changes):
+    """The spec for 100 steps, with a second teacher that is read from scores, held-out text of 640 bytes, a twin and a pilot."""
+    held_out = spec.parent / "held-out.txt"
+    held_out.write_text("y" * 640)
+    model = DistillationSpec.from_yaml(spec).teachers[0].model
+    teachers = f"teachers=[{{id: t, model: {model}}}, {{id: s, model: {model}, scores: {{top_k: 8}}}}]"
+    given = [teachers, "training.max_steps=100", f"data.validation={held_out}", "evaluation.ce_baseline=true", PILOT, *changes]
+    return DistillationSpec.from_yaml(spec, given)
+
+
+def test_a_pilots_tasks_are_planned_as_the_dag_has_them(spec):
+    """Each by its steps, tokens and hours; later rungs are taken to hold the dearest candidates."""
+    parsed = piloted(spec)
+    found = plan(parsed)
+    names = [task.task for task in found.tasks]
+    dag = documents(compile_spec(parsed))[0]["root"]["dag"]["tasks"]
+    assert set(names) == {name for name in dag if name.startswith(("score", "evaluate", "trial", "distill"))}
+    of = {task.task: task for task in found.tasks}
+    assert {name: of[name].steps for name in of if name.startswith("trial")} == {
+        "trial-1-ce": 2, "trial-1-all": 2, "trial-1-one": 2, "trial-1-read": 2, "trial-2-ce": 4, "trial-2-0": 4, "trial-2-1": 4,
+        "trial-3-ce": 8, "trial-3-0": 8,
+    }  # fmt: skip
+    assert (
+        of["trial-3-0"].tokens == 8 * 20 * 32
+        and of["score-s"].tokens == 50 * 32
+        and of["evaluate-teachers"].tokens == 2 * 2 * 160
+    )
+    assert of["distill"].gpu_hours == pytest.approx(found.gpu_hours, abs=1e-3) and found.all_gpu_hours >= found.gpu_hours
+    assert found.disk_bytes["trial"] == found.disk_bytes["student"] // 2 + found.disk_bytes["checkpoints"]
+    assert found.disk_bytes["twin"] == found.disk_bytes["student"] + found.disk_bytes["checkpoints"]
+    assert {"score", "trial", "audit"} <= found.memory.keys() and found.memory["trial"] == found.memory["distill"]
+    stopped = {task.task for task in plan(piloted(spec, "pilot.then=stop")).tasks}
+    assert stopped == {
+        name for name in names if "distill" not in name and name not in ("evaluate-student-after", "evaluate-baseline")
+    }
+    with pytest.raises(InputError, match="^pilot.budget: leaves 0 of 10 steps to the shortest runs"):
+        plan(piloted(spec, "training.max_steps=10"))
+    assert plan(piloted(spec, "training={epochs: 1, global_batch_size: 20}")).all_gpu_hours is None  # rows are only estimated
+
+
+def test_short_runs_cost_what_their_candidates_train(spec):
+    """At a finished pilot's speed: operations of student and teachers, in seconds of its own short runs."""
+    parsed = piloted(spec, "pilot.then=stop")
+    sizes = model_sizes(parsed)
+    flops = {
+        name: training_flops(as_candidate(parsed, candidate), sizes, 1280, alone=name == "ce")
+        for name, candidate in candidates_of(parsed).items()
+    }
+    assert flops["ce"] == flops["read"] < flops["one"] == flops["all"]
+    trials = [
+        Trial(candidate=name, rung=1, steps=2, tokens=1280, seconds_per_step=5e4 * flops[name] / sum(flops.values()))
+        for name in flops
+    ]
+    verdict = Pilot(
+        steps=100,
+        chosen="ce",
+        reason="",
+        enough_text=True,
+        outlooks=[],
+        trials=[*trials, Trial(candidate="all", rung=2, failed="nan")],
+    )
+    finished = Run.collect(parsed).model_copy(update={"pilot": verdict})
+    found = plan(parsed, finished)
+    assert found.speed.endswith("in the run planned") and "measured" in found.speed
+    hours = {task.task: task.gpu_hours for task in found.tasks}
+    measured = 2 * sizes["student.model"].forward_flops(160, 32)
+    for name in flops:
+        expected = 1e5 * (flops[name] + measured) / sum(flops.values()) / 3600
+        assert hours[f"trial-1-{name}"] == pytest.approx(expected, rel=1e-3)
+    assert found.gpu_hours == pytest.approx(50 * 1e5 * flops["all"] / sum(flops.values()) / 3600, rel=1e-3)
 
 
 def test_the_command_and_resolve_tell_the_same(spec):

@@ -27,6 +27,7 @@ class Trial(Record):
     """Of the student."""
     seconds_per_step: float | None = None
     """Median over the steps, teachers included."""
+    ranks: int = 1
     bits_per_byte: float | None = None
     """Of the held-out text, at the end."""
     per_corpus: dict[str, float] = {}

@@ -18,6 +18,18 @@ class PlannedModel(Record):
     """Its files; of a hub id its weights in the dtype that its configuration names."""
 
 
+class PlannedTask(Record):
+    """One task on a GPU."""
+
+    task: str
+    """Its name in the DAG."""
+    steps: int | None = None
+    """Optimizer steps of a training."""
+    tokens: int | None = None
+    """That its models read at most; of a training the student's."""
+    gpu_hours: float | None = None
+
+
 class Plan(Record):
     """Figures of a run by configurations only, or by the speed of a finished one."""
 
@@ -38,7 +50,16 @@ class Plan(Record):
     flops: float | None
     """Of the training, teachers included."""
     gpu_hours: float | None
+    """Of the main training, on whose steps a pilot tells."""
     speed: str
     """Where the speed comes from."""
+    tasks: list[PlannedTask] = []
+    """All on GPUs: scores, evaluations (bits per byte only), a pilot's short runs, trainings; none of a main training that does not follow."""
     disk_bytes: dict[str, int]
-    """By what it is for."""
+    """By what it is for; `trial`: of each short run of a pilot while it runs."""
+
+    @property
+    def all_gpu_hours(self) -> float | None:
+        """Of all tasks together."""
+        hours = [task.gpu_hours for task in self.tasks if task.gpu_hours is not None]
+        return sum(hours) if len(hours) == len(self.tasks) else None

@@ -154,6 +154,11 @@ class DistillationSpec(Section):
         return self.loss.aggregation == "averaged_logits" or (self.loss.aggregation == "sum" and self.loss.weight_metric is None)
 
     @property
+    def ends_with_pilot(self) -> bool:
+        """Whether nothing is trained after the pilot."""
+        return self.pilot is not None and self.pilot.then == "stop"
+
+    @property
     def measures_bits(self) -> bool:
         """Whether bits per byte are measured: they are asked for, and there is held-out text."""
         return self.evaluation.bits_per_byte and bool(self.evaluation.texts or self.data.validation)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from xtoken_core.costs import FORWARD_TOKENS, SCORED_LOGITS
 from xtoken_core.losses.cell_scores import CellCut
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.losses.selection import next_token_ids
@@ -21,10 +22,6 @@ from xtoken_core.teachers.scores import ScoreSettings, is_part, part_file, write
 
 PART_ROWS = 1024
 """Rows of one file: what is lost at most when scoring is interrupted."""
-_FORWARD_TOKENS = 16384
-"""Of one forward pass."""
-_LOGITS = 2**26
-"""Numbers of logits that are there at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut
     order = sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda i: len(ids[i]))
     found: dict[int, dict[str, Tensor]] = {}
     while order:
-        size = max(1, _FORWARD_TOKENS // len(ids[order[-1]]))
+        size = max(1, FORWARD_TOKENS // len(ids[order[-1]]))
         batch, order = order[-size:], order[:-size]
         padded = pad_sequence([ids[i] for i in batch], batch_first=True).to(model.device)
         scores = cut(head_logits(model, final_hidden(model, padded), settings.vocab_size), padded)
@@ -84,7 +81,7 @@ def likeliest_tokens(k: int, temperature: float) -> Cut:
     """The cut of a teacher that has the student's vocabulary."""
 
     def cut(logits: HiddenLogits, ids: Tensor) -> dict[str, Tensor]:
-        step = max(1, _LOGITS // logits.shape[2])
+        step = max(1, SCORED_LOGITS // logits.shape[2])
         hidden, following = logits.hidden.flatten(0, 1), next_token_ids(ids).flatten()
         parts = []
         for first in range(0, len(hidden), step):

@@ -66,6 +66,7 @@ def _measured(spec: View, place: Place, summary: TrainingSummary, folder: Path) 
         steps=summary.steps,
         tokens=summary.tokens,
         seconds_per_step=median(seconds) if seconds else None,
+        ranks=summary.ranks,
         bits_per_byte=measured.total,
         per_corpus=_totals(measured),
         blocks=blocks(measured.documents),

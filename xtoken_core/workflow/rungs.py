@@ -53,10 +53,27 @@ def as_candidate(spec: Spec, candidate: CandidateSpec) -> Spec:
     return spec if candidate.name == CE else spec.of_candidate(candidate)
 
 
+def candidates_of(spec: DistillationSpec) -> dict[str, CandidateSpec]:
+    """All candidates of a spec's pilot by name, the one without teachers too."""
+    return {candidate.name: candidate for candidate in (WITHOUT_TEACHERS, *(spec.pilot.candidates if spec.pilot else ()))}
+
+
 def chosen_candidate(spec: DistillationSpec, name: str) -> str:
     """The fields of the candidate of this name, as JSON."""
-    known = {candidate.name: candidate for candidate in (WITHOUT_TEACHERS, *(spec.pilot.candidates if spec.pilot else ()))}
-    return known[name].model_dump_json(exclude_defaults=True)
+    return candidates_of(spec)[name].model_dump_json(exclude_defaults=True)
+
+
+def one_host(spec: Spec) -> Spec:
+    """The spec on one of its hosts, as short runs are."""
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": 1})})
+
+
+def short_steps(share: float, whole: int) -> int:
+    """Steps of a short run, of a main run's `whole`. Raises InputError for too few of them."""
+    steps = math.floor(share * whole + 1e-9)
+    if steps < 2:
+        raise InputError(f"pilot.budget: leaves {steps} of {whole} steps to the shortest runs, at least 2 are needed")
+    return steps
 
 
 def trial_spec(spec: Spec, candidate: CandidateSpec, share: float, rows: int) -> Spec:
@@ -64,10 +81,7 @@ def trial_spec(spec: Spec, candidate: CandidateSpec, share: float, rows: int) ->
 
     `rows`: of the training data. Nothing is validated before the end, since nothing is chosen by it.
     """
-    whole = spec.training.steps(rows)
-    steps = math.floor(share * whole + 1e-9)
-    if steps < 2:
-        raise InputError(f"pilot.budget: leaves {steps} of {whole} steps to the shortest runs, at least 2 are needed")
+    steps = short_steps(share, spec.training.steps(rows))
     tried = as_candidate(spec, candidate)
     warmup = min(math.ceil(share * tried.training.warmup_steps), steps - 1)
     training = {"max_steps": steps, "epochs": None, "warmup_steps": warmup, "eval_steps": None, "report_to": ()}

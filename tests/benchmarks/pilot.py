@@ -1,27 +1,88 @@
 """Does the pilot's interval hold the truth? `python -m tests.benchmarks.pilot RESULTS.jsonl...`
 
-Reads the lab's lines (`tests.benchmarks.quality`). Where one arm and cross-entropy were trained at several lengths, each with its whole
-schedule, the gain of the longest is foretold from the shorter ones as the pilot foretells it. Prints one JSON line a case, a summary last.
+Reads lines of the lab (`tests.benchmarks.quality`) and of `tests.benchmarks.pilot_runs`. Where one arm and cross-entropy were trained at several
+lengths, each with its whole schedule, the gain of the longest is foretold from the shorter ones as the pilot foretells it. Prints one JSON
+line a case; then the summary, which also leaves out one setting after another: what the constants would be without it, by the likelihood of
+the others' truths, and the factor on their intervals that conformal prediction asks for (Vovk et al., 2005), checked on the setting itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xtoken_core.evaluation.outlook import Point, forecast, gain_slope
+from xtoken_core.evaluation.outlook import PRIOR, Forecast, Point, Prior, forecast, gain_slope
 
 Runs = dict[tuple[Any, ...], dict[int, float]]
 """Held-out bits per byte by steps, of each (setting, text, seed, arm)."""
 
 NOISE = 0.0006
 """Standard deviation between two runs of one arm, where no arm has two seeds."""
+
+LEVEL = 0.9
+"""Share of the cases that intervals are to hold."""
+
+GRID = [Prior(*values) for values in itertools.product((0.1, 0.2, 0.3, 0.5, 0.8, 1.2), (2.0, 3.0, 6.0, 12.0), (1.0, 3.0, 10.0))]
+"""Constants that are tried where they are fitted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A gain that was measured, and what its pilot would have known."""
+
+    setting: tuple[Any, ...]
+    """With the text."""
+    arm: str
+    seed: int
+    long: int
+    """Steps."""
+    curve: list[Point]
+    """Cross-entropy's short runs."""
+    gains: list[list[Point]]
+    """Of all arms."""
+    own: list[Point]
+    error: float
+    """Of the measured gain."""
+    truth: float
+
+    def foretold(self, prior: Prior = PRIOR) -> Forecast:
+        """What the pilot would have said."""
+        return forecast(self.own, self.long, gain_slope(self.curve, self.gains, prior), self.error, prior.memory)
+
+    def score(self, prior: Prior = PRIOR) -> float:
+        """How far off the truth is, in half widths of the interval."""
+        found = self.foretold(prior)
+        return abs(self.truth - found.value) / (found.high - found.value)
+
+    def likelihood(self, prior: Prior) -> float:
+        """Log density of the truth under the forecast."""
+        found = self.foretold(prior)
+        return -((self.truth - found.value) ** 2) / (2 * found.error**2) - math.log(found.error)
+
+    def told(self) -> dict[str, Any]:
+        """The case for people."""
+        found = self.foretold()
+        return {
+            "setting": [part for part in self.setting if part is not None],
+            "arm": self.arm,
+            "seed": self.seed,
+            "short": [point.steps for point in self.own],
+            "long": self.long,
+            "measured": [round(point.value, 4) for point in self.own],
+            "expected": round(found.value, 4),
+            "interval": [round(found.low, 4), round(found.high, 4)],
+            "truth": round(self.truth, 4),
+            "held": self.score() <= 1,
+        }
 
 
 def read(paths: Sequence[str | Path]) -> Runs:
@@ -52,7 +113,7 @@ def noise(runs: Runs) -> dict[tuple[Any, ...], float]:
     return {setting: float(np.sqrt(np.mean(found))) for setting, found in squares.items()}
 
 
-def cases(runs: Runs) -> Iterator[dict[str, Any]]:
+def cases(runs: Runs) -> Iterator[Case]:
     """Every length of an arm that at least two shorter ones foretell; each set of the shortest ones is a case."""
     between = noise(runs)
     for (*setting, seed, arm), outcomes in runs.items():
@@ -65,35 +126,76 @@ def cases(runs: Runs) -> Iterator[dict[str, Any]]:
         for end in lengths:
             for count in range(2, lengths.index(end) + 1):
                 short = lengths[:count]
-                curve = [Point(steps, reference[steps], error) for steps in short]
-                gains = [[Point(s, reference[s] - own[s], 2**0.5 * error) for s in short if s in own] for own in others]
-                mine = [Point(s, reference[s] - outcomes[s], 2**0.5 * error) for s in short]
-                found = forecast(mine, end, gain_slope(curve, gains), 2**0.5 * error)
-                truth = reference[end] - outcomes[end]
-                yield {
-                    "setting": [part for part in setting if part is not None],
-                    "arm": json.loads(arm)["name"],
-                    "seed": seed,
-                    "short": short,
-                    "long": end,
-                    "measured": [round(point.value, 4) for point in mine],
-                    "expected": round(found.value, 4),
-                    "interval": [round(found.low, 4), round(found.high, 4)],
-                    "truth": round(truth, 4),
-                    "held": found.low <= truth <= found.high,
-                }
+                yield Case(
+                    setting=tuple(setting),
+                    arm=json.loads(arm)["name"],
+                    seed=seed,
+                    long=end,
+                    curve=[Point(steps, reference[steps], error) for steps in short],
+                    gains=[[Point(s, reference[s] - own[s], 2**0.5 * error) for s in short if s in own] for own in others],
+                    own=[Point(s, reference[s] - outcomes[s], 2**0.5 * error) for s in short],
+                    error=2**0.5 * error,
+                    truth=reference[end] - outcomes[end],
+                )
+
+
+def fitted(found: Sequence[Case]) -> Prior:
+    """The constants of GRID under which the truths are likeliest."""
+    return max(GRID, key=lambda prior: sum(case.likelihood(prior) for case in found))
+
+
+def conformal(found: Sequence[Case], prior: Prior) -> float:
+    """The factor on half widths that split conformal prediction asks for at LEVEL: infinite where there are too few cases."""
+    scores = sorted(case.score(prior) for case in found)
+    rank = math.ceil(LEVEL * (len(scores) + 1))
+    return scores[rank - 1] if rank <= len(scores) else math.inf
+
+
+def held(found: Sequence[Case], prior: Prior, factor: float) -> dict[str, Any]:
+    """How many intervals, `factor` times as wide as under `prior`, hold the truth, and how wide they are in the middle."""
+    widths = [2 * factor * (case.foretold(prior).high - case.foretold(prior).value) for case in found]
+    return {
+        "held": sum(case.score(prior) <= factor for case in found),
+        "width": round(float(np.median(widths)), 4) if math.isfinite(factor) else None,
+    }
+
+
+def left_out(found: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Each setting by what the others tell: under constants fitted to them, plain and by their conformal factor."""
+    for setting in sorted({case.setting for case in found}, key=str):
+        own = [case for case in found if case.setting == setting]
+        others = [case for case in found if case.setting != setting]
+        if not others:
+            continue
+        prior = fitted(others)
+        factors = {"plain": 1.0, "conformal": conformal(others, prior), "conformal, PRIOR": conformal(others, PRIOR)}
+        told = {
+            name: held(own, PRIOR if name.endswith("PRIOR") else prior, factor) | {"factor": round(factor, 3)}
+            for name, factor in factors.items()
+        }
+        yield {"left_out": [part for part in setting if part is not None], "cases": len(own), "fitted": vars(prior), **told}
+
+
+def summary(found: Sequence[Case]) -> dict[str, Any]:
+    """Coverage of all cases: of the pilot as it is, and of each setting by the others."""
+    folds = list(left_out(found))
+    sides = sum(bool(np.sign(case.foretold().value) == np.sign(case.truth)) for case in found)
+    outside = {name: sum(fold[name]["held"] for fold in folds) for name in ("plain", "conformal", "conformal, PRIOR") if folds}
+    return {
+        "cases": len(found),
+        "settings": len({case.setting for case in found}),
+        **held(found, PRIOR, 1.0),
+        "sign_right": sides,
+        "left_out_held": outside,
+        "conformal_factor": round(conformal(found, PRIOR), 3),
+    }
 
 
 def main(paths: Sequence[str]) -> None:
-    """Prints the cases and their summary."""
+    """Prints the cases, the settings that are left out, and a summary."""
     found = list(cases(read(paths)))
-    for case in found:
-        print(json.dumps(case))
-    held = sum(case["held"] for case in found)
-    sides = sum(np.sign(case["expected"]) == np.sign(case["truth"]) for case in found)
-    print(
-        json.dumps({"cases": len(found), "held": held, "share": held / len(found) if found else None, "sign_right": int(sides)})
-    )
+    for line in [*(case.told() for case in found), *left_out(found), summary(found)]:
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

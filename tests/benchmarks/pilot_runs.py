@@ -32,14 +32,14 @@ LENGTHS = (20, 40, 80, 160)
 SEEDS = (0, 1)
 TEACHER_STEPS = 600
 SETTINGS: dict[str, dict[str, Any]] = {
-    "code": {"texts": ["code"], "rate": 1e-3, "width": 48},
-    "code-fast": {"texts": ["code"], "rate": 4e-3, "width": 48},
-    "code-scarce": {"texts": ["code"], "rate": 2e-3, "width": 48, "max_rows": 300},
-    "prose": {"texts": ["prose"], "rate": 1e-3, "width": 48},
-    "prose-wide": {"texts": ["prose"], "rate": 2e-3, "width": 96},
-    "prose-scarce": {"texts": ["prose"], "rate": 2e-3, "width": 48, "max_rows": 300},
-    "both": {"texts": ["code", "prose"], "rate": 2e-3, "width": 48},
-    "both-wide": {"texts": ["code", "prose"], "rate": 1e-3, "width": 96},
+    "code": {"text": "code", "rate": 1e-3, "width": 48},
+    "code-fast": {"text": "code", "rate": 4e-3, "width": 48},
+    "code-scarce": {"text": "code", "rate": 2e-3, "width": 48, "max_rows": 240},
+    "prose": {"text": "prose", "rate": 1e-3, "width": 48},
+    "prose-wide": {"text": "prose", "rate": 2e-3, "width": 96},
+    "prose-scarce": {"text": "prose", "rate": 2e-3, "width": 48, "max_rows": 240},
+    "both": {"text": "both", "rate": 2e-3, "width": 48},
+    "both-wide": {"text": "both", "rate": 1e-3, "width": 96},
 }
 """Text that is trained on, peak of the learning rate, hidden units of the student; both texts are held out everywhere."""
 CANDIDATES = (CandidateSpec(name="same", teachers=("same",)), CandidateSpec(name="other", teachers=("other",)))
@@ -49,8 +49,9 @@ def write_texts(folder: Path) -> None:
     """Two corpora, each with documents that are held out."""
     code = [path.read_text(encoding="utf-8")[:6000] for path in sorted(SOURCE.rglob("*.py"))]
     prose = [json.loads(line)["text"][:6000] for line in (TEXTS / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for name, documents in (("code", code), ("prose", prose)):
-        parts = {"train": [d for n, d in enumerate(documents) if n % 6], "held-out": documents[::6]}
+    both = [text for pair in zip(code, prose) for text in pair]
+    for name, documents in (("code", code), ("prose", prose), ("both", both)):
+        parts = {"train": [d for n, d in enumerate(documents) if n % 6], "held-out": [d[:1500] for d in documents[::6][:24]]}
         for part, kept in parts.items():
             lines = "".join(json.dumps({"text": text}) + "\n" for text in kept)
             (folder / f"{name}-{part}.jsonl").write_text(lines, encoding="utf-8")
@@ -77,9 +78,9 @@ def write_model(folder: Path, vocab_size: int, width: int, seed: int) -> str:
     return str(folder)
 
 
-def spec_of(root: Path, student: str, texts: list[str], rate: float, seed: int, max_rows: int | None = None) -> DistillationSpec:
+def spec_of(root: Path, student: str, text: str, rate: float, seed: int, max_rows: int | None = None) -> DistillationSpec:
     """A run of `student` from both teachers' scores, as long as the longest run."""
-    data = {"train": [str(root / f"{t}-train.jsonl") for t in texts], "max_length": 64, "max_rows": max_rows}
+    data = {"train": [str(root / f"{text}-train.jsonl")], "max_length": 64, "max_rows": max_rows}
     training = {
         "max_steps": LENGTHS[-1],
         "global_batch_size": 8,
@@ -100,7 +101,7 @@ def make_teacher(root: Path, name: str, vocab_size: int) -> None:
     """A wider model that has read both texts for TEACHER_STEPS."""
     if (root / name / "last").exists():
         return
-    spec = spec_of(root, write_model(root / f"{name}-before", vocab_size, 128, seed=5), ["code", "prose"], 2e-3, seed=5)
+    spec = spec_of(root, write_model(root / f"{name}-before", vocab_size, 128, seed=5), "both", 2e-3, seed=5)
     spec = spec.model_copy(update={"teachers": (), "training": spec.training.model_copy(update={"max_steps": TEACHER_STEPS})})
     prepare_rows(spec, root / f"{name}-rows" / "train", "train")
     distill(spec, TrainingInputs((root / f"{name}-rows",)), root / name, baseline=True)
@@ -123,7 +124,7 @@ def lines(root: Path, setting: str, done: set[str]) -> Iterator[dict[str, Any]]:
     options = SETTINGS[setting]
     for seed in SEEDS:
         student = write_model(root / f"student-{options['width']}-{seed}", 512, options["width"], seed)
-        spec = spec_of(root, student, options["texts"], options["rate"], seed, options.get("max_rows"))
+        spec = spec_of(root, student, options["text"], options["rate"], seed, options.get("max_rows", 8 * LENGTHS[-1]))
         inputs = made_inputs(root, spec, setting)
         for candidate in (WITHOUT_TEACHERS, *CANDIDATES):
             for steps in LENGTHS:

@@ -17,19 +17,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.warm import fork
 from tests.support.cli import call
-from tests.support.tiny import tiny_model, tiny_run
+from tests.support.tiny import texts, tiny_model, tiny_run
 from tests.support.training_run import losses, prepare
 from tests.support.weed import KEYS, Weed
 from xtoken_core import storage
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.models import load_model
+from xtoken_core.results.pilot import Pilot
+from xtoken_core.spec import CandidateSpec, DistillationSpec
 from xtoken_core.storage import claims, progress
 from xtoken_core.teachers.handle import Teacher
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.workflow.pilot import run_place
+from xtoken_core.workflow.rungs import Place
 from xtoken_core.workflow.scoring import score_teacher
+from xtoken_core.workflow.views import View
 
 MIB = 2**20
 
@@ -273,9 +278,16 @@ def in_bucket(s3, folder: Path, spec: dict) -> dict:
     return json.loads(json.dumps(spec).replace(str(folder), "s3://bucket/in"))
 
 
-def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
+def test_a_whole_run_with_a_pilot_from_and_to_buckets(run, s3, tmp_path):
+    """Shards of rows, their scores, short runs, a verdict and the main run that it chooses, with secrets in the environment."""
     spec = in_bucket(s3, *run)
+    with s3.open("bucket/in/held-out.jsonl", "a") as file:  # a pilot needs two documents
+        file.write(json.dumps({"text": texts(6)[5][:600]}) + "\n")
     spec["output"]["uri"] = "s3://bucket/out"
+    spec["teachers"][1]["scores"] = {"top_k": 8}
+    spec["data"]["shards"] = 2
+    spec["training"] |= {"max_steps": 12, "save_steps": 2}
+    spec["pilot"] = {"candidates": [{"name": "read", "teachers": ["same"]}], "budget": 1, "then": "best"}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     done = call("pipelines", "run", tmp_path / "spec.yaml", "--runs", tmp_path / "runs", **SECRETS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -286,10 +298,11 @@ def test_a_whole_run_from_and_to_buckets(run, s3, tmp_path):
     secrets = [secret.encode() for secret in (*SECRETS.values(), KEYS["AWS_SECRET_ACCESS_KEY"])]
     assert [name for name, data in written.items() if any(secret in data for secret in secrets)] == []
     assert {path.split("/")[2] for path in s3.find("bucket/out")} == {
-        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections", "serving"
+        "report.html", "run.json", "spec.yaml", "published.json", "student", "logs", "projections", "serving", "pilot.json"
     }  # fmt: skip
-    from xtoken_core.models import load_model
-
+    pilot = Pilot.parse(s3.cat("bucket/out/pilot.json").decode(), "pilot.json")
+    assert [(trial.candidate, trial.steps) for trial in pilot.trials] == [("ce", 2), ("read", 2), ("ce", 4), ("read", 4)]
+    assert f"as the pilot chose: {pilot.chosen}" in done.stdout and pilot.reason in done.stdout
     assert load_model("s3://bucket/out/student/best").config.num_hidden_layers == 2
 
 
@@ -350,7 +363,7 @@ def test_shards_hold_the_rows_of_one_and_are_streamed(run, s3, tmp_path):
 
 def test_scores_of_shards_go_through_the_store_and_serve_a_second_student(tmp_path, s3):
     """Rows and scores of two shards, to the store and from it: the training is that on the folders, also of another student of the tokenizer."""
-    values = prepare(tmp_path, data={"shards": 2}, loss={"mode": "partition_kl"}, training={"max_steps": 3})
+    values = prepare(tmp_path, data={"shards": 2}, loss={"mode": "partition_kl"}, training={"max_steps": 3, "save_steps": 1})
     values["teachers"] = [values["teachers"][0] | {"scores": {"top_k": 8}}]
     spec = DistillationSpec.model_validate(values)
     for shard in range(2):
@@ -370,6 +383,12 @@ def test_scores_of_shards_go_through_the_store_and_serve_a_second_student(tmp_pa
                 found[place, name] = losses(out)
     assert found[str(tmp_path), "first"] == found["s3://bucket/shared", "first"] != found["s3://bucket/shared", "second"]
     assert found[str(tmp_path), "second"] == found["s3://bucket/shared", "second"]
+    short = Place(1, 1.0, CandidateSpec(name="read"))
+    rows, scores = (tuple(f"s3://bucket/shared/{kind}-{shard}" for shard in range(2)) for kind in ("rows", "scores"))
+    inputs = TrainingInputs(rows, {}, w, {"other": scores})
+    trial = run_place(View.from_text(spec.to_json()), short, inputs, tmp_path / "short", "s3://bucket/kept-of-trials")
+    assert [line[1] for line in losses(tmp_path / "short")] == [line[1] for line in found["s3://bucket/shared", "first"]]
+    assert trial.bits_per_byte and storage.folders("s3://bucket/kept-of-trials") == []  # no student and no checkpoint stays
 
 
 def test_stored_scores_are_named_by_their_uri(tmp_path, s3):

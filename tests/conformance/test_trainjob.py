@@ -13,17 +13,22 @@ import time
 import jsonschema
 import kubernetes
 import pytest
+import torch
 import yaml
 
 from tests.conformance.test_manifests import rights
 from tests.support.kubernetes_server import FakeKubernetes
 from tests.support.schemas import check_resource
 from tests.support.tiny import tiny_run
+from tests.support.training_run import losses
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec, ResourcesSpec
+from xtoken_core.spec import CandidateSpec, DistillationSpec, ResourcesSpec
+from xtoken_core.training.distill import distill
+from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow import trainjob
-from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest
+from xtoken_core.workflow.scoring import score_teacher
+from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, Reads, manifest
 from xtoken_core.workflow.vocabularies import write_projections
 
 pytestmark = pytest.mark.slow
@@ -33,10 +38,13 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory):
     """A folder with all that training reads, which stands for a volume that every host mounts."""
     folder = tmp_path_factory.mktemp("run")
-    spec = DistillationSpec.from_text(json.dumps(tiny_run(folder)))
+    values = tiny_run(folder)
+    values["teachers"][1]["scores"] = {"top_k": 8}
+    spec = DistillationSpec.from_text(json.dumps(values))
     for split in ("train", "validation"):
         prepare_rows(spec, folder / "rows" / split, split)
     write_projections(spec, folder / "w")
+    score_teacher(spec, "same", folder / "rows", folder / "scores")
     return folder, spec
 
 
@@ -55,10 +63,11 @@ def resources(folder, **more) -> str:
     return ResourcesSpec(nodes=2, gpus_per_node=0, pvc=({"name": "shared", "mount_path": str(folder)},), **more).model_dump_json()
 
 
-def launch(run, out, **changes) -> None:
+def launch(run, out, candidate="", **changes) -> None:
     folder, spec = run
-    given = {"rows": [str(folder / "rows")], "modes": {"other": "p_kl"}, "projections": str(folder / "w")} | changes
-    trainjob.launch(spec.to_json(), resources(folder), given["rows"], str(out), given["modes"], given["projections"], False, "")
+    given = {"rows": [str(folder / "rows")], "modes": {"other": "p_kl"}, "projections": str(folder / "w")}
+    given |= {"scores": [str(folder / "scores")]} | changes
+    trainjob.launch(spec.to_json(), resources(folder), Reads(**given), str(out), candidate=candidate)
 
 
 def test_two_hosts_train_one_student(run, cluster, capfd):
@@ -79,6 +88,20 @@ def test_two_hosts_train_one_student(run, cluster, capfd):
     assert len(cluster.jobs) == 1
 
 
+def test_every_host_reads_the_scores_of_the_candidate_that_a_pilot_chose(run, cluster):
+    """No teacher but the scored one counts, and the student is that of one process."""
+    folder, spec = run
+    candidate = CandidateSpec(name="read", teachers=("same",))
+    launch(run, folder / "read", candidate=candidate.model_dump_json(exclude_defaults=True))
+    inputs = TrainingInputs((folder / "rows",), scores={"same": (folder / "scores",)})
+    distill(spec.of_candidate(candidate), inputs, folder / "alone")
+    told = json.loads((folder / "read" / "summary.json").read_text())
+    assert (told["ranks"], set(told["modes"])) == (2, {"same"})
+    torch.testing.assert_close(
+        torch.tensor(losses(folder / "read")), torch.tensor(losses(folder / "alone")), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_job_that_fails_fails_its_launcher_with_the_log(run, cluster, capfd):
     folder, _ = run
     with pytest.raises(trainjob.TrainJobError, match="jobset failed"):
@@ -96,7 +119,16 @@ def test_a_launcher_that_is_cancelled_deletes_its_job(run, cluster):
     folder, spec = run
     (folder / "spec.yaml").write_text(yaml.safe_dump(json.loads(spec.to_json())))
     arguments = ["--spec", folder / "spec.yaml", "--rows", json.dumps([str(folder / "rows")]), "--run", folder / "cancelled"]
-    arguments += ["--resources", resources(folder), "--projections", folder / "w", "--modes", '{"other": "p_kl"}']
+    arguments += [
+        "--scores",
+        json.dumps([str(folder / "scores")]),
+        "--resources",
+        resources(folder),
+        "--projections",
+        folder / "w",
+        "--modes",
+        '{"other": "p_kl"}',
+    ]
     launcher = subprocess.Popen(
         [sys.executable, "-m", "components.launch", *map(str, arguments)], stdout=subprocess.PIPE, text=True
     )
@@ -178,7 +210,7 @@ def test_the_namespace_is_that_of_the_context(cluster, monkeypatch):
 def test_what_not_every_host_reaches_is_refused(run):
     folder, spec = run
     with pytest.raises(InputError, match="resources.nodes: several hosts cannot all reach /elsewhere/rows"):
-        trainjob.launch(spec.to_json(), resources(folder), ["/elsewhere/rows"], str(folder / "x"), {}, None, False, "")
+        trainjob.launch(spec.to_json(), resources(folder), Reads(["/elsewhere/rows"]), str(folder / "x"))
 
 
 def test_the_job_is_one_of_the_published_crd():
@@ -231,9 +263,7 @@ def test_the_mlflow_run_of_the_launcher_is_that_of_the_hosts(run, monkeypatch):
     made = []
     monkeypatch.setattr(trainjob, "run_job", made.append)
     secrets = ({"secret": "mlflow", "key": "uri", "env": "MLFLOW_TRACKING_URI"},)
-    trainjob.launch(
-        spec.to_json(), resources(folder, secrets=secrets), [str(folder / "rows")], str(folder / "x"), {}, None, False, ""
-    )
+    trainjob.launch(spec.to_json(), resources(folder, secrets=secrets), Reads([str(folder / "rows")]), str(folder / "x"))
     check_resource(made[0], "trainjobs")
     env = {entry["name"]: entry.get("value") for entry in made[0]["spec"]["trainer"]["env"]}
     assert env["MLFLOW_RUN_ID"] == "r1" and env["MLFLOW_TRACKING_URI"] is None and "t0ken" not in json.dumps(made[0])

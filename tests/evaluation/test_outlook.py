@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xtoken_core.evaluation.outlook import SHARE, TRUST, Point, forecast, forecast_change, gain_slope, slopes
+from xtoken_core.evaluation.outlook import PRIOR, Point, forecast, forecast_change, gain_slope, slopes
 
 STEPS = (10, 20, 40)
 
@@ -40,9 +40,9 @@ def test_a_change_is_known_better_than_its_ends():
 def test_the_slope_of_gains_is_that_of_the_candidates_and_before_any_is_seen_a_share_of_cross_entropys():
     reference = points(lambda steps: -0.1 * np.log2(steps))
     assert slopes(reference) == pytest.approx([-0.1, -0.1])
-    assert gain_slope(reference, [[Point(10, 1.0, 0.0)]]) == pytest.approx(3**0.5 * SHARE * 0.1)
+    assert gain_slope(reference, [[Point(10, 1.0, 0.0)]]) == pytest.approx(PRIOR.trust**0.5 * PRIOR.share * 0.1)
     steep = [points(lambda steps: np.log2(steps))] * 5
-    expected = np.sqrt((TRUST * (SHARE * 0.1) ** 2 + 10) / (TRUST + 8))
+    expected = np.sqrt((PRIOR.trust * (PRIOR.share * 0.1) ** 2 + 10) / (PRIOR.trust + 8))
     assert gain_slope(reference, steep) == pytest.approx(expected)
 
 

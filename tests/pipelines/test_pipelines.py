@@ -100,7 +100,11 @@ def test_shards_are_tasks_and_several_hosts_a_launcher():
     sharded = tasks(spec_of("data.shards=3"))
     assert {name for name in sharded if name.startswith("prepare")} == {"prepare-0", "prepare-1", "prepare-2"}
     assert {"prepare-0", "prepare-1", "prepare-2"} <= set(sharded["distill"]["dependentTasks"])
-    pipeline, platform = documents(compile_spec(spec_of("resources.nodes=2")))
+    read = [{"id": "same", "model": "same", "scores": {}}]
+    pilot = {"candidates": [{"name": "all"}], "then": "best"}
+    pipeline, platform = documents(compile_spec(spec_of("resources.nodes=2", teachers=read, pilot=pilot)))
+    given = pipeline["root"]["dag"]["tasks"]["distill"]["inputs"]["parameters"]
+    assert {"scores", "candidate", "rows", "resources"} <= given.keys()
     launcher = pipeline["deploymentSpec"]["executors"]["exec-distill"]["container"]
     assert (
         launcher["args"][-1] == "launch" and "accelerator" not in launcher["resources"]

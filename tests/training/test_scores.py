@@ -256,7 +256,6 @@ def test_scores_that_do_not_belong_are_one_line(base, run, values, all_scores, w
         ({}, {"scores": {"uri": "x", "top_k": 3}}, "scores.uri: stored scores are taken as they are"),
         ({"loss": {"weight_metric": "ce"}}, {}, "scores: serve aggregation: sum with fixed weights only"),
         ({"loss": {"aggregation": "select_teacher"}}, {}, "scores: serve aggregation: sum with fixed weights only"),
-        ({"resources": {"nodes": 2}}, {}, "scores: train on one host only"),
         ({"data": {"shards": 2}}, {"scores": {"uri": "x"}}, "scores.uri: stored scores are of one shard"),
     ],
 )

@@ -218,7 +218,6 @@ def test_nonsense_is_refused_by_name(pilot, line):
     ("overrides", "line"),
     [
         (["evaluation.bits_per_byte=false"], "pilot.candidates: need bits per byte"),
-        (["resources.nodes=2", "pilot.then=best"], "pilot.then: best trains on one host only"),
         (["output.registry={server: http://registry}"], "pilot.then: stop leaves no student for output.registry"),
         (
             ["teachers.same.scores={}", "pilot.candidates.0.set=[loss.temperature=2]"],

@@ -15,14 +15,24 @@ import numpy as np
 
 from xtoken_core.evaluation.intervals import Z95
 
-MEMORY, CURVE_MEMORY = 3.0, 10.0
-"""Doublings of the steps over which a slope is remembered (to 1/e): that of a gain, and that of a curve of bits per byte itself."""
+CURVE_MEMORY, CURVE_SHARE = 10.0, 0.5
+"""Doublings of the steps over which the slope of a curve of bits per byte is remembered (to 1/e), and its standard deviation, as a share of
+the slope that was seen."""
 
-CURVE_SHARE = 0.5
-"""Standard deviation of such a curve's slope, as a share of the slope that was seen."""
 
-SHARE, TRUST = 0.3, 3.0
-"""Before any is seen, gains are taken to change by this share of what cross-entropy gains with a doubling; that counts like so many sightings."""
+@dataclass(frozen=True)
+class Prior:
+    """What is taken of gains before any is seen."""
+
+    share: float = 0.3
+    """Of what cross-entropy gains with a doubling of the steps, by which gains change with it."""
+    trust: float = 3.0
+    """That counts like so many sightings."""
+    memory: float = 3.0
+    """Doublings over which the slope of a gain is remembered (to 1/e)."""
+
+
+PRIOR = Prior()
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,13 @@ class Forecast:
         return self.value + Z95 * self.error
 
 
-def forecast(points: Sequence[Point], steps: float, slope: float, error: float = 0.0) -> Forecast:
+def forecast(points: Sequence[Point], steps: float, slope: float, error: float = 0.0, memory: float = PRIOR.memory) -> Forecast:
     """The value of one more training, of so many steps.
 
     slope: standard deviation of the change that a doubling of the steps makes. error: of that training's own measurement.
+    memory: as of `Prior`.
     """
-    found = _conditioned(points, np.array([1.0]), np.array([steps]), slope, MEMORY)
+    found = _conditioned(points, np.array([1.0]), np.array([steps]), slope, memory)
     return Forecast(found.value, float(np.hypot(found.error, error)))
 
 
@@ -74,14 +85,14 @@ def slopes(points: Sequence[Point]) -> list[float]:
     return [(b.value - a.value) / float(np.log2(b.steps / a.steps)) for a, b in zip(ordered, ordered[1:]) if b.steps > a.steps]
 
 
-def gain_slope(reference: Sequence[Point], gains: Sequence[Sequence[Point]]) -> float:
+def gain_slope(reference: Sequence[Point], gains: Sequence[Sequence[Point]], prior: Prior = PRIOR) -> float:
     """The standard deviation of what a doubling of the steps changes in gains over `reference`, from those of all candidates.
 
-    The posterior mean of the variance under a scaled inverse chi-square prior (SHARE, TRUST): of few sightings more than their own.
+    The posterior mean of the variance under a scaled inverse chi-square prior: of few sightings more than their own.
     """
     seen = [slope for points in gains for slope in slopes(points)]
-    before = SHARE * float(np.mean(np.abs(slopes(reference) or [0.0])))
-    return float(np.sqrt((TRUST * before**2 + np.square(seen).sum()) / (TRUST + len(seen) - 2)))
+    before = prior.share * float(np.mean(np.abs(slopes(reference) or [0.0])))
+    return float(np.sqrt((prior.trust * before**2 + np.square(seen).sum()) / (prior.trust + len(seen) - 2)))
 
 
 def _conditioned(points: Sequence[Point], weights: np.ndarray, targets: np.ndarray, slope: float, memory: float) -> Forecast:

@@ -94,8 +94,6 @@ class DistillationSpec(Section):
             return
         if not self.measures_bits:
             yield "candidates: need bits per byte (evaluation.bits_per_byte, and text for it)"
-        if self.resources.nodes > 1 and self.pilot.then == "best":
-            yield "then: best trains on one host only, and resources.nodes is more"
         if self.pilot.then == "stop" and self.output.registry is not None:
             yield "then: stop leaves no student for output.registry"
         scored = any(teacher.scores is not None for teacher in self.teachers)
@@ -138,8 +136,6 @@ class DistillationSpec(Section):
             yield "scores: serve aggregation: sum with fixed weights only"
         if teacher.scores is not None and teacher.cross_tokenizer and mode not in ("partition_kl", "auto"):
             yield f"scores: {mode} needs the running teacher; with a projection they serve partition_kl only"
-        if teacher.scores is not None and self.resources.nodes > 1:
-            yield "scores: train on one host only, and resources.nodes is more"
         if teacher.scores is not None and teacher.scores.uri is not None and self.data.shards > 1:
             yield "scores.uri: stored scores are of one shard of rows, and data.shards is more"
         if loss.aggregation == "averaged_logits":

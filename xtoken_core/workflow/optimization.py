@@ -16,7 +16,7 @@ from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import is_remote, normalize
 from xtoken_core.workflow.resolve import checkpoints_place
-from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, about, manifest, parameter_name, trial_command
+from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, Reads, about, manifest, parameter_name, trial_command
 from xtoken_core.workflow.views import view
 
 OBJECTIVE = "eval_validation_bits_per_byte"
@@ -33,7 +33,8 @@ def optimization_job(spec: DistillationSpec, values: Mapping[str, Sequence[objec
     rows, projections = _prepared(spec, finished)
     modes = dict(finished.summary.modes) if finished.summary else {}
     out = f"{normalize(spec.output.uri).rstrip('/')}/trials"
-    command = trial_command(rows, out, modes, projections, checkpoints_place(spec), list(values))
+    reads = Reads(rows, modes, projections, checkpoints=checkpoints_place(spec))
+    command = trial_command(reads, out, list(values))
     text = view(spec, "distill").to_json()
     job = manifest("of-a-trial", text, spec.resources, command)
     return {
@@ -70,6 +71,8 @@ def _prepared(spec: DistillationSpec, finished: Run) -> tuple[list[str], str | N
     """URIs of the rows and of W that a finished run has left. Raises InputError where the trials cannot read them."""
     if not spec.data.validation:
         raise InputError("data.validation: missing; trials are compared by its bits per byte")
+    if computed := [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None]:
+        raise InputError(f"teachers.{computed[0]}.scores: trials read stored ones only; name them by scores.uri")
     before = finished.as_spec()
     for step in MADE_BEFORE:
         if view(spec, step) != view(before, step):

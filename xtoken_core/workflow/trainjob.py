@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from xtoken_core.errors import InputError, RunError
@@ -21,7 +21,7 @@ from xtoken_core.spec import ResourcesSpec
 from xtoken_core.storage import is_remote, normalize
 from xtoken_core.training.trackers import PIPELINES_MLFLOW
 from xtoken_core.workflow.kubeflow import namespace, run_metadata
-from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, manifest, worker_command
+from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, Reads, manifest, worker_command
 
 PLURAL = "trainjobs"
 POLL_SECONDS = 5.0
@@ -33,27 +33,18 @@ class TrainJobError(RunError):
     """The job failed; its pods' log says why."""
 
 
-def launch(
-    spec: str,
-    resources: str,
-    rows: Sequence[str],
-    run_uri: str,
-    modes: Mapping[str, str],
-    projections: str | None,
-    baseline: bool,
-    checkpoints: str,
-) -> None:
+def launch(spec: str, resources: str, reads: Reads, run_uri: str, baseline: bool = False, candidate: str = "") -> None:
     """Trains on several hosts, and returns when the job is complete; arguments as of components/launch.py.
 
     Raises TrainJobError where the job fails, InputError where the cluster refuses it or something isn't in reach of every host.
     """
     given = ResourcesSpec.model_validate_json(resources)
-    for uri in (*rows, run_uri, *([projections] if projections else [])):
+    for uri in (*reads.places, run_uri):
         if not is_remote(uri) and not given.keeps(uri):
             raise InputError(
                 f"resources.nodes: several hosts cannot all reach {uri}; use a pipeline root that is a URI or on a resources.pvc"
             )
-    command = worker_command(rows, normalize(run_uri), modes, projections, baseline, checkpoints)
+    command = worker_command(reads, normalize(run_uri), baseline, candidate)
     key = identity(json.loads(spec), json.loads(resources), command, length=12)
     mlflow = {name: os.environ[name] for name in PIPELINES_MLFLOW if name in os.environ}
     job = manifest(f"xtoken-distill-{key}", spec, given, command, mlflow)

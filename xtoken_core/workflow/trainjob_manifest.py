@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from xtoken_core.spec import ResourcesSpec
@@ -21,33 +22,49 @@ _SCRIPT = (
 )
 
 
-def worker_command(
-    rows: Sequence[str], run_uri: str, modes: Mapping[str, str], projections: str | None, baseline: bool, checkpoints: str
-) -> list[str]:
+@dataclass(frozen=True)
+class Reads:
+    """What every host reads, as components/distill.py is told it: folders and URIs that all of them reach."""
+
+    rows: Sequence[str]
+    """One per shard."""
+    modes: Mapping[str, str] = field(default_factory=dict)
+    projections: str | None = None
+    scores: Sequence[str] = ()
+    checkpoints: str = ""
+
+    @property
+    def places(self) -> list[str]:
+        """Where they lie, but for the checkpoints."""
+        return [*self.rows, *self.scores, *([self.projections] if self.projections else [])]
+
+    @property
+    def options(self) -> list[str]:
+        """On the command line."""
+        told = ["--rows", self.rows[0], "--more-rows", json.dumps(list(self.rows[1:]))]
+        told += ["--modes", json.dumps(dict(self.modes), sort_keys=True), "--checkpoints", self.checkpoints]
+        told += ["--scores", json.dumps(list(self.scores))] if self.scores else []
+        return [*told, *(["--projections", self.projections] if self.projections else [])]
+
+
+def worker_command(reads: Reads, run_uri: str, baseline: bool = False, candidate: str = "") -> list[str]:
     """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
-    options = ["--run", run_uri, *_inputs(rows, modes, projections, checkpoints), *(["--baseline"] if baseline else [])]
-    return ["sh", "-c", _SCRIPT, "distill", *options]
+    trained = ["--baseline"] if baseline else ["--candidate", candidate] if candidate else []
+    return ["sh", "-c", _SCRIPT, "distill", "--run", run_uri, *reads.options, *trained]
 
 
-def trial_command(
-    rows: Sequence[str], out: str, modes: Mapping[str, str], projections: str | None, checkpoints: str, fields: Sequence[str]
-) -> list[str]:
+def trial_command(reads: Reads, out: str, fields: Sequence[str]) -> list[str]:
     """So for a trial of an OptimizationJob, whose values of `fields` come as variables; its run is a folder of `out` named by them."""
     values = {field: f"$KUBEFLOW_TRAINER_OPT_{parameter_name(field).upper()}" for field in fields}
     folder = "-".join(f"{field.rpartition('.')[2]}-{value}" for field, value in values.items())
     told = [f'--set {shlex.quote(field)}="{value}"' for field, value in values.items()]
     script = " ".join([_SCRIPT, *told, f'--run {shlex.quote(out)}/"{folder}"'])
-    return ["sh", "-c", script, "distill", *_inputs(rows, modes, projections, checkpoints)]
+    return ["sh", "-c", script, "distill", *reads.options]
 
 
 def parameter_name(field: str) -> str:
     """The name of a dotted field of the spec as a parameter: a part of a variable's."""
     return re.sub(r"\W", "_", field)
-
-
-def _inputs(rows: Sequence[str], modes: Mapping[str, str], projections: str | None, checkpoints: str) -> list[str]:
-    options = ["--rows", rows[0], "--more-rows", json.dumps(list(rows[1:])), "--modes", json.dumps(dict(modes), sort_keys=True)]
-    return [*options, "--checkpoints", checkpoints, *(["--projections", projections] if projections else [])]
 
 
 def manifest(

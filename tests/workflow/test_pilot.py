@@ -116,6 +116,11 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
     assert best.course[0].steps == 200 and best.course[-1].steps == 1000
     told = pilot_verdict(found)
     assert told.tone == "good" and told.headline.startswith("Distil as big-only: +0.0")
+    assert told.sentences[0].startswith("Next: the same command with --set pilot.then=best; the main run follows as big-only")
+    assert "In the same GPU time cross-entropy takes 1.5 times the steps; against that big-only is still ahead: +0.0" in str(told)
+    assert (
+        told.sentences[-1].startswith("It rests on 9 short runs of 50, 100, 200 steps") and "came to 0.940." in told.sentences[-1]
+    )
     assert "big-only: teachers big, loss.mode=p_kl." in told.sentences and "Teacher same is no better." in told.sentences
     assert json.loads(chosen_candidate(spec_of(), found.chosen)) == CANDIDATES[1]
     assert Pilot.parse(found.model_dump_json(), "x") == found
@@ -125,20 +130,26 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
 
 
 @pytest.mark.parametrize(
-    ("gains", "options", "words"),
+    ("gains", "options", "words", "now"),
     [
-        ([-0.01, -0.012, -0.013], {}, "Do not distil: no candidate is expected to be ahead; the best, big-only, -0.01"),
-        ([0.001, -0.002, 0.001], {"noise": 0.01}, "which is not told apart from nothing"),
+        (
+            [-0.01, -0.012, -0.013],
+            {},
+            "Do not distil: no candidate is expected to be ahead; the best, big-only, -0.01",
+            "train on cross-entropy only, as --set pilot.then=best does, or try other candidates",
+        ),
+        ([0.001, -0.002, 0.001], {"noise": 0.01}, "which is not told apart from nothing", "a larger pilot.budget"),
         (
             [0.02, 0.021, 0.022],
             {"seconds": 30.0},
             "each takes 30.0 times as long. Cross-entropy given that time is expected ahead, by +",
+            "train on cross-entropy only for 30,000 steps",
         ),
     ],
 )
-def test_better_not_to_distil(gains, options, words):
+def test_better_not_to_distil(gains, options, words, now):
     found = pilot_of({"big-only": gains, "both": gains[:1], "gentle": gains[:1]}, **options)
-    assert found.chosen == "ce" and words in found.reason
+    assert found.chosen == "ce" and words in found.reason and found.next.startswith(now)
     assert json.loads(chosen_candidate(spec_of(), "ce")) == {"name": "ce"}
     assert "Do not distil" in pilot_section(found).verdict.headline
 
@@ -146,7 +157,7 @@ def test_better_not_to_distil(gains, options, words):
 def test_cross_entropy_cannot_go_on_where_the_text_does_not_last():
     gains = {"big-only": [0.02, 0.021, 0.022], "both": [0.0], "gentle": [0.0]}
     assert pilot_of(gains, seconds=30.0, rows=8 * 1000 * 2).chosen == "big-only"
-    assert "the text does not last" in pilot_verdict(pilot_of(gains, seconds=30.0, rows=8)).sentences[1]
+    assert "the text does not last" in pilot_verdict(pilot_of(gains, seconds=30.0, rows=8)).sentences[2]
 
 
 def test_failures_are_told_and_without_a_reference_there_is_no_verdict():

@@ -160,18 +160,17 @@ def extent(found: Extent, sign: int = 1) -> str:
 
 def pilot_verdict(pilot: Pilot) -> Verdict:
     """What a pilot says of the main run, headline first."""
-    best, lengths = pilot.outlooks[0], sorted({trial.steps for trial in pilot.trials})
+    best = pilot.outlooks[0]
     tone = "good" if pilot.chosen != CE else "bad" if best.expected and best.expected.high < 0 else "even"
     return Verdict(
         tone,
         pilot.reason,
         [
+            *([f"Next: {pilot.next}"] if pilot.next else []),
             *_on_best(pilot, best),
             *_on_others(pilot),
             *pilot.audit,
-            (
-                f"It rests on {len(pilot.trials)} short runs of {', '.join(f'{steps:,}' for steps in lengths)} steps, each with a whole schedule."
-            ),
+            *_on_runs(pilot),
         ],
     )
 
@@ -180,11 +179,23 @@ def _on_best(pilot: Pilot, best: Outlook) -> Iterator[str]:
     settings = f", {', '.join(best.changes)}" if best.changes else ""
     yield f"{best.candidate}: teachers {', '.join(best.teachers)}{settings}."
     if best.same_time and best.cost:
+        gain = best.same_time
         lasts = "" if pilot.enough_text else ", for which the text does not last without repeats"
+        words = "still ahead" if gain.low > 0 else "behind" if gain.high < 0 else "not told apart"
         yield (
-            f"Against cross-entropy with the same GPU time ({best.cost:.1f} times the steps{lasts}): "
-            f"{extent(best.same_time)} bits per byte."
+            f"In the same GPU time cross-entropy takes {best.cost:.1f} times the steps{lasts}; against that {best.candidate} is {words}: "
+            f"{extent(gain)} bits per byte."
         )
+
+
+def _on_runs(pilot: Pilot) -> Iterator[str]:
+    lengths = sorted({trial.steps for trial in pilot.trials})
+    told = f"{len(pilot.trials)} short runs of {', '.join(f'{steps:,}' for steps in lengths)} steps, each with a whole schedule"
+    longest = max((trial for trial in pilot.trials if trial.candidate == CE), key=lambda trial: trial.steps, default=None)
+    reached = (
+        f"; the longest on cross-entropy only came to {longest.bits_per_byte:.3f}" if longest and longest.bits_per_byte else ""
+    )
+    yield f"It rests on {told}{reached}. Brackets hold 95 % intervals."
 
 
 def _on_others(pilot: Pilot) -> Iterator[str]:

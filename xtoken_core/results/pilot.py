@@ -88,6 +88,8 @@ class Pilot(Record):
     """The candidate to run, `ce` where it is better not to distil."""
     reason: str
     """One line."""
+    next: str = ""
+    """What to do now, one line; empty where the main run follows."""
     enough_text: bool
     """Whether the rows would last for the steps of cross-entropy that the best candidate's time buys, none seen twice."""
     outlooks: list[Outlook]

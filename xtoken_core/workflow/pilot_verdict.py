@@ -77,11 +77,12 @@ def judge(spec: DistillationSpec, trials: Sequence[Trial], rows: int, audited: S
     outlooks = [_outlook(spec, candidate, runs[candidate.name], known) for candidate in spec.pilot.candidates]
     outlooks.sort(key=lambda found: (-len(found.measured), -found.expected.value if found.expected else 0.0))
     enough = rows >= known.steps * spec.training.global_batch_size * (outlooks[0].cost or 1.0)
-    chosen, reason = _choice(outlooks[0], enough)
+    choice = _choice(outlooks[0], enough)
     return Pilot(
         steps=known.steps,
-        chosen=chosen,
-        reason=reason,
+        chosen=choice.candidate,
+        reason=choice.reason,
+        next=choice.next if spec.ends_with_pilot else "",
         enough_text=enough,
         outlooks=outlooks,
         trials=[trial for trial in trials if trial.candidate],
@@ -117,28 +118,49 @@ def _same_time(expected: Forecast, known: _Known, cost: float) -> Extent:
     return _extent(Forecast(expected.value + more.value, hypot(expected.error, more.error)))
 
 
-def _choice(best: Outlook, enough_text: bool) -> tuple[str, str]:
-    """The candidate to run, `ce` for none, and why."""
+@dataclass(frozen=True)
+class _Choice:
+    candidate: str
+    """The one to run, `ce` for none."""
+    reason: str
+    next: str
+    """What to do now, where nothing follows the pilot."""
+
+
+def _choice(best: Outlook, enough_text: bool) -> _Choice:
     gain, other = best.expected, best.same_time
     if gain is None:
-        return CE, f"Do not distil: no candidate has an outcome ({best.candidate}: {best.failed})."
+        return _Choice(
+            CE,
+            f"Do not distil: no candidate has an outcome ({best.candidate}: {best.failed}).",
+            "mend what made them fail, or train on cross-entropy only, as --set pilot.then=best does.",
+        )
     ahead = f"{extent(gain)} bits per byte ahead of cross-entropy only"
     if gain.value <= 0:
-        return (
+        return _Choice(
             CE,
             f"Do not distil: no candidate is expected to be ahead; the best, {best.candidate}, {extent(gain)} bits per byte.",
+            "train on cross-entropy only, as --set pilot.then=best does, or try other candidates: teachers, modes, a smaller share of KD.",
         )
     if gain.low <= 0:
-        return CE, (
-            f"Do not distil: {best.candidate} is expected {ahead} after {gain.steps:,} steps, which is not told apart from nothing. "
-            "A larger pilot.budget or more held-out text narrows the interval."
+        return _Choice(
+            CE,
+            f"Do not distil: {best.candidate} is expected {ahead} after {gain.steps:,} steps, which is not told apart from nothing.",
+            "a larger pilot.budget or more held-out text (evaluation.texts) narrows the interval; without, train on cross-entropy only, "
+            "as --set pilot.then=best does.",
         )
     if enough_text and other is not None and other.value <= 0:
-        return CE, (
+        return _Choice(
+            CE,
             f"Do not distil: {best.candidate} is expected {ahead} after {gain.steps:,} steps, but each takes {best.cost:.1f} times as long. "
-            f"Cross-entropy given that time is expected ahead, by {extent(other, -1)}, and there is text for it."
+            f"Cross-entropy given that time is expected ahead, by {extent(other, -1)}, and there is text for it.",
+            f"train on cross-entropy only for {gain.steps * (best.cost or 1):,.0f} steps; or, where text is dearer than time, distil all the same.",
         )
-    return best.candidate, f"Distil as {best.candidate}: {ahead} are expected after {gain.steps:,} steps."
+    return _Choice(
+        best.candidate,
+        f"Distil as {best.candidate}: {ahead} are expected after {gain.steps:,} steps.",
+        f"the same command with --set pilot.then=best; the main run follows as {best.candidate}, and the short runs come from the cache.",
+    )
 
 
 def _gain(reference: Trial, trial: Trial) -> Gain:

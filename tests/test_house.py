@@ -58,7 +58,6 @@ MANY_PARAMETERS = {
     "xtoken_core/evaluation/bits_per_byte.py: token_nats",
     "xtoken_core/losses/aggregation.py: distillation_loss",  # a public call
     "xtoken_core/workflow/evaluations.py: evaluate_group",
-    "xtoken_core/workflow/trainjob.py: launch",
 }
 
 

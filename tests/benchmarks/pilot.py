@@ -14,7 +14,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,22 @@ from xtoken_core.evaluation.outlook import PRIOR, Forecast, Point, Prior, foreca
 Runs = dict[tuple[Any, ...], dict[int, float]]
 """Held-out bits per byte by steps, of each (setting, text, seed, arm)."""
 
-NOISE = 0.0006
-"""Standard deviation between two runs of one arm, where no arm has two seeds."""
+NOISE = 0.0009
+"""Standard deviation between seeds of a gain, where no arm has two."""
+
+WAYS = ("plain", "fitted", "conformal")
+"""Intervals that a setting gets from the others: the pilot's constants, constants fitted to them, the pilot's with their conformal factor."""
 
 LEVEL = 0.9
 """Share of the cases that intervals are to hold."""
 
-GRID = [Prior(*values) for values in itertools.product((0.1, 0.2, 0.3, 0.5, 0.8, 1.2), (2.0, 3.0, 6.0, 12.0), (1.0, 3.0, 10.0))]
+PLAIN = replace(PRIOR, widened=1.0)
+"""The pilot's constants without the factor."""
+
+GRID = [
+    Prior(*values, widened=1.0)
+    for values in itertools.product((0.1, 0.2, 0.3, 0.5, 0.8, 1.2), (2.0, 3.0, 6.0, 12.0), (1.0, 3.0, 10.0))
+]
 """Constants that are tried where they are fitted."""
 
 
@@ -56,7 +65,7 @@ class Case:
 
     def foretold(self, prior: Prior = PRIOR) -> Forecast:
         """What the pilot would have said."""
-        return forecast(self.own, self.long, gain_slope(self.curve, self.gains, prior), self.error, prior.memory)
+        return forecast(self.own, self.long, gain_slope(self.curve, self.gains, prior), self.error, prior)
 
     def score(self, prior: Prior = PRIOR) -> float:
         """How far off the truth is, in half widths of the interval."""
@@ -101,11 +110,12 @@ def read(paths: Sequence[str | Path]) -> Runs:
 
 
 def noise(runs: Runs) -> dict[tuple[Any, ...], float]:
-    """By setting and text the standard deviation between seeds, pooled over arms and lengths."""
+    """By setting and text the standard deviation between seeds of gains over cross-entropy of the same seed, pooled over arms and lengths."""
     groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for (*setting, _, arm), outcomes in runs.items():
-        for steps, bits in outcomes.items():
-            groups[(*setting, arm, steps)].append(bits)
+    for (*setting, seed, arm), outcomes in runs.items():
+        reference = runs.get((*setting, seed, "ce"), {})
+        for steps in outcomes.keys() & reference.keys() if arm != "ce" else ():
+            groups[(*setting, arm, steps)].append(reference[steps] - outcomes[steps])
     squares: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for (*setting, _, _), values in groups.items():
         if len(values) > 1:
@@ -132,9 +142,9 @@ def cases(runs: Runs) -> Iterator[Case]:
                     seed=seed,
                     long=end,
                     curve=[Point(steps, reference[steps], error) for steps in short],
-                    gains=[[Point(s, reference[s] - own[s], 2**0.5 * error) for s in short if s in own] for own in others],
-                    own=[Point(s, reference[s] - outcomes[s], 2**0.5 * error) for s in short],
-                    error=2**0.5 * error,
+                    gains=[[Point(s, reference[s] - own[s], error) for s in short if s in own] for own in others],
+                    own=[Point(s, reference[s] - outcomes[s], error) for s in short],
+                    error=error,
                     truth=reference[end] - outcomes[end],
                 )
 
@@ -151,43 +161,44 @@ def conformal(found: Sequence[Case], prior: Prior) -> float:
     return scores[rank - 1] if rank <= len(scores) else math.inf
 
 
-def held(found: Sequence[Case], prior: Prior, factor: float) -> dict[str, Any]:
-    """How many intervals, `factor` times as wide as under `prior`, hold the truth, and how wide they are in the middle."""
-    widths = [2 * factor * (case.foretold(prior).high - case.foretold(prior).value) for case in found]
-    return {
-        "held": sum(case.score(prior) <= factor for case in found),
-        "width": round(float(np.median(widths)), 4) if math.isfinite(factor) else None,
-    }
+def held(found: Sequence[Case], prior: Prior) -> dict[str, Any]:
+    """How many intervals under `prior` hold the truth, and how wide they are in the middle."""
+    widths = [found.high - found.low for found in (case.foretold(prior) for case in found)]
+    return {"held": sum(case.score(prior) <= 1 for case in found), "width": round(float(np.median(widths)), 4)}
 
 
 def left_out(found: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Each setting by what the others tell: under constants fitted to them, plain and by their conformal factor."""
+    """Each setting by what the others tell: constants fitted to them, and the pilot's constants with the factor that they ask for."""
     for setting in sorted({case.setting for case in found}, key=str):
         own = [case for case in found if case.setting == setting]
         others = [case for case in found if case.setting != setting]
-        if not others:
-            continue
-        prior = fitted(others)
-        factors = {"plain": 1.0, "conformal": conformal(others, prior), "conformal, PRIOR": conformal(others, PRIOR)}
-        told = {
-            name: held(own, PRIOR if name.endswith("PRIOR") else prior, factor) | {"factor": round(factor, 3)}
-            for name, factor in factors.items()
+        factor = conformal(others, PLAIN)
+        line: dict[str, Any] = {
+            "left_out": [part for part in setting if part is not None],
+            "cases": len(own),
+            "plain": held(own, PLAIN),
         }
-        yield {"left_out": [part for part in setting if part is not None], "cases": len(own), "fitted": vars(prior), **told}
+        if others:
+            prior = fitted(others)
+            line["fitted"] = held(own, prior) | {name: value for name, value in asdict(prior).items() if name != "widened"}
+        if math.isfinite(factor):
+            line["conformal"] = held(own, replace(PLAIN, widened=factor)) | {"factor": round(factor, 3)}
+        yield line
 
 
 def summary(found: Sequence[Case]) -> dict[str, Any]:
-    """Coverage of all cases: of the pilot as it is, and of each setting by the others."""
-    folds = list(left_out(found))
+    """Coverage of all cases: of the pilot as it is, without the factor, and of each setting by the others (None: too few of them)."""
+    folds, factor = list(left_out(found)), conformal(found, PLAIN)
     sides = sum(bool(np.sign(case.foretold().value) == np.sign(case.truth)) for case in found)
-    outside = {name: sum(fold[name]["held"] for fold in folds) for name in ("plain", "conformal", "conformal, PRIOR") if folds}
+    outside = {way: sum(fold[way]["held"] for fold in folds) if all(way in fold for fold in folds) else None for way in WAYS}
     return {
         "cases": len(found),
-        "settings": len({case.setting for case in found}),
-        **held(found, PRIOR, 1.0),
+        "settings": len(folds),
+        **held(found, PRIOR),
         "sign_right": sides,
+        "plain": held(found, PLAIN),
         "left_out_held": outside,
-        "conformal_factor": round(conformal(found, PRIOR), 3),
+        "conformal_factor": round(factor, 3) if math.isfinite(factor) else None,
     }
 
 

@@ -128,7 +128,7 @@ def lines(root: Path, setting: str, done: set[str]) -> Iterator[dict[str, Any]]:
         inputs = made_inputs(root, spec, setting)
         for candidate in (WITHOUT_TEACHERS, *CANDIDATES):
             for steps in LENGTHS:
-                key = f"{setting}-{candidate.name}-{seed}-{steps}"
+                key = f"small-{setting}-{candidate.name}-{seed}-{steps}"
                 if key in done:
                     continue
                 used = (
@@ -140,7 +140,7 @@ def lines(root: Path, setting: str, done: set[str]) -> Iterator[dict[str, Any]]:
                 )
                 trial = run_place(spec, Place(1, steps / LENGTHS[-1], candidate), used, root / "run" / key)
                 arm = {"name": candidate.name, "loss": None if candidate.name == CE else {"mode": "partition_kl"}}
-                job = {"setting": setting, "arm": arm, "seed": seed, "steps": trial.steps}
+                job = {"setting": f"small-{setting}", "arm": arm, "seed": seed, "steps": trial.steps}
                 held_out = {Path(name).stem.removesuffix("-held-out"): round(bits, 6) for name, bits in trial.per_corpus.items()}
                 yield {"key": key, "job": job, "held_out": held_out}
 

@@ -26,7 +26,7 @@ def test_a_curve_goes_through_its_points_and_levels_off_far_ahead():
 def test_a_single_run_is_its_own_forecast_less_certain_with_the_distance():
     found = [forecast([Point(10, 0.004, 0.001)], steps, slope=0.002) for steps in (10, 20, 80)]
     assert [f.value for f in found] == pytest.approx([0.004] * 3, abs=1e-6)
-    assert found[0].error == pytest.approx(0.001, rel=1e-3) and found[0].error < found[1].error < found[2].error
+    assert found[0].error == pytest.approx(PRIOR.widened * 0.001, rel=1e-3) and found[0].error < found[1].error < found[2].error
 
 
 def test_a_change_is_known_better_than_its_ends():

@@ -117,7 +117,7 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
     told = pilot_verdict(found)
     assert told.tone == "good" and told.headline.startswith("Distil as big-only: +0.0")
     assert told.sentences[0].startswith("Next: the same command with --set pilot.then=best; the main run follows as big-only")
-    assert "In the same GPU time cross-entropy takes 1.5 times the steps; against that big-only is still ahead: +0.0" in str(told)
+    assert "In the same GPU time cross-entropy takes 1.5 times the steps; against that big-only is not told apart: +0.0" in str(told)
     assert (
         told.sentences[-1].startswith("It rests on 9 short runs of 50, 100, 200 steps") and "came to 0.940." in told.sentences[-1]
     )
@@ -242,22 +242,33 @@ def test_a_run_that_a_pilot_does_not_fit_is_refused(overrides, line):
     assert line in str(caught.value)
 
 
-def test_the_benchmark_foretells_long_runs_from_short_ones(tmp_path, capsys):
-    """Two seeds of an arm that is ahead by .01 at any length, beside a run that has no twin of its length."""
+def test_the_benchmark_foretells_long_runs_from_short_ones_and_each_setting_by_the_others(tmp_path, capsys):
+    """Two seeds of an arm whose gain turns from one length to the next, in six settings, by more in the last; a run without a twin of its length."""
+    turns = {f"s{n}": 0.004 for n in range(5)} | {"wild": 0.05}
 
-    def line(arm, seed, steps, bits):
-        job = {"setting": "code", "arm": {"name": arm, "loss": None if arm == "ce" else {}}, "seed": seed, "steps": steps}
+    def line(setting, arm, seed, steps, bits):
+        job = {"setting": setting, "arm": {"name": arm, "loss": None if arm == "ce" else {}}, "seed": seed, "steps": steps}
         return json.dumps({"key": "k", "job": job, "held_out": {"code": bits}})
 
     lines = [
-        line(arm, seed, steps, 0.8 - 0.01 * np.log2(steps) - (arm != "ce") * 0.01 + seed * 0.0004)
+        line(s, arm, seed, steps, 0.8 - 0.01 * np.log2(steps) - (arm != "ce") * (0.01 + turn * (steps == 400) + seed * 0.0004))
+        for s, turn in turns.items()
         for arm in ("ce", "kl")
         for seed in (0, 1)
         for steps in (100, 200, 400)
     ]
-    (tmp_path / "lab.jsonl").write_text("\n".join([*lines, line("kl", 0, 800, 0.6), json.dumps({"summary": 1})]))
+    (tmp_path / "lab.jsonl").write_text("\n".join([*lines, line("s0", "kl", 0, 800, 0.6), json.dumps({"summary": 1})]))
     benchmark([tmp_path / "lab.jsonl"])
-    *cases, summary = map(json.loads, capsys.readouterr().out.splitlines())
-    assert summary == {"cases": 2, "held": 2, "share": 1.0, "sign_right": 2}
-    assert [(case["seed"], case["short"], case["long"]) for case in cases] == [(0, [100, 200], 400), (1, [100, 200], 400)]
-    assert all(case["expected"] == case["truth"] == 0.01 for case in cases)
+    *told, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    cases, folds = told[:12], told[12:]
+    assert [(case["seed"], case["short"], case["long"]) for case in cases[:2]] == [(0, [100, 200], 400), (1, [100, 200], 400)]
+    assert all(case["expected"] == pytest.approx(0.01, abs=0.0005) for case in cases)
+    assert (summary["cases"], summary["settings"], summary["held"], summary["sign_right"]) == (12, 6, 10, 12)
+    wild = folds[-1]
+    assert wild["left_out"] == ["wild", "code"] and wild["plain"]["held"] == wild["conformal"]["held"] == 0  # the others are tame
+    assert folds[0]["conformal"]["factor"] == summary["conformal_factor"] > 5  # nine of ten of them, the wild one included
+    assert summary["left_out_held"]["conformal"] == 10
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:12]))
+    benchmark([tmp_path / "few.jsonl"])
+    few = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (few["cases"], few["conformal_factor"], few["left_out_held"]["fitted"]) == (2, None, None)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from xtoken_core.evaluation.intervals import Estimate, difference_interval, ratio_interval
+from xtoken_core.report.pilot_words import pilot_sentences
 from xtoken_core.report.run import Run
 from xtoken_core.results.evaluation import Bits, Documents, Evaluation, TaskScore
-from xtoken_core.results.pilot import Extent, Outlook, Pilot
+from xtoken_core.results.pilot import Pilot
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
 from xtoken_core.spec.pilot import CE
 
@@ -152,58 +153,11 @@ class Verdict:
         return "\n".join([self.headline, *self.sentences])
 
 
-def extent(found: Extent, sign: int = 1) -> str:
-    """`+0.0123 [+0.0050, +0.0196]`; with sign -1 that of the negated figure."""
-    low, high = (found.low, found.high) if sign > 0 else (-found.high, -found.low)
-    return f"{sign * found.value:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
 def pilot_verdict(pilot: Pilot) -> Verdict:
     """What a pilot says of the main run, headline first."""
     best = pilot.outlooks[0]
     tone = "good" if pilot.chosen != CE else "bad" if best.expected and best.expected.high < 0 else "even"
-    return Verdict(
-        tone,
-        pilot.reason,
-        [
-            *([f"Next: {pilot.next}"] if pilot.next else []),
-            *_on_best(pilot, best),
-            *_on_others(pilot),
-            *pilot.audit,
-            *_on_runs(pilot),
-        ],
-    )
-
-
-def _on_best(pilot: Pilot, best: Outlook) -> Iterator[str]:
-    settings = f", {', '.join(best.changes)}" if best.changes else ""
-    yield f"{best.candidate}: teachers {', '.join(best.teachers)}{settings}."
-    if best.same_time and best.cost:
-        gain = best.same_time
-        lasts = "" if pilot.enough_text else ", for which the text does not last without repeats"
-        words = "still ahead" if gain.low > 0 else "behind" if gain.high < 0 else "not told apart"
-        yield (
-            f"In the same GPU time cross-entropy takes {best.cost:.1f} times the steps{lasts}; against that {best.candidate} is {words}: "
-            f"{extent(gain)} bits per byte."
-        )
-
-
-def _on_runs(pilot: Pilot) -> Iterator[str]:
-    lengths = sorted({trial.steps for trial in pilot.trials})
-    told = f"{len(pilot.trials)} short runs of {', '.join(f'{steps:,}' for steps in lengths)} steps, each with a whole schedule"
-    longest = max((trial for trial in pilot.trials if trial.candidate == CE), key=lambda trial: trial.steps, default=None)
-    reached = (
-        f"; the longest on cross-entropy only came to {longest.bits_per_byte:.3f}" if longest and longest.bits_per_byte else ""
-    )
-    yield f"It rests on {told}{reached}. Brackets hold 95 % intervals."
-
-
-def _on_others(pilot: Pilot) -> Iterator[str]:
-    for other in pilot.outlooks[1:]:
-        if other.expected:
-            yield f"{other.candidate}: {extent(other.expected)}, from runs of up to {other.measured[-1].steps:,} steps."
-        else:
-            yield f"{other.candidate}: no outcome: {other.failed}"
+    return Verdict(tone, pilot.reason, list(pilot_sentences(pilot)))
 
 
 def verdict(run: Run) -> Verdict:

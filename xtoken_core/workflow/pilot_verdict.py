@@ -11,7 +11,7 @@ import numpy as np
 from xtoken_core.errors import InputError, RunError
 from xtoken_core.evaluation.intervals import Z95, ratio_interval
 from xtoken_core.evaluation.outlook import Forecast, Point, forecast, forecast_change, gain_slope
-from xtoken_core.report.verdict import extent
+from xtoken_core.report.pilot_words import extent
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.pilot import Extent, Gain, Outlook, Pilot, Trial
 from xtoken_core.spec import CandidateSpec, DistillationSpec

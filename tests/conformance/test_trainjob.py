@@ -23,13 +23,13 @@ from tests.support.tiny import tiny_run
 from tests.support.training_run import losses
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError
-from xtoken_core.spec import CandidateSpec, DistillationSpec, ResourcesSpec
+from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow import trainjob
 from xtoken_core.workflow.scoring import score_teacher
 from xtoken_core.workflow.trainjob_manifest import GROUP, VERSION, Reads, manifest
-from xtoken_core.workflow.vocabularies import write_projections
+from xtoken_core.workflow.vocabularies import matrices, write_projections
 
 pytestmark = pytest.mark.slow
 
@@ -71,9 +71,17 @@ def launch(run, out, candidate="", **changes) -> None:
 
 
 def test_two_hosts_train_one_student(run, cluster, capfd):
-    folder, _ = run
-    launch(run, folder / "trained")
+    """The candidate that a pilot chose, of a live teacher and one whose scores every host reads: as one process trains it."""
+    folder, spec = run
+    candidate = '{"name": "both"}'
+    launch(run, folder / "trained", candidate=candidate)
     told = capfd.readouterr().out
+    assert "as the pilot chose: both" in told
+    scores = {"same": (folder / "scores",)}
+    distill(spec, TrainingInputs((folder / "rows",), {"other": "p_kl"}, matrices(spec, folder / "w"), scores), folder / "alone")
+    torch.testing.assert_close(
+        torch.tensor(losses(folder / "trained")), torch.tensor(losses(folder / "alone")), rtol=1e-4, atol=1e-5
+    )
     assert "created, 2 hosts" in told and "step 2/2" in told and told.rstrip().endswith("complete")
     assert re.search(r"^xtoken-distill-\w+: 100 % done", told, re.M)  # by the job's status, which transformers' callback tells
     for state in cluster.states:
@@ -83,23 +91,9 @@ def test_two_hosts_train_one_student(run, cluster, capfd):
     job = next(iter(cluster.jobs.values()))
     assert job["spec"]["trainer"]["numNodes"] == 2
 
-    launch(run, folder / "trained")  # a launcher that was pre-empted finds its job by its name
+    launch(run, folder / "trained", candidate=candidate)  # a launcher that was pre-empted finds its job by its name
     assert "is there already; followed" in capfd.readouterr().out
     assert len(cluster.jobs) == 1
-
-
-def test_every_host_reads_the_scores_of_the_candidate_that_a_pilot_chose(run, cluster):
-    """No teacher but the scored one counts, and the student is that of one process."""
-    folder, spec = run
-    candidate = CandidateSpec(name="read", teachers=("same",))
-    launch(run, folder / "read", candidate=candidate.model_dump_json(exclude_defaults=True))
-    inputs = TrainingInputs((folder / "rows",), scores={"same": (folder / "scores",)})
-    distill(spec.of_candidate(candidate), inputs, folder / "alone")
-    told = json.loads((folder / "read" / "summary.json").read_text())
-    assert (told["ranks"], set(told["modes"])) == (2, {"same"})
-    torch.testing.assert_close(
-        torch.tensor(losses(folder / "read")), torch.tensor(losses(folder / "alone")), rtol=1e-4, atol=1e-5
-    )
 
 
 def test_a_job_that_fails_fails_its_launcher_with_the_log(run, cluster, capfd):

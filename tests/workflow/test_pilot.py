@@ -117,7 +117,9 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
     told = pilot_verdict(found)
     assert told.tone == "good" and told.headline.startswith("Distil as big-only: +0.0")
     assert told.sentences[0].startswith("Next: the same command with --set pilot.then=best; the main run follows as big-only")
-    assert "In the same GPU time cross-entropy takes 1.5 times the steps; against that big-only is not told apart: +0.0" in str(told)
+    assert "In the same GPU time cross-entropy takes 1.5 times the steps; against that big-only is not told apart: +0.0" in str(
+        told
+    )
     assert (
         told.sentences[-1].startswith("It rests on 9 short runs of 50, 100, 200 steps") and "came to 0.940." in told.sentences[-1]
     )

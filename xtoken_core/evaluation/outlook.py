@@ -30,7 +30,7 @@ class Prior:
     """That counts like so many sightings."""
     memory: float = 3.0
     """Doublings over which the slope of a gain is remembered (to 1/e)."""
-    widened: float = 1.28
+    widened: float = 1.32
     """Factor on the intervals by which nine of ten hold what was measured: conformal prediction over small and large trainings, computed by
     tests/benchmarks/pilot.py."""
 

@@ -142,7 +142,7 @@ def test_a_gain_that_is_there_on_every_rung_is_worth_the_main_run():
         ),
         ([0.001, -0.002, 0.001], {"noise": 0.01}, "which is not told apart from nothing", "a larger pilot.budget"),
         (
-            [0.02, 0.021, 0.022],
+            [0.03, 0.03, 0.03],
             {"seconds": 30.0},
             "each takes 30.0 times as long. Cross-entropy given that time is expected ahead, by +",
             "train on cross-entropy only for 30,000 steps",
@@ -157,7 +157,7 @@ def test_better_not_to_distil(gains, options, words, now):
 
 
 def test_cross_entropy_cannot_go_on_where_the_text_does_not_last():
-    gains = {"big-only": [0.02, 0.021, 0.022], "both": [0.0], "gentle": [0.0]}
+    gains = {"big-only": [0.03, 0.03, 0.03], "both": [0.0], "gentle": [0.0]}
     assert pilot_of(gains, seconds=30.0, rows=8 * 1000 * 2).chosen == "big-only"
     assert "the text does not last" in pilot_verdict(pilot_of(gains, seconds=30.0, rows=8)).sentences[2]
 

@@ -127,10 +127,10 @@ def _of_training(finished: Run) -> tuple[float, float]:
 def _of_pilot(finished: Run) -> tuple[float, float]:
     """The same of all short runs of a finished pilot together."""
     spec, done, took = finished.as_spec(), 0.0, 0.0
-    assert spec.pilot is not None and finished.pilot is not None
+    assert finished.pilot is not None
     sizes, candidates = model_sizes(spec), candidates_of(spec)
     for trial in finished.pilot.trials:
-        if trial.seconds_per_step is not None:
+        if trial.seconds_per_step is not None and trial.candidate in candidates:
             tried = as_candidate(spec, candidates[trial.candidate])
             done += training_flops(tried, sizes, trial.tokens, alone=trial.candidate == CE)
             took += trial.steps * trial.seconds_per_step * trial.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -46,10 +47,16 @@ def on_two_ranks(values, base, out):
         rank.finish()
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one(base, values, alone, sharding):
-    out, (reference, summary) = base / sharding, alone
-    on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def spread(request, base, values):
+    """How a run on two ranks is spread, and what it has left."""
+    out = base / request.param
+    on_two_ranks(changed(values, training={"sharding": request.param}), base, out)
+    return request.param, out
+
+
+def test_two_ranks_train_as_one(spread, alone):
+    (_, out), (reference, summary) = spread, alone
     for ours, theirs in zip(losses(out), losses(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     two = json.loads((out / "summary.json").read_text())
@@ -76,18 +83,15 @@ def test_bf16_is_the_same_however_the_student_is_spread(base, values):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_ranks_resume(base, values, alone, sharding):
-    """From the checkpoint of step 2 that the test above has left, as if killed after it."""
-    out = base / sharding
-    if not (out / "checkpoints" / "checkpoint-2").exists():
-        on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
-    unbroken = losses(out)
-    for left in (out / "checkpoints").glob("checkpoint-3/checksums.json"):
-        left.unlink()
+def test_two_ranks_resume(base, values, spread, tmp_path):
+    """From the checkpoint of step 2, as if killed after it."""
+    sharding, unbroken = spread
+    out = tmp_path / "killed"
+    shutil.copytree(unbroken, out)
+    (out / "checkpoints" / "checkpoint-3" / "checksums.json").unlink()
     on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
-    assert losses(out) == unbroken
+    assert losses(out) == losses(unbroken)
 
 
 def test_distill_starts_a_process_per_gpu_by_itself(base, values, alone, monkeypatch):

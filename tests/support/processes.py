@@ -29,10 +29,12 @@ def is_forked(process: psutil.Process) -> bool:
 
 
 def left_in_shared_memory(before: set[str]) -> set[str]:
-    """What is new in /dev/shm for more than ten seconds: tests that run beside this one have files there for a moment."""
+    """What is new in /dev/shm and stays for more than ten seconds: tests that run beside this one have files there for a moment."""
     deadline = time.monotonic() + 10
-    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
+    left = set(os.listdir("/dev/shm")) - before
+    while left and time.monotonic() < deadline:
         time.sleep(0.1)
+        left &= set(os.listdir("/dev/shm"))
     return left
 
 

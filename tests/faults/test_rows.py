@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,3 +58,17 @@ def test_a_chunk_that_is_not_there(base, values, tmp_path, fault):
     with pytest.raises(InputError, match=r"^rows: a token belongs to chunk 10000 of \d+$") as told:
         run(values, tmp_path, tmp_path / "out")
     fault("a chunk id beyond the chunks", "one line", told.value)
+
+
+@pytest.mark.parametrize(
+    "pads", [{}, {"student": 0}, {"student": 0, "teacher_other": -7}, {"student": 10**12, "teacher_other": 0}]
+)
+def test_rows_that_were_prepared_for_others(base, values, tmp_path, fault, pads):
+    """Their list of filling ids lacks a teacher, or holds what is none."""
+    shutil.copytree(base / "rows", tmp_path / "rows")
+    shutil.copy(base / "w.safetensors", tmp_path)
+    told = json.loads((tmp_path / "rows" / "train" / "rows.json").read_text()) | {"pads": pads}
+    (tmp_path / "rows" / "train" / "rows.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"rows.json: pads: (student|teacher_other): no id; ") as refused:
+        run(values, tmp_path, tmp_path / "out")
+    fault(f"rows with the filling ids {pads}", "one line", refused.value)

@@ -166,9 +166,12 @@ class Collator:
         scored: Sequence[Scored | None] = (),
         sizes: Mapping[str, int] | None = None,
     ) -> Collator:
-        """The collator of the rows that `prepare_rows` wrote to `folder`; `sizes`: see the class."""
+        """The collator of the rows that `prepare_rows` wrote to `folder`; `sizes`: see the class. Raises InputError for rows of others."""
         pads = RowsRecord.read(Path(folder) / "rows.json").pads
         columns = [teacher_column(teacher.id) if teacher.cross_tokenizer else None for teacher in spec.teachers]
+        for column in ("student", *filter(None, columns)):
+            if not 0 <= pads.get(column, -1) < 2**31:
+                raise InputError(f"{folder}: rows.json: pads: {column}: no id; were these rows prepared for this spec?")
         return cls(columns, pads, scored, [teacher.domains for teacher in spec.teachers], sizes)
 
     def __call__(self, items: Sequence[Row] | Sequence[list[Row]]) -> Batch:

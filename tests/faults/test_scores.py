@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pipelines.local import _forget_damaged
 from tests.support.training_run import FIVE_STEPS, prepare
 from xtoken_core.checksums import FILE, note
 from xtoken_core.errors import InputError, RunError
@@ -85,6 +86,15 @@ def test_a_damaged_shard_is_named_before_any_step(base, values, whole, tmp_path,
         read(values, base, folder, own)
     assert folder.exists() is not own  # so that the next run makes its own again; others' are others'
     fault(f"a score shard {HARM[harm]} ({'own' if own else 'of a uri'})", "named before use, own made again", told.value)
+
+
+def test_damaged_scores_of_an_earlier_run_do_not_come_from_the_cache(whole, tmp_path, capsys, fault):
+    """As they lie below a local run's folder: without them KFP's cache makes them again."""
+    kept, damaged = (shutil.copytree(whole, tmp_path / "run-1" / task / "scores") for task in ("score-1", "score-2"))
+    flip(damaged / "part-00001.safetensors")
+    _forget_damaged(tmp_path)
+    assert kept.exists() and not damaged.exists()
+    fault("cached scores have a bit flipped", "found before they are used, made again", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("harm", HARM, ids=HARM.values())

@@ -127,7 +127,10 @@ def _stopped(run, command, pilot):
     assert only.returncode == 0, only.stdout + only.stderr
     assert PILOT - {"audit", "verdict"} <= unchanged(only.stdout)
     result = api.load(str(run / "only"))
-    assert result.run.pilot == pilot and result.verdict.headline == pilot.reason
+    assert (
+        result.run.pilot == pilot.model_copy(update={"next": result.run.pilot.next}) and result.verdict.headline == pilot.reason
+    )
+    assert (pilot.next, result.verdict.sentences[0]) == ("", f"Next: {result.run.pilot.next}")
     assert pilot.reason in only.stdout and f"{run}/only/pilot.json" in only.stdout
     assert {path.name for path in (run / "only").iterdir()} == {
         "report.html", "run.json", "spec.yaml", "published.json", "projections", "pilot.json"

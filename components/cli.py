@@ -141,9 +141,12 @@ def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any
         return _artifact(kind, name, value, storage.local_copy(value))
     if _is_json(kind):
         try:
-            return json.loads(value)
-        except ValueError:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
             raise InputError(f"--{name.replace('_', '-')}: not JSON") from None
+        if not isinstance(parsed, get_origin(kind) or kind):
+            raise InputError(f"--{name.replace('_', '-')}: not {'an object' if (get_origin(kind) or kind) is dict else 'a list'}")
+        return parsed
     return value
 
 

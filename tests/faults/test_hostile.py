@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from pipelines.status import Status, statuses
+from tests.support.cli import call
 from tests.support.report_sample import sample_run
 from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core import storage
@@ -191,6 +194,30 @@ def test_a_chat_of_thousands_of_turns_is_left_out(tmp_path, fault):
     good, bad = read_documents((str(tmp_path / "x.jsonl"),), DataSpec(train="x"))
     assert len(good.content.messages) == MOST_MESSAGES and bad.unusable == f"more than {MOST_MESSAGES} messages in one chat"
     fault("a chat of 1,001 messages", "left out and counted with its reason", bad.unusable)
+
+
+@pytest.mark.parametrize("uri", ["data:,x", "simplecache::x", "s3://b/x::ftp://h/y", "zip::a.zip"])
+def test_schemes_that_only_fsspec_knows_open_nothing(uri, fault):
+    """Without `://` they are names of files; with it, they chain a file system that is not taken to one that is."""
+    for look in (storage.local_copy, storage.fingerprint, lambda uri: storage.check_place(uri, "run")):
+        with contextlib.suppress(InputError):
+            look(uri)
+        assert "://" in uri or storage.filesystem(uri) == (fsspec.filesystem("file"), os.path.abspath(uri))
+    with pytest.raises(InputError, match=f"^{uri}: (no such file|holds ::)") as told:
+        list(read_documents((uri,), DataSpec(train="x")))
+    fault(f"data.train: {uri}", "one line", told.value)
+
+
+def test_json_of_another_kind_than_an_option_takes(tmp_path):
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(tiny_run(tmp_path)))
+    for option, value, told in (
+        ("--modes", "[1]", "an object"),
+        ("--scores", "5", "a list"),
+        ("--scores", "[" * 100_000, "JSON"),
+    ):
+        done = call("components.distill", "--spec", spec, "--rows", tmp_path, "--run", tmp_path / "out", option, value)
+        assert (done.returncode, done.stderr) == (2, f"{option}: not {told}\n")
 
 
 @pytest.mark.parametrize("uri", ["hf://x", "hf://org/name:a:b:c", "hf://datasets/x", "hf://org/na me"])

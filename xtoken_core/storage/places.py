@@ -38,12 +38,17 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     protocol = place.partition("://")[0]
     if is_remote(place) and protocol not in PROTOCOLS:
         raise InputError(f"{uri}: {protocol}:// is not among {', '.join(PROTOCOLS)}")
+    if not is_remote(place):  # fsspec would take `data:,x` and `zip::x` for file systems of their own
+        local = fsspec.filesystem("file")
+        return local, str(local._strip_protocol(place)).rstrip("/")
+    if "::" in place:
+        raise InputError(f"{uri}: holds ::, by which fsspec chains file systems")
     with reported(uri):
         try:
             fs, path = fsspec.core.url_to_fs(place, **_options(protocol))
         except (ImportError, ValueError) as e:
             raise InputError(f"{uri}: {one_line(e)}") from None
-    if is_remote(place) and protocol != "memory" and not path.strip("/"):
+    if protocol != "memory" and not path.strip("/"):
         raise InputError(f"{uri}: names no bucket or host")
     return fs, path.rstrip("/")
 

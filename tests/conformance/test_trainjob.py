@@ -1,6 +1,7 @@
 """Training on several hosts: the launcher against a stand-in for Kubernetes (see kubernetes_server.py) whose hosts are
 processes of this machine, each a torchrun of its own."""
 
+import copy
 import json
 import os
 import re
@@ -102,8 +103,10 @@ def test_a_job_that_fails_fails_its_launcher_with_the_log(run, cluster, capfd):
         launch(run, folder / "failed", rows=[str(folder / "absent")])
     assert f"{folder}/absent: no such file or folder" in capfd.readouterr().out
     launched = set(cluster.jobs)
+    again = copy.deepcopy(next(iter(cluster.jobs.values())))
+    again["spec"]["trainer"]["command"] = ["false"]  # sooner than the same job would fail
     with pytest.raises(trainjob.TrainJobError):  # tried again, it is made anew
-        launch(run, folder / "failed", rows=[str(folder / "absent")])
+        trainjob.run_job(again)
     assert cluster.asked == rights()  # every right that manifests/trainer gives is used, and no other
     assert set(cluster.jobs) == launched and "created again" in capfd.readouterr().out
     assert not (folder / "failed" / "last").exists()

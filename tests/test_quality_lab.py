@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks.quality import shares
 from tests.benchmarks.quality.arms import Arm
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
@@ -96,6 +97,18 @@ def test_every_arm_trains_once(folder: Path) -> None:
     assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "few")}) == 3
     assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]
     assert kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
+
+
+def test_a_teacher_of_one_domain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heard as one, it does not turn the mixture into one of its domain: KD and more of CE have the same share of every row."""
+    for name, value in {"STEPS": 2, "BATCH": 4, "HELD_OUT": 2}.items():
+        monkeypatch.setattr(shares, name, value)
+    paths = [folder / "student", folder / "teacher", folder / "data", tmp_path / "out.jsonl"]
+    monkeypatch.setattr("sys.argv", ["shares", *map(str, paths)])
+    shares.main()
+    lines = [json.loads(line) for line in paths[-1].read_text().splitlines()]
+    assert [line["arm"] for line in lines] == ["ce", "masked", "taught"]
+    assert len({line["end"]["code"] for line in lines}) == 3 and all(0 < line["halfway"]["code"] < 20 for line in lines)
 
 
 def test_joined_cells_serve_a_run_as_its_stored_w(folder: Path) -> None:

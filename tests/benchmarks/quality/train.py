@@ -102,7 +102,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     spec = arm.spec()
     rate = setting.rate if job.rate is None else job.rate
     optimizer = torch.optim.AdamW(bench.model.parameters(), lr=rate, weight_decay=0.0, fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, job.steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, job.steps))
     rows, batch_size = setting.rows if job.rows is None else job.rows, job.batch or setting.batch
     chosen = {n: bench.teacher(n, rows).of(arm) for n in arm.heard(setting)}
     scale: Tensor | None = None
@@ -171,8 +171,8 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     part.rename(folder)
 
 
-def _rate(step: int, steps: int) -> float:
-    """Of the learning rate: warm-up, then half a cosine."""
+def learning_rate(step: int, steps: int) -> float:
+    """What is left of the rate at a step: warm-up, then half a cosine."""
     warm = min(WARMUP, steps // 2)
     if step < warm:
         return (step + 1) / warm

@@ -288,7 +288,7 @@ def test_a_job_names_the_run_that_made_it(run, monkeypatch):
     folder, spec = run
     made = []
     monkeypatch.setattr(trainjob, "run_job", made.append)
-    inputs = (spec.to_json(), resources(folder), [str(folder / "rows")], str(folder / "x"), {}, None, False, "")
+    inputs = (spec.to_json(), resources(folder), Reads([str(folder / "rows")]), str(folder / "x"))
     trainjob.launch(*inputs)
     monkeypatch.setenv("KFP_RUN_ID", "0a1b2c3d-0000-4000-8000-000000000000")
     monkeypatch.setenv("KFP_RUN_NAME", "the first run")

@@ -586,5 +586,5 @@ def test_a_step_that_breaks_is_a_failed_run(run, tmp_path):
         killed = thread.submit(kill_the_first_step)
         done = pipelines("run", run / "spec.yaml", "--runs", tmp_path / "runs")
         killed.result()
-    assert done.returncode == 1 and done.stderr.startswith("resolve: the step failed")
+    assert done.returncode == 1 and re.match(r"[a-z-]+: the step failed", done.stderr)  # a quick one has ended before it is found
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -73,8 +73,9 @@ def test_a_rank_that_is_stopped_ends_the_run_by_name(base, values, tmp_path, fau
 
 
 def test_a_rank_that_is_killed_ends_the_run_by_name(base, values, tmp_path, fault):
+    patient = changed(values, training={"timeout": 120})  # a death is seen at once, whatever the signs of life do
     with pytest.raises(RunError, match=r"^rank 1: its process died \(SIGKILL, perhaps out of memory\)$") as told:
-        on_every_gpu(2, signalled, (values, base, tmp_path, "1", signal.SIGKILL))
+        on_every_gpu(2, signalled, (patient, base, tmp_path, "1", signal.SIGKILL))
     fault("rank 1 is killed", "the end in seconds, by name", told.value)
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.benchmarks.quality.rows import Rows, orders
-from tests.benchmarks.quality.train import learning_rate
+from tests.benchmarks.quality.train import bits_per_byte, learning_rate
 from xtoken_core.losses import (
     CellCut,
     CellScores,
@@ -78,20 +78,6 @@ def hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Final hidden states, products in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         return final_hidden(model, ids).to(torch.bfloat16)
-
-
-@torch.no_grad()
-def bits_per_byte(model: PreTrainedModel, rows: Rows, vocabulary: int) -> float:
-    """Of held-out rows."""
-    spec, nats, size = LossSpec(mode="p_kl"), 0.0, 0
-    for index in torch.arange(len(rows)).split(BATCH):
-        batch = rows.student(index)
-        masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-        totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
-        logits = head_logits(model, hidden(model, batch["input_ids"]), vocabulary)
-        nats += float(loss_sums(StudentBatch.of(logits, *masks), [], spec, totals)[0])
-        size += int((batch["token_bytes"] * batch["token_mask"])[:, 1:].sum())
-    return nats / math.log(2) / size
 
 
 def heard(arm: str, rows: Rows, index: Tensor, said: CellScores, projection: Projection) -> list[TeacherBatch]:
@@ -152,7 +138,10 @@ def main() -> None:
         model = load_model(options.student).train()
 
         def measure(model: PreTrainedModel = model) -> dict[str, float]:
-            return {name: bits_per_byte(model, own, len(projection.indices)) for name, own in held_out.items()}
+            return {
+                name: bits_per_byte(model, partial(hidden, model), own, len(projection.indices), BATCH)
+                for name, own in held_out.items()
+            }
 
         line = train(arm, int(seed or 0), model, rows, said, projection, measure)
         with options.out.open("a", encoding="utf-8") as file:

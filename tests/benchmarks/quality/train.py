@@ -76,23 +76,30 @@ class Bench:
             )
         return found.to(torch.bfloat16) if cuda else found
 
-    @torch.no_grad()
     def bits_per_byte(self, name: str) -> float:
         """Of a held-out text."""
-        spec, nats, size, rows = Arm("ce").spec(), 0.0, 0, self.held_out[name]
-        for index in torch.arange(len(rows), device=self.device).split(64):
-            batch = rows.student(index)
-            masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-            totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
-            logits = head_logits(self.model, self.hidden(batch["input_ids"]), self.vocabulary)
-            nats += float(loss_sums(StudentBatch.of(logits, *masks), [], spec, totals)[0])
-            size += int((batch["token_bytes"] * batch["token_mask"])[:, 1:].sum())
-        return nats / math.log(2) / size
+        return bits_per_byte(self.model, self.hidden, self.held_out[name], self.vocabulary, 64)
 
     @property
     def vocabulary(self) -> int:
         """Columns of the student's logits."""
         return self.setting.vocabulary or int(self.model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: PreTrainedModel, hidden: Callable[[Tensor], Tensor], rows: Rows, vocabulary: int, batch_size: int
+) -> float:
+    """Of held-out rows. hidden: from ids [n, T] to the model's final hidden states; vocabulary: columns of its logits."""
+    spec, nats, size = Arm("ce").spec(), 0.0, 0
+    for index in torch.arange(len(rows), device=rows.arrays["input_ids"].device).split(batch_size):
+        batch = rows.student(index)
+        masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
+        totals = StepTotals.from_sums(batch_counts(*masks, [], spec), [], spec, scale=1.0)
+        logits = head_logits(model, hidden(batch["input_ids"]), vocabulary)
+        nats += float(loss_sums(StudentBatch.of(logits, *masks), [], spec, totals)[0])
+        size += int((batch["token_bytes"] * batch["token_mask"])[:, 1:].sum())
+    return nats / math.log(2) / size
 
 
 def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:

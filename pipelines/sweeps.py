@@ -67,7 +67,7 @@ def check_shared(specs: Mapping[str, DistillationSpec], keys: Sequence[str]) -> 
 
 def computes_scores(spec: DistillationSpec) -> bool:
     """Whether a run has score steps."""
-    return any(teacher.scores is not None and teacher.scores.uri is None for teacher in spec.teachers)
+    return any(teacher.computes_scores for teacher in spec.teachers)
 
 
 def _axis(text: str) -> tuple[str, list[object]]:

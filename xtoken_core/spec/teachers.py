@@ -91,6 +91,11 @@ class TeacherSpec(Section):
         """Whether the teacher's vocabulary differs from the student's (it has a projection)."""
         return self.projection is not None
 
+    @property
+    def computes_scores(self) -> bool:
+        """Whether the run scores this teacher: it has scores, and not those of another run."""
+        return self.scores is not None and self.scores.uri is None
+
     def contradictions(self) -> Iterator[str]:
         """Yields what of the section does not go together."""
         if self.id in ("step", "data", "teachers"):

@@ -29,7 +29,7 @@ def by_teacher(spec: DistillationSpec, scores: Sequence[str]) -> dict[str, tuple
 
     Raises InputError for another number of folders.
     """
-    scored = [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None]
+    scored = [t.id for t in spec.teachers if t.computes_scores]
     shards = spec.data.shards
     if len(scores) != len(scored) * shards:
         raise InputError(f"scores: {len(scores)} folders were given for {len(scored)} teachers and {shards} shards of rows")

@@ -71,7 +71,7 @@ def _prepared(spec: DistillationSpec, finished: Run) -> tuple[list[str], str | N
     """URIs of the rows and of W that a finished run has left. Raises InputError where the trials cannot read them."""
     if not spec.data.validation:
         raise InputError("data.validation: missing; trials are compared by its bits per byte")
-    if computed := [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None]:
+    if computed := [t.id for t in spec.teachers if t.computes_scores]:
         raise InputError(f"teachers.{computed[0]}.scores: trials read stored ones only; name them by scores.uri")
     before = finished.as_spec()
     for step in MADE_BEFORE:

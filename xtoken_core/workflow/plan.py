@@ -152,7 +152,7 @@ def _memory(spec: DistillationSpec, sizes: Sizes) -> dict[str, int]:
         "distill-teachers-resident": round(own + sum(heard)),
         "evaluate": max(evaluation_bytes(compared, width, row) for compared in _compared(sizes)),
     }
-    scored = [sizes[f"teachers.{t.id}.model"] for t in spec.teachers if t.scores is not None and t.scores.uri is None]
+    scored = [sizes[f"teachers.{t.id}.model"] for t in spec.teachers if t.computes_scores]
     if scored:
         found["score"] = round(max(size.scoring_bytes(row, width) for size in scored))
     if spec.pilot is not None:
@@ -197,7 +197,7 @@ def _disk(spec: DistillationSpec, sizes: Sizes, tokens: int) -> dict[str, int]:
         "scores": sum(
             tokens * score_bytes(t.scores.top_k, spec.training.precision)
             for t in spec.teachers
-            if t.scores is not None and t.scores.uri is None
+            if t.scores is not None and t.computes_scores
         ),
         "projections": sum(student.rows * t.projection.top_k * 8 for t in spec.teachers if t.projection is not None),
         "checkpoints": checkpoints,

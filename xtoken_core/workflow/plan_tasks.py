@@ -37,7 +37,7 @@ class Planned:
         Raises InputError for a pilot whose shortest runs have no steps.
         """
         spec = self.spec
-        found = [self._scored(t.id) for t in spec.teachers if t.scores is not None and t.scores.uri is None]
+        found = [self._scored(t.id) for t in spec.teachers if t.computes_scores]
         asked = groups(spec) if spec.measures_bits else []
         found += [self._evaluated(group) for group in asked if group in (Group.TEACHERS, Group.BEFORE)]
         found += self._tried()

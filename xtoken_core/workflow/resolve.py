@@ -111,7 +111,7 @@ def _views(spec: DistillationSpec, versions: Versions) -> dict[str, View]:
 
 def _scored(spec: DistillationSpec) -> list[TeacherSpec]:
     """The teachers whose scores the run computes."""
-    return [teacher for teacher in spec.teachers if teacher.scores is not None and teacher.scores.uri is None]
+    return [teacher for teacher in spec.teachers if teacher.computes_scores]
 
 
 def _checked_plan(spec: DistillationSpec) -> Plan:

@@ -26,7 +26,7 @@ def shape(spec: DistillationSpec) -> dict[str, Any]:
         "teachers": [t.id for t in spec.teachers],
         **{f"teachers.{t.id}.projection": "a projection" if t.cross_tokenizer else "none" for t in spec.teachers},
         "data.shards": spec.data.shards,
-        "scores": [t.id for t in spec.teachers if t.scores is not None and t.scores.uri is None],
+        "scores": [t.id for t in spec.teachers if t.computes_scores],
         "pilot": spec.pilot and spec.pilot.model_dump(mode="json"),
         "evaluation.ce_baseline": spec.evaluation.ce_baseline,
         "evaluation": groups(spec),

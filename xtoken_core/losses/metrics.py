@@ -30,8 +30,9 @@ def _means(sums: Tensor, totals: StepTotals) -> tuple[Tensor, Tensor, Tensor]:
 def dynamic_scale(sums: Tensor, totals: StepTotals, spec: LossSpec) -> Tensor:
     """ratio * |CE| / |KD| of a step, 0-dim float64: the factor of KD in the next one; CE's share of taught samples counts.
 
-    1 where KD is 0 or without `dynamic_scaling`; where nothing was taught, the factor stays. `sums` are `LossOutput.sums` (or `loss_sums`) over all micro-batches and ranks. KD over unnormalised columns can be
-    negative; its gradient then still points the right way, as in NeMo-RL.
+    1 where KD is 0 or without `dynamic_scaling`; where nothing was taught, the factor stays. `sums` are `LossOutput.sums` (or `loss_sums`)
+    over all micro-batches and ranks. KD over unnormalised columns can be negative; its gradient then still points the right way, as in
+    NeMo-RL.
     """
     ce, _, kd = _means(sums, totals)
     if not spec.dynamic_scaling:

@@ -8,10 +8,11 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import assets
+from tests.support.examples import examples
 from tests.test_tokenization import HARD, TEXT
 from xtoken_core.alignment import Alignment, align, align_rows
 from xtoken_core.tokenization import TokenTable, encode, normalize_for
@@ -79,7 +80,7 @@ def two_tokenizations(draw) -> tuple[list[bytes], list[bytes]]:
 
 
 @given(pair=two_tokenizations())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_equals_the_walk(pair: tuple[list[bytes], list[bytes]]) -> None:
     student, teacher = pair
     result = align(range(len(student)), range(len(teacher)), make_table(student), make_table(teacher))
@@ -91,7 +92,7 @@ def test_equals_the_walk(pair: tuple[list[bytes], list[bytes]]) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=TEXT)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_real_tokenizers_meet_at_every_common_boundary(pair: tuple[str, str], text: str) -> None:
     tables = [assets.table(name) for name in pair]
     if "smollm2" in pair:
@@ -175,7 +176,7 @@ def test_ids_that_are_none_are_refused(ids: list) -> None:
 
 
 @given(rows=st.lists(two_tokenizations(), min_size=1, max_size=5), empty=st.booleans())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_rows_equal_single_calls(rows: list[tuple[list[bytes], list[bytes]]], empty: bool) -> None:
     tables, sides = [], []
     for side in (0, 1):
@@ -246,7 +247,7 @@ def two_edited_texts(draw) -> tuple[list[bytes], list[bytes]]:
 
 
 @given(pair=two_edited_texts())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_edited_texts(pair: tuple[list[bytes], list[bytes]]) -> None:
     student, teacher = pair
     try:

@@ -7,12 +7,13 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import assets
+from tests.support.examples import examples
 from xtoken_core.errors import InputError
 from xtoken_core.token_hashes import HASH_BASE, hash_powers
 from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, role_pairs, row_bos
@@ -57,7 +58,7 @@ def test_ids_spell_the_normalized_text(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "mistral", "llama2", "claude"])
 @given(text=TEXT)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_ids_spell_any_text(name: str, text: str) -> None:
     assert spelled(name, text) == assets.table(name).normalize(text)
 

@@ -9,12 +9,13 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from tests.support import assets
 from tests.support.chat_templates import CHATML, GENERATION, HARMONY, INST, LLAMA_TOOLS, NEWLINE_EOS, SHOUTING
+from tests.support.examples import examples
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.prepare import prepare_rows
@@ -114,7 +115,7 @@ SAID = st.lists(
 
 @pytest.mark.parametrize("name", ["qwen3-chat", "llama3.1-chat", "deepseek-v3-chat", "gemma3-chat", "nemo-chat"])
 @given(st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_any_chat_is_what_the_template_renders(name, turns):
     of = side(name)
     names = [token.content for token in of.tokenizer.added_tokens_decoder.values() if token.special]

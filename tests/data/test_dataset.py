@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import assets
+from tests.support.examples import examples
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.prepare import prepare_rows
@@ -79,7 +80,7 @@ def test_rows_cover_the_text_on_every_side(text, limit):
     assert b"".join(row_text(row, sides()[0]) for row in rows) == whole
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80), st.integers(8, 60))
 def test_chunks_of_rows_are_byte_identical(text, limit):
     [document] = tokenize_texts([text], sides())

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from xtoken_core.evaluation.outlook import PRIOR, Point, forecast, forecast_change, gain_slope, slopes
 
 STEPS = (10, 20, 40)
@@ -46,7 +47,7 @@ def test_the_slope_of_gains_is_that_of_the_candidates_and_before_any_is_seen_a_s
     assert gain_slope(reference, steep) == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(st.integers(2, 200), st.integers(0, 10**6), st.sampled_from([0.0003, 0.001, 0.003]), st.integers(2, 12))
 def test_intervals_hold_the_truth_of_power_laws_in_nine_of_ten_cases(first, seed, noise, ratio):
     """Cross-entropy and three candidates, each a power law with an exponent of its own, measured with noise; at least 90 % over 40 draws."""

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tests.support.cli import call
+from tests.support.examples import examples
 from tests.support.report_sample import sample_run
 from xtoken_core.data.documents import read_documents
 from xtoken_core.data.reading import load_rows
@@ -95,7 +96,7 @@ def test_specs_with_one_value_changed():
 ALPHABET = "[]{}:,-?&*!|>'\"%@`#\n\t \\~<=0aé\0\x85\u2028\ud800."
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.sampled_from(SPECS),
     st.lists(st.tuples(st.floats(0, 1), st.text(st.sampled_from(ALPHABET), max_size=5), st.integers(0, 9)), max_size=6),
@@ -109,7 +110,7 @@ def test_specs_with_pieces_of_text_changed(path, edits):
     outcome(lambda: DistillationSpec.from_text(text))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.text(max_size=200)
     | st.recursive(

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.losses_cases import identity_projection, random_batch, random_segmentation, random_teacher, scored
 from xtoken_core.errors import InputError
 from xtoken_core.losses import CellCut, HiddenLogits, TeacherBatch, cell_scores, distillation_loss, partition_tiles
 from xtoken_core.spec import LossSpec
 
-few = settings(max_examples=30, deadline=None)
+few = examples(30)
 seeds = st.integers(0, 10**6)
 B, T, V = 3, 8, 9
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.losses_cases import MODES, identity_projection, random_batch, random_segmentation, random_teacher
 from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch, TopKLogits, distillation_loss
 from xtoken_core.projection import Projection
 from xtoken_core.spec import LossSpec
 
-few = settings(max_examples=20, deadline=None)
+few = examples(20)
 seeds = st.integers(0, 10**6)
 B, T, V = 3, 8, 9
 

@@ -6,16 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.losses_cases import MODES, random_batch, random_teacher, scored
 from xtoken_core.errors import InputError
 from xtoken_core.losses import HiddenLogits, TopKLogits, distillation_loss, reference
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.spec import LossSpec
 
-few = settings(max_examples=50, deadline=None)
+few = examples(50)
 
 
 @st.composite

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.losses_cases import MODES, random_batch, random_teacher
 from tests.support.losses_split import SAMPLES, step
 from xtoken_core.losses import (
@@ -28,7 +29,7 @@ ROWS, LENGTH, VOCAB = 5, 7, 9
 flags = st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).map(torch.tensor)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     seed=st.integers(0, 10**6),
     taught=st.tuples(st.none() | flags, flags),
@@ -52,7 +53,7 @@ def test_loss_and_gradient_are_the_references(seed, taught, mode, scaling):
         assert float(found.metrics[name]) == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(seed=st.integers(0, 10**6), taught=flags, scaling=st.sampled_from([False, True, 0.3]))
 def test_a_sample_weighs_the_same_taught_or_not(seed, taught, scaling):
     """By a teacher that knows the text by heart, KD is CE: then it does not matter whom it teaches."""

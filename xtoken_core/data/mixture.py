@@ -46,7 +46,7 @@ class Mixture:
 def draws(weights: np.ndarray, size: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """How many items of each part the epochs before this one, of `size` items each, have drawn, and how many it draws itself.
 
-    What is drawn in all of them keeps to the weights within one item.
+    What is drawn in all of them keeps to the weights within two items.
     """
     share = weights / weights.sum()
     before = here = np.zeros(len(weights), np.int64)
@@ -55,5 +55,8 @@ def draws(weights: np.ndarray, size: int, epoch: int) -> tuple[np.ndarray, np.nd
         owed = np.maximum((number + 1) * size * share - before, 0)
         here = np.floor(owed).astype(np.int64)
         latest = np.argsort(here - owed, kind="stable")  # the largest remainders first
-        here[latest[: size - here.sum()]] += 1
+        if (missing := size - here.sum()) >= 0:
+            here[latest[:missing]] += 1
+        else:  # a part that had been rounded up is owed nothing, and the others are owed more than an epoch
+            here[latest[here[latest] > 0][missing:]] -= 1
     return before, here

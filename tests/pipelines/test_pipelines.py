@@ -326,6 +326,21 @@ def test_views_follow_the_files_that_a_step_reads(run):
     assert {name for name, old, new in zip(before._fields, before, after) if old != new} == {"prepare", "inputs"}
 
 
+def test_training_follows_the_scores_that_another_run_has_stored(run):
+    stored = run / "stored-scores"
+    stored.mkdir()
+    (stored / "part-00000.safetensors").write_bytes(b"once")
+    same = tiny_model(run / "same", 400, 2)
+    spec = DistillationSpec.from_yaml(run / "spec.yaml", [f"teachers=[{{id: same, model: {same}, scores: {{uri: {stored}}}}}]"])
+    before = resolve(spec.to_json())
+    (stored / "part-00000.safetensors").write_bytes(b"and again")
+    after = resolve(spec.to_json())
+    assert {name for name, old, new in zip(before._fields, before, after) if old != new} == {"distill", "trial", "inputs"}
+    shutil.rmtree(stored)
+    with pytest.raises(InputError, match=f"^teachers.same.scores.uri: {stored}: no such file"):
+        resolve(spec.to_json())
+
+
 SCORED = "teachers=[{id: same, model: RUN/same, scores: {top_k: 4}}, {id: other, model: RUN/other, projection: {}}]"
 SHARED = {"overlap", "projections", "prepare", "score", "evaluate_teachers"}
 

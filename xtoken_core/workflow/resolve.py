@@ -24,7 +24,7 @@ from xtoken_core.workflow.model_checks import check_models, shared_rows
 from xtoken_core.workflow.plan import plan
 from xtoken_core.workflow.registry import check_registry
 from xtoken_core.workflow.shape import CHECKPOINTS, check_ranks, check_shape, output_lasts, shape
-from xtoken_core.workflow.versions import Versions, stored_matrices
+from xtoken_core.workflow.versions import Versions, stored_matrices, stored_scores
 from xtoken_core.workflow.views import View, view
 
 
@@ -96,14 +96,15 @@ def _views(spec: DistillationSpec, versions: Versions) -> dict[str, View]:
     train, held_out = _named("data.train", spec.data.train_uris), _named("data.validation", spec.data.validation)
     folders = _named("evaluation.tasks", [task for task in spec.evaluation.tasks if "/" in task])
     texts = [*(_named("evaluation.texts", spec.evaluation.texts) or held_out), *folders]
+    scores = stored_scores(spec.teachers)
     return {
         "overlap": view(spec, "overlap", versions.of(tokenizers=models)),
         "projections": view(spec, "projections", versions.of(texts=stored_matrices(models), tokenizers=models)),
         "prepare": view(spec, "prepare", versions.of(texts=[*train, *held_out], tokenizers=models)),
         "score": view(spec, "score", versions.of(_scored(spec), tokenizers=[spec.student])),
-        "distill": view(spec, "distill", versions.of(models)),
+        "distill": view(spec, "distill", versions.of(models, scores)),
         "baseline": view(spec, "baseline", versions.of([spec.student])),
-        "trial": view(spec, "trial", versions.of(models, texts)),
+        "trial": view(spec, "trial", versions.of(models, [*texts, *scores])),
         "evaluate_student": view(spec, "evaluate_student", versions.of(models, texts)),
         "evaluate_teachers": view(spec, "evaluate_teachers", versions.of(spec.teachers, texts)),
     }

@@ -78,6 +78,11 @@ def stored_matrices(models: Iterable[StudentSpec | TeacherSpec]) -> list[tuple[s
     return [(f"{_field(model)}.projection.uri", w.uri) for model, w in projected if w is not None and w.uri]
 
 
+def stored_scores(teachers: Iterable[TeacherSpec]) -> list[tuple[str, str]]:
+    """Field and URI of all scores that another run has stored."""
+    return [(f"{_field(t)}.scores.uri", t.scores.uri) for t in teachers if t.scores is not None and t.scores.uri]
+
+
 def _field(model: StudentSpec | TeacherSpec) -> str:
     return f"teachers.{model.id}" if isinstance(model, TeacherSpec) else "student"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from itertools import count, islice
 
 import pytest
@@ -63,6 +64,13 @@ def test_an_endless_stream_may_be_left():
 def test_errors_and_deaths_end_the_work(factor, error):
     with pytest.raises(error, match="item 40 is bad" if error is InputError else "died"):
         list(mapped(range(300), times(factor), times, (factor,)))
+
+
+def test_a_death_is_told_also_to_one_who_takes_his_time():
+    """It is then found when the next item is given away, not when a result is waited for."""
+    with pytest.raises(RunError, match="died"):
+        for item, _ in mapped(range(300), times(-1), times, (-1,)):
+            time.sleep(0.2 * (item > 34))
 
 
 def test_rows_are_the_same_whoever_prepares_them(tmp_path, monkeypatch):

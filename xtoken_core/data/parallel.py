@@ -65,19 +65,15 @@ def _spread(
             for item in items:
                 ahead.append((item, pool.submit(_do, item)))
                 if len(ahead) > 2 * processes:
-                    yield _result(*ahead.popleft())
-            while ahead:
-                yield _result(*ahead.popleft())
+                    first, result = ahead.popleft()
+                    yield first, result.result()
+            for first, result in ahead:
+                yield first, result.result()
+        except BrokenProcessPool:  # of a result, or of the next item to give away
+            raise RunError("a process that prepares rows died, perhaps out of memory") from None
         finally:
             for _, future in ahead:
                 future.cancel()
-
-
-def _result(item: T, future: Future[R]) -> tuple[T, R]:
-    try:
-        return item, future.result()
-    except BrokenProcessPool:
-        raise RunError("a process that prepares rows died, perhaps out of memory") from None
 
 
 _work: Callable[[Any], Any]

@@ -46,6 +46,19 @@ def test_cells_of_real_vocabularies():
     assert cells.student[gpt2.roles["eos"]] == cells.teacher[llama.roles["eos"]] >= 0
 
 
+def test_roles_that_one_token_of_the_teacher_fills_share_its_cell():
+    """Else the teacher's end of a text would teach the student to begin one, or to end a turn."""
+    llama, gpt2 = assets.table("llama3"), assets.table("gpt2")
+    end = gpt2.roles["eos"]
+    cells = build_partition(llama, replace(gpt2, roles={"bos": end, "eos": end}))
+    assert cells.student[llama.roles["eos"]] == cells.student[llama.roles["bos"]] == cells.teacher[end] == cells.num_cells - 1
+    assert cells.student[llama.roles["pad"]] == -1
+    gemma, qwen = assets.table("gemma3-chat"), assets.table("qwen3-chat")
+    gemma = replace(gemma, roles=gemma.roles | {"eos": 1})
+    cells = build_partition(gemma, qwen)
+    assert cells.student[1] == cells.student[gemma.turn_end] == cells.teacher[qwen.roles["eos"]] >= 0
+
+
 def test_joined_cells_are_one():
     cells = build_partition(make_table([b"a", b"b", b"c", b"d"]), make_table([b"a", b"b", b"c", b"x"]))
     joined = join_cells(cells, [(0, 2)])

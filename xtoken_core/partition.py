@@ -47,15 +47,21 @@ class Partition:
 
 
 def build_partition(student: TokenTable, teacher: TokenTable) -> Partition:
-    """The cells of two vocabularies; tokens that stand for no text and have no common role are in none."""
+    """The cells of two vocabularies; tokens that stand for no text and have no common role are in none.
+
+    Where one token of the teacher fills the roles of several of the student's (`<|endoftext|>` as BOS and EOS), they share its cell: by
+    what the teacher gives it no one of them could be told from the others.
+    """
     shared = _ordinary_bytes(student) & _ordinary_bytes(teacher)
     number = {token: cell for cell, token in enumerate(sorted(shared))}
     cells = [[_longest_prefix(token, number) for token in table.tokens] for table in (student, teacher)]
     count = len(number)
     for own, other in role_pairs(student, teacher).items():
-        if cells[0][own] == cells[1][other] == -1:
-            cells[0][own] = cells[1][other] = count
+        if cells[1][other] == -1:
+            cells[1][other] = count
             count += 1
+        if cells[0][own] == -1 and cells[1][other] >= len(number):
+            cells[0][own] = cells[1][other]
     return Partition(torch.tensor(cells[0]), torch.tensor(cells[1]), count)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support import assets
 from tests.support.examples import examples
 from tests.support.tiny import tiny_tokenizer
+from xtoken_core.data import prepare
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import PackedRows, load_rows, pack, row_lengths, rows_of_shards, training_rows
@@ -231,6 +232,18 @@ def test_shards_hold_the_rows_of_one(corpus, tmp_path, packing, max_rows):
     assert prepared(3) == one
     assert prepared(11) == one  # more shards than documents
     assert max_rows is None or len(one) == max_rows
+
+
+def test_long_documents_are_tokenized_a_few_at_a_time(corpus, tmp_path, monkeypatch):
+    spec, together = make_spec([corpus]), []
+    prepare_rows(spec, tmp_path / "whole")
+    inner = prepare.DocumentTokenizer.outcomes
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(prepare.DocumentTokenizer, "outcomes", lambda self, batch: together.append(batch) or inner(self, batch))
+    prepare_rows(spec, tmp_path / "parts")
+    sizes = [[len(document.content) for document in batch] for batch in together]
+    assert len(sizes) > 2 and all(sum(batch[:-1]) < 100 for batch in sizes)
+    assert columns(load_rows(tmp_path / "parts")) == columns(load_rows(tmp_path / "whole"))
 
 
 def test_statistics_of_shards_are_those_of_one(corpus, tmp_path):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.parallel import mapped
 from xtoken_core.data.reading import row_budget
+from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
 from xtoken_core.data.tokenizing import DocumentTokenizer, outcomes_by
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BATCH_DOCUMENTS = 64
-"""Documents tokenized together."""
+"""Documents tokenized together, at most."""
+BATCH_CHARACTERS = 2**22
+"""Of these documents, from which on no more join them: their tokens take some thirty times the memory of the text."""
 
 
 def prepare_rows(
@@ -79,7 +82,7 @@ def _rows(
 ) -> Iterator[Row]:
     """The rows of all documents, in order. domains: of each part of the data."""
     alone = DocumentTokenizer(sides, spec.data).outcomes
-    for batch, outcomes in mapped(_batches(documents, BATCH_DOCUMENTS), alone, outcomes_by, (spec,)):
+    for batch, outcomes in mapped(_together(documents), alone, outcomes_by, (spec,)):
         for document, outcome in zip(batch, outcomes):
             if outcome.dropped is not None:
                 stats.drop(document, outcome.dropped, unusable=outcome.unusable)
@@ -87,6 +90,19 @@ def _rows(
             stats.add(document, cut=outcome.cut)
             place = {"document": document.index, "part": document.part, "domain": domains[document.part]}
             yield from (place | row for row in outcome.rows)
+
+
+def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The documents in order, those that are tokenized together in one list."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(text_of(document.content))
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -51,7 +51,10 @@ def test_chats_of_every_shape(record, messages, form):
 
 def test_texts_and_tools():
     assert content_of({"text": "\ufeffA text"}, spec()) == "A text"
-    assert content_of({"body": "x", "messages": [ASKED]}, spec(text_key="body")) == "x"  # which the spec asks for
+    for chat in ({"messages": [ASKED]}, {"conversations": [ASKED, SAID]}, {"prompt": "Hi", "completion": "Hello"}):
+        assert content_of({"body": "x"} | chat, spec(text_key="body")) == "x"  # which the spec asks for
+        assert content_of(chat, spec(text_key="body")).messages[0] == ASKED  # of a corpus of both
+    assert content_of({"prompt": "Hi", "completion": "Hello"}, spec(text_key="completion")) == "Hello"
     tools = [{"type": "function", "function": {"name": "weather"}}]
     for given in (tools, json.dumps(tools)):
         assert content_of({"messages": [ASKED], "tools": given}, spec()).tools == tools

@@ -78,12 +78,13 @@ def columns_read(data: DataSpec) -> tuple[str, ...]:
 
 
 def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
-    """The text or chat of a record: what `data.format` says, or what it looks like.
+    """The text or chat of a record: what `data.format` says, or what it looks like: a chat, unless it has the text column that the spec sets.
 
     A null is an empty one. Raises Unusable where it holds neither, and Refused for images and audio.
     """
-    if data.format != "text":
-        if data.messages_key in record and not (data.format == "auto" and "text_key" in data.model_fields_set):
+    asked = data.format == "auto" and "text_key" in data.model_fields_set and data.text_key in record
+    if data.format != "text" and not asked:
+        if data.messages_key in record:
             return _conversation(record[data.messages_key], record, data.messages_key)
         if "conversations" in record:
             return _conversation(_from_sharegpt(record), record, "conversations")

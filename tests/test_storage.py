@@ -3,6 +3,8 @@
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,15 +188,15 @@ def test_a_reader_never_sees_half(tmp_path, cache):
                 seen.append(None)  # the old version, removed under the reader's hands
             os.close(handle)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for n in range(30):
-        storage.publish(versions[n % 2], str(target))
-    stop.set()
-    reader.join()
-    whole = [files for files in seen if files]
-    assert len(whole) > 5
-    assert all(files in (["0"] * 20, ["1"] * 20) for files in whole)
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for n in count():
+            storage.publish(versions[n % 2], str(target))
+            if reader.done() or (n >= 30 and sum(files is not None for files in list(seen)) > 5):
+                break
+        stop.set()
+        reader.result()
+    assert all(files in (["0"] * 20, ["1"] * 20) for files in seen if files)
 
 
 def test_half_published_folders_are_refused(tmp_path, cache):

@@ -1,11 +1,13 @@
 """Storage and a whole run on a real S3 server, SeaweedFS, which is also killed in the middle of things."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipelines.warm import fork
 from tests.support.cli import call
 from tests.support.tiny import texts, tiny_model, tiny_run
-from tests.support.training_run import losses, prepare
+from tests.support.training_run import losses, prepare, stands_still
 from tests.support.weed import KEYS, Weed
 from xtoken_core import storage
 from xtoken_core.data.prepare import prepare_rows
@@ -116,10 +118,11 @@ def test_a_reader_never_sees_half_a_model(tmp_path, s3):
         reader = pool.submit(read)
         for n in (0, 1, 0, 1, 0):
             storage.publish(versions[n], target)
-        time.sleep(0.5)
+        while not (seen and same(seen[-1], versions[0])) and not reader.done():
+            time.sleep(0.02)
         done.set()
         reader.result()
-    assert seen and all(same(copy, versions[0]) or same(copy, versions[1]) for copy in seen)
+    assert all(same(copy, versions[0]) or same(copy, versions[1]) for copy in seen)
     assert sorted(s3.find("bucket/atomic")) == ["bucket/atomic/config", "bucket/atomic/weights"]
     assert not [path for path in s3.find("bucket") if "partial" in path]
 
@@ -148,8 +151,10 @@ def test_other_readers_never_load_half_a_model(students, s3, tmp_path, monkeypat
     ask = s3fs.S3FileSystem._call_s3
 
     async def slow(self, method, *args, **kwargs):
-        if method in ("copy_object", "delete_object"):
-            await asyncio.sleep(0.4 if method == "copy_object" else 0.02)
+        """No copy begins before the reader has looked once more."""
+        before = missing
+        while method == "copy_object" and missing == before and not reader.done():
+            await asyncio.sleep(0.01)
         return await ask(self, method, *args, **kwargs)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", slow)
@@ -204,43 +209,41 @@ def test_config_goes_first_and_comes_last(students, s3, calls):
     assert shards == list(range(shards[0], shards[-1] + 1))  # the last to go and the first to come
 
 
-def interrupted(weed: Weed, calls, method: str, seconds: float | None):
-    """A thread that kills the server once `method` has been asked of it, and starts it again `seconds` later (None: never)."""
+@contextlib.contextmanager
+def interrupted(weed: Weed, method: str, then: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within, the server is killed when `method` is first asked of it; `then` is called beside the client's attempts."""
+    ask, after = s3fs.S3FileSystem._call_s3, threading.Thread(target=then)
 
-    def watch() -> None:
-        while not any(name == method for name, _ in calls):
-            time.sleep(0.005)
-        weed.kill()
-        if seconds is not None:
-            time.sleep(seconds)
-            weed.start()
+    async def strike(self, asked, *args, **kwargs):
+        if asked == method and after.ident is None:
+            weed.kill()
+            after.start()
+        return await ask(self, asked, *args, **kwargs)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
+    with mock.patch.object(s3fs.S3FileSystem, "_call_s3", strike):
+        yield
+    after.join()
 
 
-def test_a_server_that_dies_and_returns_is_tried_again(tmp_path, weed, calls, monkeypatch):
+def test_a_server_that_dies_and_returns_is_tried_again(tmp_path, weed, monkeypatch):
     monkeypatch.delenv("AWS_MAX_ATTEMPTS")
     source = model(tmp_path / "model", 40 * MIB)
-    for transfer in ("upload_part", "get_object"):
-        calls.clear()
-        watcher = interrupted(weed, calls, transfer, 0.5)
-        if transfer == "upload_part":
-            storage.publish(source, "s3://bucket/returned")
-        else:
-            assert same(storage.local_copy("s3://bucket/returned"), source)
-        watcher.join()
+
+    def return_() -> None:
+        time.sleep(0.5)
+        weed.start()
+
+    with interrupted(weed, "upload_part", return_):
+        storage.publish(source, "s3://bucket/returned")
+    with interrupted(weed, "get_object", return_):
+        assert same(storage.local_copy("s3://bucket/returned"), source)
 
 
-def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_path, weed, calls):
+def test_a_server_that_dies_for_good_is_reported_with_nothing_half_written(tmp_path, weed):
     old = model(tmp_path / "old", MIB)
     storage.publish(old, "s3://bucket/kept")
-    calls.clear()
-    watcher = interrupted(weed, calls, "upload_part", None)
-    with pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
+    with interrupted(weed, "upload_part"), pytest.raises(InputError, match="^s3://bucket/kept: ") as caught:
         storage.publish(model(tmp_path / "new", 40 * MIB), "s3://bucket/kept")
-    watcher.join()
     assert "\n" not in str(caught.value)
     weed.start()
     assert same(storage.local_copy("s3://bucket/kept"), old)
@@ -309,7 +312,7 @@ def test_a_whole_run_with_a_pilot_from_and_to_buckets(run, s3, tmp_path):
 def test_a_distill_that_is_pre_empted_and_tried_again_goes_on_from_its_uri(run, s3, tmp_path):
     """Killed with nothing left but what is in the bucket, as on a node that is taken away; KFP then starts it anew, elsewhere."""
     folder, spec = run
-    spec = spec | {"teachers": spec["teachers"][1:], "training": spec["training"] | {"max_steps": 30, "save_steps": 5}}
+    spec = spec | {"teachers": spec["teachers"][1:], "training": spec["training"] | {"max_steps": 9, "save_steps": 5}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     for split in ("train", "validation"):
         prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows" / split, split)
@@ -321,15 +324,16 @@ def test_a_distill_that_is_pre_empted_and_tried_again_goes_on_from_its_uri(run, 
     def kept() -> list[str]:
         return [checkpoint for own in storage.folders("s3://bucket/kept") for checkpoint in storage.folders(own)]
 
-    first, _ = fork(call, *command(tmp_path / "one" / "run"))
-    while not kept() and first.is_alive():
+    first, output = fork(stands_still, 7, call, *command(tmp_path / "one" / "run"))
+    while not kept():
+        assert first.is_alive(), output.read()
         time.sleep(0.1)
     first.kill()
     first.join()
     assert first.exitcode == -9
     done = call(*command(tmp_path / "two" / "run"))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "two" / "run" / "summary.json").read_text())["resumed_from"] >= 5
+    assert json.loads((tmp_path / "two" / "run" / "summary.json").read_text())["resumed_from"] == 5
     assert kept()  # until the run is published
 
 

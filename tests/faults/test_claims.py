@@ -27,7 +27,6 @@ def weed(tmp_path_factory):
 @pytest.fixture(params=["local", "s3"])
 def root(request, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "REFRESH", 0.5)
-    monkeypatch.setattr(claims, "PATIENCE", 3.0)
     if request.param == "local":
         return str(tmp_path / "place")
     request.getfixturevalue("weed").enter(monkeypatch, "bucket")
@@ -79,7 +78,7 @@ def test_of_many_at_once_one_has_the_place(root, fault):
             with storage.claimed(root, "works"):
                 assert inside.acquire(blocking=False)
                 held.append(number)
-                time.sleep(1.5)
+                time.sleep(1.5)  # the others look meanwhile, or later and have it after this one
                 inside.release()
         except InputError as e:
             refused.append(str(e))
@@ -100,7 +99,7 @@ def hold(root: str, ready: str) -> None:
         time.sleep(600)
 
 
-def test_what_a_killed_run_had_claimed_is_free_again(root, tmp_path, fault):
+def test_what_a_killed_run_had_claimed_is_free_again(root, tmp_path, monkeypatch, fault):
     """Its checkpoint folder; at once where the system holds locks, after a while in an object store."""
     process, _ = fork(hold, root, str(tmp_path / "ready"))
     while not (tmp_path / "ready").exists():
@@ -110,6 +109,7 @@ def test_what_a_killed_run_had_claimed_is_free_again(root, tmp_path, fault):
         pass
     process.kill()
     process.join()
+    monkeypatch.setattr(claims, "PATIENCE", 3.0)
     with owned(root):
         assert beside(root)
     assert beside(root) == []
@@ -128,6 +128,7 @@ def test_a_publisher_that_was_frozen_does_not_write_over_its_successor(root, tmp
         fs.pipe_file(f"{os.path.dirname(path)}/.{os.path.basename(path)}.claim", b"another")
 
     monkeypatch.setattr(publishing, "_upload", frozen)
+    monkeypatch.setattr(claims, "_refresh", lambda *_: None)  # it is frozen
     with pytest.raises(InputError, match="another run publishes there") as told:
         storage.publish(folder(tmp_path / "one", "one"), root)
     assert storage.folders(root) == []

@@ -67,7 +67,6 @@ def weed(tmp_path_factory):
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_a_claim_is_held_over_a_jump(where, seconds, jump, request, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(claims, "REFRESH", 0.2)
-    monkeypatch.setattr(claims, "PATIENCE", 1.0)
     place = str(tmp_path / "place")
     if where == "s3":
         request.getfixturevalue("weed").enter(monkeypatch, "bucket")

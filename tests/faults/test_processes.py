@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,27 +28,41 @@ def folder(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("teacher"), 400)
 
 
+class Clock:
+    """The clock by which a student waits for its teachers."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(handle, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def skip(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_a_teacher_that_hangs_is_told_and_then_ends_the_run(folder, monkeypatch, caplog, fault):
     """SIGSTOP: so looks a hung driver, a frozen container, a host that swaps."""
-    teachers = [setup(folder, "teachers.0 (one)"), setup(folder, "teachers.1 (two)", timeout=1.5)]
-    last_words = r"^teachers\.1 \(two\): no sign of life for 1\.5 s while it had to run$"
+    teachers = [setup(folder, "teachers.0 (one)"), setup(folder, "teachers.1 (two)", timeout=100.0)]
+    last_words = r"^teachers\.1 \(two\): no sign of life for 100 s while it had to run$"
     with pytest.raises(TeacherError, match=last_words) as told, TeacherPool(teachers) as pool:
         pool.run([micro_batches((1, 4))] * 2)
-        monkeypatch.setattr(handle, "WARNING_SECONDS", 0.4)
-        os.kill(pool.teachers[1]._process.pid, signal.SIGSTOP)
+        clock, hanging = Clock(monkeypatch), pool.teachers[1]
+        os.kill(hanging._process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(handle, "wait", lambda ends, seconds: clock.skip(seconds) if hanging._pipe in ends else wait(ends))
         with caplog.at_level(logging.WARNING, "xtoken_core"):
             pool.run([micro_batches((1, 4))] * 2)
-    assert len(caplog.messages) == 3
-    assert all(line.startswith("teachers.1 (two): no sign of life for ") for line in caplog.messages)
+    line = "teachers.1 (two): no sign of life for {} s while it has to run; the run ends after 100 s"
+    assert caplog.messages == [line.format(seconds) for seconds in (30, 60, 90)]
     assert pool.teachers[1]._process.exitcode == -signal.SIGKILL
     fault("a teacher is stopped", "a line every 30 s, the end after training.timeout, by name", told.value)
 
 
 def test_a_teacher_that_works_long_gives_signs_of_life(folder, monkeypatch, caplog):
-    monkeypatch.setattr(handle, "WARNING_SECONDS", 5.0)
-    with TeacherPool([setup(folder, timeout=5.0)]) as pool, caplog.at_level(logging.WARNING, "xtoken_core"):
+    """Each micro-batch takes it 20 s; it may be silent for 25."""
+    with TeacherPool([setup(folder, timeout=25.0)]) as pool, caplog.at_level(logging.WARNING, "xtoken_core"):
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr(handle, "wait", lambda ends, _: clock.skip(20.0) or wait(ends))
         assert len(pool.run([micro_batches(*[(1, 4)] * 50)])[0].logits) == 50
-    assert caplog.messages == []
+    assert caplog.messages == [] and clock.now >= 50 * 20
 
 
 CHILD = """
@@ -55,27 +70,27 @@ import os, sys, time
 from xtoken_core.processes import end_with
 end_with(int(sys.argv[1]))
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_runner_that_is_killed_takes_its_steps_along(how, fault):
     runner = subprocess.Popen(
-        ["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        ["sleep", "600"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     )  # nohup ignores it
     step = subprocess.Popen([sys.executable, "-c", CHILD, str(runner.pid)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert step.stdout.readline() == "ready\n"
     runner.send_signal(how)
     runner.wait()
-    assert step.wait(30) == -signal.SIGTERM
+    assert step.wait(300) == -signal.SIGTERM
     fault(f"{how.name} for the runner of a step", "the step ends", "ended by SIGTERM")
 
 
 def test_a_step_that_outlived_its_runner_before_it_could_watch_ends_too():
     runner = subprocess.Popen(["true"])
     runner.wait()
-    assert subprocess.run([sys.executable, "-c", CHILD, str(runner.pid)], cwd=ROOT, timeout=30).returncode == -signal.SIGTERM
+    assert subprocess.run([sys.executable, "-c", CHILD, str(runner.pid)], cwd=ROOT, timeout=300).returncode == -signal.SIGTERM
 
 
 def test_the_first_error_of_several_processes_is_the_one_that_is_left(tmp_path):
@@ -99,8 +114,6 @@ def test_a_teacher_that_dies_while_the_student_waits_ends_the_run_in_seconds(fol
     with pytest.raises(TeacherError, match=last_words) as told, TeacherPool([setup(folder)]) as pool:
         os.kill(pool.teachers[0]._process.pid, signal.SIGSTOP)
         killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -KILL {pool.teachers[0]._process.pid}"])
-        started = time.monotonic()
         pool.run([micro_batches((1, 4))])
     killer.wait()
-    assert time.monotonic() - started < 60
     fault("a teacher is killed while the student waits for it", "the end in seconds, by name", told.value)

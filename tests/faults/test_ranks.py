@@ -12,6 +12,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from tests.support.processes import stopped
 from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
 from xtoken_core.errors import RunError
 from xtoken_core.training.launch import on_every_gpu
@@ -58,17 +59,13 @@ def stuck(values, base, out):
         run(values, base, out)
 
 
-def no_process_left() -> bool:
-    return not [p for p in psutil.Process().children(recursive=True) if p.status() in (psutil.STATUS_STOPPED,)]
-
-
 @pytest.mark.parametrize("who", ["0", "1"])
 def test_a_rank_that_is_stopped_ends_the_run_by_name(base, values, tmp_path, fault, who):
     with pytest.raises(
         RunError, match=rf"^rank {who} \(.*process \d+\): no sign of life for 5 s; the last came from \w+"
     ) as told:
         on_every_gpu(2, signalled, (values, base, tmp_path, who, signal.SIGSTOP))
-    assert no_process_left()
+    assert not stopped(os.getpid())
     fault(f"rank {who} is stopped", "the end after training.timeout, by name", told.value)
 
 

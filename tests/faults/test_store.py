@@ -49,7 +49,6 @@ def store(weed, tmp_path, monkeypatch):
     """A store with faults, and a file system that goes past them; in the folder `root` of its bucket."""
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(claims, "REFRESH", 0.2)
-    monkeypatch.setattr(claims, "PATIENCE", 1.0)
     monkeypatch.setattr(publishing, "_PART", 5 * MIB)
     with faulty(weed, monkeypatch, "bucket") as both:
         yield both
@@ -95,8 +94,11 @@ def test_what_fails_once_in_a_publication_is_tried_again(store, place, tmp_path,
 
 
 @pytest.mark.parametrize("step", ["the claim", "a part of an upload", "an upload", "the end of an upload", "the marker"])
-def test_a_publication_that_fails_for_good_is_one_line_and_leaves_what_was_there(store, place, tmp_path, fault, step):
+def test_a_publication_that_fails_for_good_is_one_line_and_leaves_what_was_there(
+    store, place, tmp_path, monkeypatch, fault, step
+):
     faults, past = store
+    monkeypatch.setattr(claims, "PATIENCE", 1.0)
     old = model(tmp_path / "old", "old")
     storage.publish(old, place)
     faults.fail(PUBLISHING[step], "503", FOR_EVER)
@@ -143,9 +145,10 @@ def test_downloads_are_tried_again_and_else_leave_nothing(store, place, tmp_path
         fault(f"reading: {step} fails once ({kind})", "tried again, whole", "read")
 
 
-def test_a_store_that_is_gone_for_a_while_ends_no_training(store, tmp_path, caplog, fault):
+def test_a_store_that_is_gone_for_a_while_ends_no_training(store, tmp_path, monkeypatch, caplog, fault):
     """The checkpoint of the first save is not kept there, the next one is."""
     faults, past = store
+    monkeypatch.setattr(claims, "PATIENCE", 1.0)
     uri = f"s3://bucket/{tmp_path.name}/kept"
     values = prepare(tmp_path, teachers=1, training=FIVE_STEPS)
     saves = _Saves(faults)

@@ -12,7 +12,7 @@ import torch
 from tests.distributed.test_sharded_teacher import hands_over_the_whole_models_logits
 from tests.support.processes import left_in_shared_memory
 from tests.support.tiny import tiny_model
-from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, start
+from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, start, start_and_kill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -40,14 +40,14 @@ def unbroken(base, values):
 def test_a_killed_run_leaves_nothing_and_goes_on_as_if_nothing_had_happened(base, values, unbroken):
     torch.zeros(1, device="cuda")
     out, before, (free, _) = base / "killed", set(os.listdir("/dev/shm")), torch.cuda.mem_get_info()
-    start(values, base, out, CUDA_VISIBLE_DEVICES="0").kill_after_a_checkpoint(out)
-    deadline = time.monotonic() + 15
+    start_and_kill(values, base, out, CUDA_VISIBLE_DEVICES="0")
+    deadline = time.monotonic() + 60
     while torch.cuda.mem_get_info()[0] < free - 2**26 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left_in_shared_memory(before)
     assert torch.cuda.mem_get_info()[0] >= free - 2**26
     start(values, base, out, CUDA_VISIBLE_DEVICES="0").finish()
-    assert json.loads((out / "summary.json").read_text())["resumed_from"] in (2, 4)
+    assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
     for ours, theirs in zip(losses(out), unbroken, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 

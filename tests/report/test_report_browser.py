@@ -276,7 +276,7 @@ def test_a_table_is_saved_as_it_is_sorted(browser, pages, tmp_path):
     csv, json_ = box.find_elements("xpath", "following-sibling::p[1]/button")
     csv.click()
     json_.click()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (any(tmp_path.glob("*.csv")) and any(tmp_path.glob("*.json"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     rows = list(csvlib.reader(next(tmp_path.glob("*.csv")).open()))

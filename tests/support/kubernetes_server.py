@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import jsonschema
 import yaml
 
+from tests.support.ports import free_ports
 from tests.support.schemas import check_resource
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
@@ -73,9 +73,7 @@ class FakeKubernetes:
 
     def start(self, job: dict[str, Any]) -> None:
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        [port] = free_ports(1)
         given = {entry["name"]: entry.get("value", "") for entry in trainer["env"]}
         self.hosts[name] = []
         for rank in range(trainer["numNodes"]):
@@ -106,7 +104,7 @@ class FakeKubernetes:
     def state(self, name: str) -> dict[str, Any]:
         """The job, with the conditions that its processes give rise to."""
         codes = [process.poll() for process in self.hosts[name]]
-        ended = "Failed" if any(codes) else "Complete" if all(code == 0 for code in codes) else None
+        ended = None if None in codes else "Failed" if any(codes) else "Complete"
         conditions = []
         if ended:
             told = {"Failed": "jobset failed due to one or more job failures", "Complete": "jobset completed successfully"}[ended]

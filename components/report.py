@@ -46,7 +46,7 @@ def report(
         evaluated_before: What evaluate wrote for student-before.
         evaluated_after: What evaluate wrote for student-after.
         evaluated_baseline: What evaluate wrote for baseline.
-        tasks: The tasks of the workflow, as name and after.
+        tasks: The tasks of the workflow, as name and after; of those whose artifacts are not read, start and seconds too.
         inputs: What was read, as field, uri and version, as resolve prints them.
         resolved: When the run's first step began and how long it took, as resolve prints them in times.
         shards: URIs of the other shards' rows.

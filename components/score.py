@@ -8,10 +8,12 @@ from components.cli import component, main
 
 
 @component
-def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset]) -> NamedTuple("Outputs", [("uri", str)]):  # type: ignore[valid-type]
+def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset]) -> NamedTuple(  # type: ignore[valid-type]
+    "Outputs", [("uri", str), ("started", float), ("seconds", float)]
+):
     """Run one teacher over the training rows, and store the log-probabilities of its likeliest tokens, or cells.
 
-    Prints where the scores lie.
+    Prints where the scores lie, and when the step began.
 
     Args:
         spec: Student, teachers, loss and training are read.
@@ -21,15 +23,17 @@ def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset
 
     Returns:
         uri: Where the scores lie.
+        started: When this step started (Unix time).
+        seconds: How long it took.
     """
     from xtoken_core.workflow.step import step
 
-    with step(f"score {teacher}", scores):
+    with step(f"score {teacher}", scores) as times:
         from xtoken_core.workflow.scoring import score_teacher
         from xtoken_core.workflow.views import View
 
         score_teacher(View.from_text(spec), teacher, rows.path, scores.path)
-        return (scores.uri,)
+        return (scores.uri, *times().values())
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ def trial(
     standing: list = [],  # noqa: B006 - KFP reads the default
     place: int = 0,
     checkpoints: str = "",
-) -> NamedTuple("Outputs", [("result", str)]):  # type: ignore[valid-type]
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Outputs", [("result", str), ("started", float), ("seconds", float)]
+):
     """Train one candidate of a pilot for a share of the main run's steps, and measure it on the held-out text.
 
-    Prints what it came to. Its log stays; the student that it trained does not.
+    Prints what it came to, and when the step began. Its log stays; the student that it trained does not.
 
     Args:
         spec: Student, teachers, loss, data, training and evaluation are read.
@@ -46,10 +48,12 @@ def trial(
 
     Returns:
         result: What the run came to, as JSON without quotes; of an empty name where no candidate is left for this place.
+        started: When this step started (Unix time).
+        seconds: How long it took.
     """
     from xtoken_core.workflow.step import step
 
-    with step(f"trial {rung}-{place}", run):
+    with step(f"trial {rung}-{place}", run) as times:
         from pathlib import Path
 
         from xtoken_core.training.inputs import TrainingInputs, by_teacher
@@ -65,7 +69,7 @@ def trial(
         uris = [rows.uri, projections.uri if projections else "", *scores]
         found = run_place(parsed, Place.of(candidates, standing, place, rung, share), inputs, Path(run.path), checkpoints, uris)
         log_figures(metrics, trial_figures(found))
-        return (found.to_parameter(),)
+        return (found.to_parameter(), *times().values())
 
 
 if __name__ == "__main__":

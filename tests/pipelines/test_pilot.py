@@ -127,6 +127,8 @@ def _stopped(run, command, pilot):
     assert only.returncode == 0, only.stdout + only.stderr
     assert PILOT - {"audit", "verdict"} <= unchanged(only.stdout)
     result = api.load(str(run / "only"))
+    assert {task.name for task in result.run.tasks if task.seconds is None} == {"report"}
+    assert {task.name for task in result.run.tasks if task.status == "cached"} == unchanged(only.stdout)
     assert (
         result.run.pilot == pilot.model_copy(update={"next": result.run.pilot.next}) and result.verdict.headline == pilot.reason
     )

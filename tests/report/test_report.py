@@ -404,6 +404,9 @@ def test_the_dag_shows_shards_as_one_box():
         ["overlap", "1.0 s"], ["prepare", "12 shards", "from cache, 11 min 01 s"], ["distill", "5.0 s"]
     ]  # fmt: skip
     assert len(picture.edges) == 2
+    scores = [Task(name=f"score-a-1-{k}", after=[f"prepare-{k}"], seconds=9.0 - k) for k in range(2)]
+    assert dag_picture([overlap, *shards[:2], *scores]).boxes[-1].lines == ["score", "a-1-2 shards", "9.0 s"]
+    assert dag_picture([overlap, Task(name="score-a-1", seconds=3.0)]).boxes[-1].lines == ["score", "a-1", "3.0 s"]
     partly = dag_picture([overlap, *shards[:2], shards[2].model_copy(update={"status": "done"}), trained])
     assert partly.boxes[1].lines == ["prepare", "3 shards", "2 min 01 s"]
 

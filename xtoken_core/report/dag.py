@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,27 @@ def dag_picture(tasks: Sequence[Task]) -> Dag | None:
 
 
 def _shards_joined(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with all shards of prepare as one, which takes as long as the longest of them."""
-    shards = {task.name: task for task in tasks if re.fullmatch(r"prepare-\d+", task.name)}
-    name, kept = f"prepare-{len(shards)} shards", []
+    """The tasks with all shards of prepare as one, and so those of a teacher's scores; each takes as long as the longest of its shards."""
+    sharded = any(re.fullmatch(r"prepare-\d+", task.name) for task in tasks)
+    groups: dict[str, list[Task]] = {}
     for task in tasks:
-        if task.name not in shards:
-            after = dict.fromkeys(name if before in shards else before for before in task.after)
-            kept.append(task.model_copy(update={"after": list(after)}))
-        elif task is next(iter(shards.values())):
-            seconds = [shard.seconds for shard in shards.values() if shard.seconds is not None]
-            status = next((shard.status for shard in shards.values() if shard.status != "cached"), "cached")
-            kept.append(task.model_copy(update={"name": name, "seconds": max(seconds, default=None), "status": status}))
-    return kept
+        of_shard = re.fullmatch(r"(prepare|score-.+)-\d+", task.name) if sharded else None
+        groups.setdefault(of_shard[1] if of_shard else task.name, []).append(task)
+    names = {
+        task.name: f"{name}-{len(group)} shards" if group[0].name != name else name
+        for name, group in groups.items()
+        for task in group
+    }
+    return [_joined(group, names) for group in groups.values()]
+
+
+def _joined(shards: Sequence[Task], names: Mapping[str, str]) -> Task:
+    """Shards as one task; names: of the joined task, by that of each shard."""
+    seconds = [shard.seconds for shard in shards if shard.seconds is not None]
+    status = next((shard.status for shard in shards if shard.status != "cached"), "cached")
+    after = dict.fromkeys(names.get(before, before) for shard in shards for before in shard.after)
+    joined = {"name": names[shards[0].name], "after": list(after), "seconds": max(seconds, default=None), "status": status}
+    return shards[0].model_copy(update=joined)
 
 
 def _chain(edge: tuple[str, str], column: dict[str, int]) -> list[Any]:

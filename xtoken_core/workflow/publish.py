@@ -54,7 +54,7 @@ class Parts:
     shards: Sequence[str] = ()
     """Where the other shards of the rows lie, whose statistics are read there."""
     tasks: Sequence[Task] = ()
-    """Every task of the workflow, without its times."""
+    """Every task of the workflow, with its times where no artifact here tells them."""
     inputs: Sequence[ReadInput] = ()
     resolved: StepTimes = StepTimes()
     """Of the run's first step, which no cache ever holds: what started before it was taken from the cache."""
@@ -103,7 +103,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
         inputs=list(parts.inputs),
         pipeline_run=parts.pipeline_run,
         prepared=Prepared(rows=[parts.rows.uri, *parts.shards], projections=parts.projections.uri if parts.projections else None),
-        tasks=[_timed(task, times.get(task.name, StepTimes()), parts.resolved) for task in parts.tasks],
+        tasks=[_timed(task, times.get(task.name), parts.resolved) for task in parts.tasks],
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -155,7 +155,9 @@ def _step_times(metadata: Mapping[str, Any]) -> StepTimes:
     return StepTimes(started=metadata.get("started"), seconds=metadata.get("seconds"))
 
 
-def _timed(task: Task, times: StepTimes, resolved: StepTimes) -> Task:
+def _timed(task: Task, told: StepTimes | None, resolved: StepTimes) -> Task:
+    """The task with when it ran, and whether that was in this run; told: by an artifact."""
+    times = told or StepTimes(started=task.start, seconds=task.seconds)
     cached = times.started is not None and resolved.started is not None and times.started < resolved.started
     done = {"start": times.started, "seconds": times.seconds, "status": "cached" if cached else "done"}
     return task.model_copy(update=done)

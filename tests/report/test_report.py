@@ -11,6 +11,7 @@ import pytest
 from tests.support.report_sample import parts, sample_run
 from xtoken_core.errors import InputError
 from xtoken_core.report.answer import answer_table, markdown, metrics
+from xtoken_core.report.card import model_card
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.charts import MAX_POINTS, Series, Style, duration, line_chart, nice_ticks, number, tick_texts
 from xtoken_core.report.compare import write_comparison
@@ -23,9 +24,11 @@ from xtoken_core.report.run import FORMAT, MAX_LINES, Run
 from xtoken_core.report.tables import bits_table, parts_table, settings_that_differ, tasks_table
 from xtoken_core.report.verdict import bits_difference, task_difference, verdict
 from xtoken_core.results.evaluation import BitsPerByte, Documents, Evaluation, TaskScore
+from xtoken_core.results.pilot import Outlook, Pilot
 from xtoken_core.results.subject import BEFORE, BEST, LAST, TWIN_BEST, TWIN_LAST, Subject, teacher_subject
 from xtoken_core.results.training import LogLine
-from xtoken_core.results.workflow import Task
+from xtoken_core.results.workflow import ReadInput, Task
+from xtoken_core.spec.pilot import CE
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,30 @@ def test_bootstrap_covers_what_it_says():
         pair = [result((size * rng.normal(2.0, 0.1, 30)).tolist(), size.tolist()) for _ in "ab"]
         held += not bits_difference(*pair).exceeds_noise
     assert 85 <= held <= 99
+
+
+def test_a_pilots_choice_is_whom_the_student_has_learned_from(run):
+    """The header, the warnings and the card name no teacher that was not heard."""
+    chosen = Outlook(candidate="alone", teachers=["smollm"])
+    judged = Pilot(steps=9, chosen="alone", reason="Distil as alone.", enough_text=True, outlooks=[chosen], trials=[])
+    weak = changed(replaced(run, pilot=judged), {teacher_subject("gemma"): 9.0, teacher_subject("smollm"): 8.0})
+    assert [c.title for c in cautions(weak) if c.title.startswith("Teacher")] == [
+        "Teacher smollm is no better than the student was before it began"
+    ]
+    licences = [ReadInput(field=f"teachers.{t}.model", uri=t, version="1", licence=t) for t in ("gemma", "smollm")]
+    assert "Gemma's terms" in model_card(replaced(run, inputs=licences), "best")
+    assert "Gemma's terms" not in model_card(replaced(weak, inputs=licences), "best")
+
+    def header(told: Run) -> str:
+        return re.search(r'<p class="roles">(.*?)</p>', render_report(told), re.DOTALL)[1]
+
+    assert "gemma" not in header(weak) and ">smollm<" in header(weak)
+    plain = header(replaced(weak, pilot=judged.model_copy(update={"chosen": CE})))
+    assert "learned from its text only" in plain and "smollm<" not in plain
+    waiting = header(replaced(weak, summary=None))
+    assert "would learn from" in waiting and ">gemma<" in waiting and ">smollm<" in waiting
+    assert any("every row was seen" in c.title for c in cautions(run))
+    assert not any("every row was seen" in c.title for c in cautions(replaced(weak, summary=None)))
 
 
 def test_one_document_proves_nothing(run):

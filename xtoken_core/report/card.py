@@ -65,7 +65,9 @@ def _body(run: Run, checkpoint: str) -> Iterator[str]:
 
 
 def _licences(run: Run) -> dict[str, str | None]:
-    return {entry.field: entry.licence for entry in run.inputs if entry.field.endswith(".model")}
+    """By field, of the models that have gone into the student: a teacher that a pilot left out has not."""
+    unheard = {f"teachers.{teacher}.model" for teacher in run.teachers if teacher not in run.heard}
+    return {e.field: e.licence for e in run.inputs if e.field.endswith(".model") and e.field not in unheard}
 
 
 def _asked(run: Run) -> Iterator[str]:

@@ -101,7 +101,7 @@ def _on_numbers(run: Run) -> Iterator[Caution]:
 def _on_teachers(run: Run) -> Iterator[Caution]:
     """Teachers that have nothing to teach, or no more."""
     states = ((BEFORE, "the student was before it began"), (BEST, "the student is now"))
-    for teacher in run.teachers:
+    for teacher in run.heard:
         score = bits_per_byte(run.result(teacher_subject(teacher)))
         for state, words in states:
             student = bits_per_byte(run.result(state))
@@ -117,7 +117,7 @@ def _on_teachers(run: Run) -> Iterator[Caution]:
 def _on_agreement(run: Run) -> Iterator[Caution]:
     """A student that agrees with a teacher less than before it learnt from it."""
     before, after = run.result(BEFORE), run.after
-    for teacher in run.teachers:
+    for teacher in run.heard:
         first, now = (result.agreement.get(teacher) if result else None for result in (before, after))
         if first and now and first.top1 is not None and now.top1 is not None and now.top1 < first.top1 - FALL:
             yield Caution(
@@ -129,7 +129,7 @@ def _on_agreement(run: Run) -> Iterator[Caution]:
 
 def _on_selection(run: Run) -> Iterator[Caution]:
     chosen = [line.selected for line in run.log if line.selected]
-    idle = [teacher for teacher in run.teachers if teacher not in chosen]
+    idle = [teacher for teacher in run.heard if teacher not in chosen]
     if chosen and idle:
         yield Caution(
             f"Never selected: {', '.join(idle)}",
@@ -173,7 +173,7 @@ def _on_rows(run: Run) -> Iterator[Caution]:
     train, training = run.prepare.get("train"), run.spec["training"]
     if train is None:
         return
-    seen = (run.summary.steps if run.summary else training["max_steps"]) * training["global_batch_size"]
+    seen = run.summary.steps * training["global_batch_size"] if run.summary else 0
     if train.rows and seen > 4 * train.rows:
         yield Caution(
             f"Little text: every row was seen {seen / train.rows:.0f} times",

@@ -131,8 +131,11 @@ class Run(Record):
 
     @property
     def heard(self) -> list[str]:
-        """Ids of the teachers that the student learned from: where a pilot chose, those of its candidate, none of cross-entropy only."""
-        if self.pilot is None:
+        """Ids of the teachers that the student learned from: where a pilot chose, those of its candidate, none of cross-entropy only.
+
+        Of a pilot that nothing has followed, all that it may learn from.
+        """
+        if self.pilot is None or self.summary is None:
             return self.teachers
         return next((o.teachers for o in self.pilot.outlooks if o.candidate == self.pilot.chosen), [])
 

@@ -16,7 +16,7 @@ def taught_table(run: Run) -> Table | None:
     counts = train.domains if train else {}
     lines = [line.teachers for line in run.log if line.of_training]
     rows = []
-    for teacher in run.spec["teachers"]:
+    for teacher in (t for t in run.spec["teachers"] if t["id"] in run.heard):
         name, domains = teacher["id"], teacher.get("domains")
         told = [line[name] for line in lines if name in line]
         taught = sum(counts.get(domain, 0) for domain in domains) if domains else train.rows if train else 0

@@ -136,6 +136,10 @@ def test_the_report_tells_who_taught_what(base, values, tmp_path):
     assert found["other"][1:3] == ["code", str(stats.domains["code"])] and found["same"][1:3] == ["all", str(stats.rows)]
     chunks = sum(line["teachers"]["other"]["chunks"] for line in steps(tmp_path / "out"))
     assert found["other"][3] == f"{chunks:,.0f}" and float(found["other"][4]) > 0
+    told = Run.collect(spec, tmp_path / "out", prepare={"train": stats})
+    first = next(line for line in told.log if line.of_training)
+    sparse = taught_table(told.model_copy(update={"log": [first]}))
+    assert sparse.rows[0][3].text == f"{told.summary.steps * first.teachers['other'].chunks:,.0f}"
     assert taught_table(Run.collect(DistillationSpec.model_validate(values), tmp_path / "out")) is None
 
 

@@ -144,6 +144,11 @@ def test_against_a_run_that_was_run(tmp_path):
     }
     for name, size in sizes.items():
         assert 0.7 < after.disk_bytes[name] / size <= 1, name  # headers weigh in files this small
+    slow = summary.model_copy(update={"seconds_by_phase": {"data": 0.0, "teachers": 1e5, "student": 2e5}, "seconds": 3e5})
+    again = plan(parsed, finished.model_copy(update={"summary": slow}))
+    trained = next(task for task in again.tasks if task.task == "distill")
+    assert again.gpu_hours == pytest.approx(3e5 / 3600, rel=1e-3) == trained.gpu_hours  # rows that are not full cost less
+    assert trained.tokens == summary.tokens
     longer = plan(parsed.model_copy(update={"training": parsed.training.model_copy(update={"max_steps": 40})}), finished)
     assert longer.training_tokens_at_most == 10 * summary.tokens and longer.counted
     other = plan(DistillationSpec.model_validate(values | {"data": values["data"] | {"max_length": 32}}), finished)

@@ -81,28 +81,33 @@ class Speed:
     """Where it comes from."""
     measured: float | None = None
     """Operations a second and GPU of a finished run; None: the model of a step's time tells."""
+    row: float | None = None
+    """Tokens of a row, as that run has counted them; None: rows are taken to be full."""
 
     @classmethod
-    def of(cls, spec: DistillationSpec, sizes: Sizes, finished: Run | None) -> Speed:
+    def of(cls, spec: DistillationSpec, sizes: Sizes, finished: Run | None, row: float | None = None) -> Speed:
         """The speed of a finished run's training, or of its pilot where nothing followed that; modelled where there is none.
 
-        Raises InputError for a finished run that tells no time.
+        row: as of the speed. Raises InputError for a finished run that tells no time.
         """
         if finished is None or (finished.summary is None and finished.pilot is None):
-            return cls(f"modelled: H100s, {_step(spec, sizes):.3g} s a step")
+            return cls(f"modelled: H100s, {_step(spec, sizes):.3g} s a step", row=row)
         done, took = _of_training(finished) if finished.summary else _of_pilot(finished)
         if took <= 0:
             raise InputError(f"{finished.name}: the run has no seconds by phase to take a speed from")
         environment = finished.summary.environment if finished.summary else None
         device = environment.devices[0] if environment and environment.devices else "its devices"
-        return cls(f"measured: {done / took / 1e12:.3g} TFLOP/s on {device} in the run {finished.name}", done / took)
+        return cls(f"measured: {done / took / 1e12:.3g} TFLOP/s on {device} in the run {finished.name}", done / took, row)
+
+    def tokens(self, spec: DistillationSpec, steps: int) -> int:
+        """The student's tokens of a training; at most, where nobody has counted them."""
+        return round(steps * spec.training.global_batch_size * (self.row or spec.data.max_length))
 
     def training(self, spec: DistillationSpec, sizes: Sizes, steps: int, alone: bool = False) -> float:
         """GPU hours of a training; `alone`: on cross-entropy only."""
         if self.measured is None:
             return steps * _step(spec, sizes, alone) * gpus_of(spec) / 3600
-        tokens = steps * spec.training.global_batch_size * spec.data.max_length
-        return training_flops(spec, sizes, tokens, alone) / self.measured / 3600
+        return training_flops(spec, sizes, self.tokens(spec, steps), alone) / self.measured / 3600
 
     def forward(self, size: ModelSize, tokens: int, row: int) -> float:
         """GPU hours of a model that reads `tokens` in rows of `row`."""

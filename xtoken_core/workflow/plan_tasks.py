@@ -85,8 +85,8 @@ class Planned:
     def _trained(self, task: str, spec: DistillationSpec, steps: int | None, alone: bool) -> PlannedTask:
         if steps is None:
             return PlannedTask(task=task)
-        tokens = steps * spec.training.global_batch_size * spec.data.max_length
-        return PlannedTask(task=task, steps=steps, tokens=tokens, gpu_hours=self.speed.training(spec, self.sizes, steps, alone))
+        hours = self.speed.training(spec, self.sizes, steps, alone)
+        return PlannedTask(task=task, steps=steps, tokens=self.speed.tokens(spec, steps), gpu_hours=hours)
 
     def _measured(self, field: str) -> float | None:
         """GPU hours of a model's bits per byte."""

@@ -54,6 +54,9 @@ class Bounded:
         except (EOFError, OSError):
             self.close()
             raise Overrun(f"it does not end within {SECONDS:g} s") from None
+        except BaseException:  # interrupted: an answer that is under way would be taken for that of the next call
+            self.close()
+            raise
         if kind is not None:
             raise kind(result)
         return result

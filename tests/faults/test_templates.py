@@ -67,6 +67,19 @@ def test_a_template_beyond_its_bounds_is_one_line(what, monkeypatch, fault):
     fault(f"a chat template: {what}", "one line within 10 s", told.value)
 
 
+def test_an_interrupted_call_leaves_no_answer_to_the_next_one(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    run = Bounded(str.upper)
+    assert run("a") == "A"
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(run._pipe, "recv", interrupt)
+        run("first")
+    assert run("second") == "SECOND"
+    run.close()
+
+
 def test_it_is_known_when_its_tokenizer_is_read(tmp_path, fault):
     """By a run on plain texts too: what ends a turn is asked of the template."""
     model = tiny_model(tmp_path / "model", 400)

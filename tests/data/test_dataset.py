@@ -120,6 +120,16 @@ def test_text_that_a_vocabulary_cannot_spell_is_inexact_or_dropped():
     assert plain.chunks[0][2].all()
 
 
+def test_a_text_of_which_no_character_has_a_token_is_no_text():
+    words = Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("a", -2.0)], 0, False))
+    words.decoder = decoders.Metaspace()
+    student = Side.of("student", "student", PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>"))
+    foreign, some = tokenize_texts(["日本語", "日本語a"], [student])
+    assert len(foreign.ids[0]) and document_rows(with_eos(foreign, [student]), [9], [student], whole=False) == "no text"
+    [row] = document_rows(some, [9], [student], whole=False)
+    assert row["num_bytes"] == 1
+
+
 def test_a_document_ends_with_every_sides_eos():
     [plain] = tokenize_texts([TEXTS[0]], sides())
     ended = with_eos(plain, sides())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from xtoken_core import storage
@@ -17,10 +18,6 @@ from xtoken_core.data.rows import Row
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DataSpec
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -186,7 +183,7 @@ def pack(lengths: np.ndarray, limit: int, open_bins: int = 64) -> list[list[int]
     return bins
 
 
-class Shuffled(Dataset):
+class Shuffled(torch.utils.data.Dataset):
     """`length` items of a dataset, in a new order every epoch; the order depends on the seed alone, not on ranks or batches."""
 
     def __init__(self, rows: Any, length: int, seed: int):

@@ -228,7 +228,9 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
     if not found:
         return f"{'no target' if whole else 'no chunk'} within data.max_length"
     rows = [make_row(document, span, sides) for span in found]
-    return rows if whole else [row for row in rows if row["num_bytes"]]  # an EOS that fits no more is no row
+    if not whole:  # an EOS that fits no more is no row, nor is what the student's vocabulary has no token for
+        rows = [row for row in rows if row["num_bytes"]]
+    return rows or NO_TEXT
 
 
 def make_row(document: Tokenized, span: tuple[int, int], sides: Sequence[Side]) -> Row:

@@ -30,7 +30,7 @@ from xtoken_core.report.run import Run
 from xtoken_core.spec import DataSpec, DistillationSpec
 from xtoken_core.spec.text import parse_text
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SPECS = sorted(Path("pipelines/specs").glob("*.yaml"))
 

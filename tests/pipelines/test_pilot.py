@@ -1,8 +1,11 @@
 """A pilot as tasks: what compiles to what, and whole runs of it on this machine, killed and resumed."""
 
 import json
+import os
 import re
+import signal
 import sys
+from unittest import mock
 
 import pytest
 import yaml
@@ -85,26 +88,28 @@ def unchanged(output):
     return {found[1] for found in re.finditer(r"\] ([\w-]+): unchanged", output)}
 
 
-def _command_line(arguments):
-    sys.argv = ["pipelines", *arguments]
-    main()
+def _killed_after_two(arguments):
+    """The command line, which gets SIGKILL when two short runs of the first rung are done and the next task has begun."""
+    write, told = sys.stdout.write, []
+
+    def writes(text):
+        if text.strip() and len(set(re.findall(r"\] (trial-1-\w+): done", "".join(told)))) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        told.append(text)
+        return write(text)
+
+    with mock.patch.object(sys.stdout, "write", writes), mock.patch("sys.argv", ["pipelines", *arguments]):
+        main()
 
 
 @pytest.mark.slow
 def test_a_pilot_that_is_killed_goes_on_and_the_main_run_follows_it(run):
     """SIGKILL after some short runs of the first rung; the next run repeats none of them. Then without the main run, from the cache."""
     command = ["run", run / "spec.yaml", "--runs", run / "runs"]
-    started, output = fork(_command_line, list(map(str, command)))
-    done = set()
-    with output:
-        for line in output:
-            if len(done) == 2:  # and the next task has begun, so that both are in the cache
-                break
-            if found := re.search(r"\] (trial-1-\w+): done", line):
-                done.add(found[1])
-        started.kill()
-        started.join()
-    assert len(done) == 2
+    started, output = fork(_killed_after_two, list(map(str, command)))
+    done = set(re.findall(r"\] (trial-1-\w+): done", output.read()))
+    started.join()
+    assert started.exitcode == -signal.SIGKILL and len(done) == 2
 
     whole = call("pipelines", *command)
     assert whole.returncode == 0, whole.stdout + whole.stderr

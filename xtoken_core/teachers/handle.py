@@ -132,7 +132,7 @@ class Teacher:
             if self._pipe.poll():
                 kind, result = self._pipe.recv()
                 return kind, result
-        self._process.join(5)
+        self._process.join(60)  # it is about to be gone, at the latest when the machine has time for it
         raise TeacherError(f"{self.setup.name}: its process died ({_cause(self._process.exitcode)})")
 
     def _outputs(self, shapes: list[Shape]) -> list[Logits]:

@@ -90,6 +90,18 @@ class Batch:
     """In the spec's order, bool [B]: the samples of the domains that a teacher teaches; None, where it teaches all. Empty: so do all."""
     scored: tuple[Any, ...] = ()
     """In the spec's order what stands for a teacher's logits, of those that are not run; None for the others."""
+    domains: tuple[str, ...] = ()
+    """Of each sample."""
+
+    def unheard(self, index: int, domains: Collection[str]) -> Batch:
+        """The batch with teacher `index` unheard on the samples of some domains. One that is left with none reads one token."""
+        left = torch.tensor([domain not in domains for domain in self.domains], device=self.sample_mask.device)
+        if (told := self.taught[index]) is not None:
+            left &= told
+        sides = list(self.teachers)
+        if not left.any():
+            sides[index] = replace(sides[index], packed=_one_token(sides[index]))
+        return replace(self, teachers=tuple(sides), taught=(*self.taught[:index], left, *self.taught[index + 1 :]))
 
     @property
     def masks(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +126,13 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch's DataLoader calls it."""
         return _changed(self, Tensor.pin_memory, {})
+
+
+def _one_token(side: Side) -> Packed:
+    """What a teacher reads of a batch of which it teaches nothing: every rank then runs every micro-batch, as sharded teachers need."""
+    ids = side.input_ids[:1, :1]
+    positions = None if side.packed is None or side.packed.position_ids is None else torch.zeros_like(ids)
+    return Packed(ids, positions, torch.zeros_like(side.input_ids))
 
 
 def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
@@ -188,7 +207,8 @@ class Collator:
             side if own is None else self._of_domain(side, items, column or "student", own)
             for side, column, own in zip(teachers, self.columns, taught, strict=True)
         )
-        return Batch(student, tuple(read), torch.ones(len(rows)), taught, scored)
+        domains = tuple(str(row["domain"]) for row in rows)
+        return Batch(student, tuple(read), torch.ones(len(rows)), taught, scored, domains)
 
     def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:
         """What one side reads."""

@@ -47,6 +47,11 @@ class Document:
     """Which of the URIs it is from."""
 
 
+def domain_of_corpus(corpus: str) -> str:
+    """The domain that held-out text is of, by the name of its file or folder: `code` of .../code.test.jsonl."""
+    return PurePosixPath(corpus).name.partition(".")[0]
+
+
 def read_documents(uris: Sequence[str], data: DataSpec, shard: int = 0, shards: int = 1) -> Iterator[Document]:
     """Yields every `shards`-th document of the corpus, from number `shard` on, in a fixed order.
 

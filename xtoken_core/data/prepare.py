@@ -4,7 +4,7 @@ Columns of a row (`teacher_I` for each teacher I of another vocabulary; one with
 
     document                          int64   the document's position in the corpus
     part                              int32   which entry of data.train (or data.validation) it is from
-    domain                            string  that entry's domain, empty without one
+    domain                            string  that entry's domain, empty without one; of validation rows, the name of their file
     num_bytes                         int32   bytes of text
     {student,teacher_I}_ids           int32   tokens, BOS first where the tokenizer has one
     {student,teacher_I}_mask          uint8   1 where the token is a target
@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from xtoken_core.data.documents import Document, read_documents
+from xtoken_core.data.documents import Document, domain_of_corpus, read_documents
 from xtoken_core.data.parallel import mapped
 from xtoken_core.data.reading import row_budget
 from xtoken_core.data.records import text_of
@@ -63,7 +63,7 @@ def prepare_rows(
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec) if sides is None else sides
     uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
-    domains = [part.domain or "" for part in spec.data.parts] if split == "train" else [""] * len(uris)
+    domains = [part.domain or "" for part in spec.data.parts] if split == "train" else None
     documents = read_documents(uris, spec.data, shard, shards)
     interval = 0.5 if sys.stderr.isatty() else 15
     stats = Statistics(sides)
@@ -78,9 +78,9 @@ def prepare_rows(
 
 
 def _rows(
-    documents: Iterable[Document], sides: Sequence[Side], spec: DistillationSpec, domains: Sequence[str], stats: Statistics
+    documents: Iterable[Document], sides: Sequence[Side], spec: DistillationSpec, domains: Sequence[str] | None, stats: Statistics
 ) -> Iterator[Row]:
-    """The rows of all documents, in order. domains: of each part of the data."""
+    """The rows of all documents, in order. domains: of each part of the data; None: they go by the names of their files."""
     alone = DocumentTokenizer(sides, spec.data).outcomes
     for batch, outcomes in mapped(_together(documents), alone, outcomes_by, (spec,)):
         for document, outcome in zip(batch, outcomes):
@@ -88,7 +88,8 @@ def _rows(
                 stats.drop(document, outcome.dropped, unusable=outcome.unusable)
                 continue
             stats.add(document, cut=outcome.cut)
-            place = {"document": document.index, "part": document.part, "domain": domains[document.part]}
+            domain = domain_of_corpus(document.corpus) if domains is None else domains[document.part]
+            place = {"document": document.index, "part": document.part, "domain": domain}
             yield from (place | row for row in outcome.rows)
 
 

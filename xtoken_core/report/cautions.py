@@ -36,6 +36,7 @@ def cautions(run: Run) -> list[Caution]:
         _on_gradients,
         _on_numbers,
         _on_teachers,
+        _on_passed,
         _on_agreement,
         _on_selection,
         _on_chunks,
@@ -112,6 +113,23 @@ def _on_teachers(run: Run) -> Iterator[Caution]:
                     "be better spent on another.",
                 )
                 break
+
+
+def _on_passed(run: Run) -> Iterator[Caution]:
+    """Teachers that were not heard to the end, since the student had fewer bits per byte."""
+    for teacher in run.teachers:
+        last = next((line.passed.get(teacher, []) for line in reversed(run.log) if not line.of_training), [])
+        if not last:
+            continue
+        places = []
+        for domain in last:
+            lines = [line for line in run.log if not line.of_training and domain in line.passed.get(teacher, ())]
+            places.append(f"{f'on {domain}' if domain else 'on all text'} from step {lines[0].step:,}")
+        yield Caution(
+            f"Teacher {teacher} was no longer heard at the end",
+            f"The student had fewer bits per byte of validation text: {', '.join(places)}. A stronger teacher could go on teaching it; "
+            "if it is to be imitated all the same, set its until_passed: false.",
+        )
 
 
 def _on_agreement(run: Run) -> Iterator[Caution]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from xtoken_core.data.documents import domain_of_corpus
 from xtoken_core.report.run import Run
-from xtoken_core.report.tables import MISSING, Cell, Table, bits_cell, short_name
+from xtoken_core.report.tables import MISSING, Cell, Table, bits_cell
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.results.subject import BEFORE
 
@@ -47,7 +48,7 @@ def _bits_of_domains(result: Evaluation | None, domains: list[str] | None) -> Ce
     measured = result.bits_per_byte if result else None
     if measured is None or not domains:
         return bits_cell(measured)
-    found = {short_name(name).partition(".")[0]: bits for name, bits in measured.per_corpus.items()}
+    found = {domain_of_corpus(name): bits for name, bits in measured.per_corpus.items()}
     of = {domain: found[domain] for domain in domains if domain in found}
     if not of:
         return MISSING

@@ -80,6 +80,11 @@ class TeacherSpec(Section):
     domains: Strings | None = Field(
         None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]
     )
+    until_passed: bool = Field(
+        True,
+        description="a running teacher is heard on a domain as long as it has fewer bits per byte than the student on that domain's "
+        "validation text; false: to the end",
+    )
     scores: ScoresSpec | None = Field(
         None,
         description="{}: run the teacher once over the rows, before training; with a projection for partition_kl only",

@@ -86,19 +86,20 @@ class TeacherPool:
         for teacher in self.teachers:
             teacher.check()
 
-    def run(self, inputs: Sequence[Sequence[Inputs]]) -> list[TeacherRun]:
+    def run(self, inputs: Sequence[Sequence[Inputs]], in_training: bool = True) -> list[TeacherRun]:
         """Runs the teachers one after another; `inputs[i]` are the micro-batches of teacher i.
 
         A teacher that does not stay on the GPU is brought there, runs, and has left before the next one begins.
+        in_training: the student's step follows, whose peak of memory then decides which teachers stay.
         """
         on_gpu = any(t.setup.device.type == "cuda" for t in self.teachers)
         if on_gpu:
             torch.cuda.synchronize()  # the student may still read the last step's outputs
-            if self._runs == 1:
+            if self._runs == 1 and in_training:
                 self._settle()
             if not all(t.resident for t in self.teachers):
                 torch.cuda.empty_cache()  # the student's idle memory is the teachers' room
-        self._runs += 1
+        self._runs += in_training
         self.release()
         self.events.clear()
         return [self._run_one(teacher, batches) for teacher, batches in zip(self.teachers, inputs)]

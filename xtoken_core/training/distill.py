@@ -201,6 +201,7 @@ def _data(spec: DistillationSpec, inputs: TrainingInputs, scored: Sequence[Score
         collate=Collator.for_rows(spec, first / "train", scored, sizes),
         train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows], numbered=any(scored)),
         validation=load_rows(first / "validation") if spec.data.validation else None,
+        domains=frozenset(part.domain or "" for part in spec.data.parts),
     )
 
 

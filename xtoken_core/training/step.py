@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,17 +52,20 @@ class Taught:
     """By teacher: whether all that it handed over is."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Teaching:
     """The teachers of a training and the processes in which they run."""
 
     teachers: tuple[ReadyTeacher, ...] = ()
     pool: TeacherPool | None = None
     """None: no teacher is run, since there are none or only scores of them."""
+    passed: Mapping[str, Collection[str]] = field(default_factory=dict)
+    """By teacher the domains on which it is not heard."""
 
     def run(self, batches: Sequence[Batch], loss: LossSpec) -> Taught:
         """Runs the teachers over all micro-batches of a step, one teacher after another."""
-        runs = self._run_processes(batches)
+        batches = [self._heard(batch) for batch in batches]
+        runs = self.run_processes(batches)
         micro_batches, counts = [], []
         for n, batch in enumerate(batches):
             heard = {
@@ -77,12 +80,19 @@ class Teaching:
         finite = {t.id: runs[t.id].finite if t.id in runs else True for t in self.teachers}
         return Taught(micro_batches, torch.stack(counts).sum(0), seconds, finite)
 
-    def _run_processes(self, batches: Sequence[Batch]) -> dict[str, TeacherRun]:
-        """Runs the teachers that have a process; what each gave, by id."""
+    def _heard(self, batch: Batch) -> Batch:
+        """The batch as far as teachers are heard."""
+        for i, teacher in enumerate(self.teachers):
+            if domains := self.passed.get(teacher.id):
+                batch = batch.unheard(i, domains)
+        return batch
+
+    def run_processes(self, batches: Sequence[Batch], in_training: bool = True) -> dict[str, TeacherRun]:
+        """Runs the teachers that have a process; what each gave, by id. in_training: see `TeacherPool.run`."""
         live = [(i, t.id, t.setup.scores is not None) for i, t in enumerate(self.teachers) if t.setup is not None]
         if self.pool is None or not live:
             return {}
-        runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, _, with_scores in live])
+        runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, _, with_scores in live], in_training)
         return {teacher_id: run for (_, teacher_id, _), run in zip(live, runs)}
 
     def check(self) -> None:

@@ -53,6 +53,8 @@ class ReadyTeacher:
     """W where its weights are trained with the student."""
     learning_rate: float = 0.0
     """Of `learnable`."""
+    until_passed: bool = False
+    """Whether it is no longer heard where the student has passed it."""
 
     def batch(self, logits: Logits, side: Side, taught: Tensor | None = None) -> TeacherBatch:
         """This teacher's view of a micro-batch.
@@ -102,7 +104,7 @@ def _ready(
     if teacher.projection is None:
         scored = teacher.scores is not None
         setup = None if scored else _setup(spec, name, teacher, student.rows, student.table.min_rows, device)
-        return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight)
+        return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight, until_passed=_can_be_passed(spec, teacher))
     if teacher.id not in inputs.projections:
         raise InputError(f"{name}: projection: none was given")
     table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
@@ -117,7 +119,15 @@ def _ready(
         projection=projection.to(device),
         learnable=LearnableProjection(projection) if teacher.projection.learnable else None,
         learning_rate=teacher.projection.learning_rate,
+        until_passed=_can_be_passed(spec, teacher),
     )
+
+
+def _can_be_passed(spec: DistillationSpec, teacher: TeacherSpec) -> bool:
+    """Whether the student's and the teacher's bits per byte decide where it is heard; what weighs teachers by a metric decides alone."""
+    weighed = spec.loss.aggregation != "sum" or spec.loss.weight_metric is not None
+    runs = teacher.scores is None and teacher.transport != "topk"  # its whole distributions over validation text can be had
+    return teacher.until_passed and runs and not weighed and bool(spec.data.validation)
 
 
 def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mapping[str, str]) -> str:

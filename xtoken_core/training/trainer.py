@@ -29,13 +29,14 @@ from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
 from xtoken_core.training.finite import all_finite, all_weights, gradients
+from xtoken_core.training.heard import hear
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
 from xtoken_core.training.saving import save_finished
 from xtoken_core.training.sharding import between_micro_batches, configure
 from xtoken_core.training.step import Clock, Step, StepResult, Teaching, begin_step
 from xtoken_core.training.student import Student
-from xtoken_core.training.validation import shares, validate
+from xtoken_core.training.validation import HeldOut, validate
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class TrainingData:
     """Map-style rows; repeated and shuffled as often as needed."""
     validation: Any | None = None
     """Map-style rows; None: no validation."""
+    domains: frozenset[str] = frozenset({""})
+    """Of the parts of `train`; `` of one without a name."""
 
 
 @dataclass(frozen=True)
@@ -195,16 +198,18 @@ class DistillationTrainer(Trainer):
         args, record, step = self.args, self.record, self.state.global_step
         record.watch.at(f"the validation after step {step}")
         self.student.eval()
-        size, rank, ranks = args.per_device_train_batch_size, args.process_index, args.world_size
-        batches = shares(self.data.validation, size, rank, ranks, self.data.collate)
-        found = validate(self.student, batches, args.device)
+        held_out = HeldOut.of(self.data.validation, self.data.domains, self.data.collate, args)
+        found = validate(self.student, held_out, args.device)
         if not math.isfinite(found.bits_per_byte):
             raise self._not_finite(step, "student: its validation is not finite")
         value = record.progress.last_bits_per_byte = found.bits_per_byte
         metrics = {"validation_bits_per_byte": value, "validation_accuracy": found.accuracy}
+        changes = hear(self.teaching, record.progress, found.domains, held_out, step, args)
         if record.log is not None:
-            record.log.write(LogLine(step=step, **metrics))
-            record.log.say(f"step {step}  validation {value:.4f} bits per byte")
+            domains = {domain: bits for domain, bits in found.domains.items() if domain}
+            record.log.write(LogLine(step=step, **metrics, validation_domains=domains, passed=record.progress.passed))
+            for line in (f"validation {value:.4f} bits per byte", *changes):
+                record.log.say(f"step {step}  {line}")
         super().log({f"eval_{name}": v for name, v in metrics.items()})
         record.progress.seconds["validation"] += time.monotonic() - started
         best = record.progress.best_bits_per_byte

@@ -207,7 +207,7 @@ class Collator:
             side if own is None else self._of_domain(side, items, column or "student", own)
             for side, column, own in zip(teachers, self.columns, taught, strict=True)
         )
-        domains = tuple(str(row["domain"]) for row in rows)
+        domains = tuple(str(row.get("domain", "")) for row in rows)
         return Batch(student, tuple(read), torch.ones(len(rows)), taught, scored, domains)
 
     def _side(self, rows: list[Row], groups: list[list[Row]], column: str, chunks: Chunks | None = None) -> Side:

@@ -200,14 +200,13 @@ class DistillationTrainer(Trainer):
         self.student.eval()
         held_out = HeldOut.of(self.data.validation, self.data.domains, self.data.collate, args)
         found = validate(self.student, held_out, args.device)
-        if not math.isfinite(found.bits_per_byte):
-            raise self._not_finite(step, "student: its validation is not finite")
         value = record.progress.last_bits_per_byte = found.bits_per_byte
+        if not math.isfinite(value):
+            raise self._not_finite(step, "student: its validation is not finite")
         metrics = {"validation_bits_per_byte": value, "validation_accuracy": found.accuracy}
         changes = hear(self.teaching, record.progress, found.domains, held_out, step, args)
         if record.log is not None:
-            domains = {domain: bits for domain, bits in found.domains.items() if domain}
-            record.log.write(LogLine(step=step, **metrics, validation_domains=domains, passed=record.progress.passed))
+            record.log.write(LogLine(step=step, **metrics, validation_domains=found.named, passed=record.progress.passed))
             for line in (f"validation {value:.4f} bits per byte", *changes):
                 record.log.say(f"step {step}  {line}")
         super().log({f"eval_{name}": v for name, v in metrics.items()})

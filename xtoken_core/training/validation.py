@@ -68,6 +68,11 @@ class Validation:
     domains: dict[str, float]
     """Bits per byte by domain of the training data."""
 
+    @property
+    def named(self) -> dict[str, float]:
+        """Bits per byte of the domains that have a name."""
+        return {domain: bits for domain, bits in self.domains.items() if domain}
+
 
 @torch.no_grad()
 def validate(student: Student, held_out: HeldOut, device: torch.device) -> Validation:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,13 +62,14 @@ def training_rows(data: Path) -> Rows:
 
 
 @torch.no_grad()
-def scores(teacher: str, projection: Projection, rows: Rows) -> CellScores:
-    """The teacher's likeliest cells over the first half of the rows."""
+def scores(teacher: str, projection: Projection, rows: Rows, number: int = 0) -> CellScores:
+    """The likeliest cells of teacher `number` over its half of the rows: the first one's first, the second one's then."""
     model = load_model(teacher, torch.bfloat16)
     assert projection.cells is not None and projection.teacher_vocab_size is not None
     cut, parts = CellCut.of(projection.cells, projection.teacher_vocab_size, CELLS, 1.0), []
-    for index in torch.arange(len(rows) // 2).split(BATCH):
-        ids = rows.teacher_ids(0, index)
+    half = len(rows) // 2
+    for index in torch.arange(number * half, (number + 1) * half).split(BATCH):
+        ids = rows.teacher_ids(number, index)
         parts.append(cut(head_logits(model, final_hidden(model, ids), projection.teacher_vocab_size), ids))
     columns = zip(*((part.values, part.indices, part.rest, part.total, part.realised) for part in parts), strict=True)
     values, indices, rest, total, realised = map(torch.cat, columns)
@@ -94,16 +96,25 @@ def heard(arm: str, rows: Rows, index: Tensor, said: CellScores, projection: Pro
 
 
 def train(
-    arm: str, seed: int, model: PreTrainedModel, rows: Rows, said: CellScores, projection: Projection, measure: Any
+    run: tuple[str, int],
+    model: PreTrainedModel,
+    rows: Rows,
+    vocabulary: int,
+    hear: Callable[[int, Tensor], list[TeacherBatch]],
+    measure: Callable[[], dict[str, float]],
 ) -> dict:
-    """Trains the model, KD falling from all of CE to nothing; `measure()` halfway and at the end."""
-    spec, vocabulary, scale, halfway = LossSpec(mode="partition_kl"), len(projection.indices), None, {}
+    """Trains the model, KD falling from all of CE to nothing; `measure()` halfway and at the end.
+
+    run: arm and seed. hear: from step and rows to what the teachers say of them.
+    """
+    arm, seed = run
+    spec, scale, halfway = LossSpec(mode="partition_kl"), None, {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, STEPS))
     for step, index in enumerate(orders(len(rows), STEPS, BATCH, seed)):
         batch = rows.student(index)
         masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-        teachers = heard(arm, rows, index, said, projection)
+        teachers = hear(step, index)
         totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale if teachers else 1.0)
         totals = replace(totals, course=1 - step / (STEPS - 1))
         logits = head_logits(model, hidden(model, batch["input_ids"]), vocabulary)
@@ -143,7 +154,10 @@ def main() -> None:
                 for name, own in held_out.items()
             }
 
-        line = train(arm, int(seed or 0), model, rows, said, projection, measure)
+        def hear(_: int, index: Tensor, arm: str = arm) -> list[TeacherBatch]:
+            return heard(arm, rows, index, said, projection)
+
+        line = train((arm, int(seed or 0)), model, rows, len(projection.indices), hear, measure)
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -48,14 +48,14 @@ class CachedTeacher:
         found = torch.empty(len(index), *self.states.shape[1:], dtype=self.states.dtype, pin_memory=self.head.weight.is_cuda)
         return torch.index_select(self.states, 0, index, out=found)
 
-    def batch(self, rows: Rows, index: Tensor, hidden: Tensor, arm: Arm) -> TeacherBatch:
-        """What the loss reads of this teacher for some rows."""
+    def batch(self, rows: Rows, index: Tensor, hidden: Tensor, arm: Arm, silent: bool = False) -> TeacherBatch:
+        """What the loss reads of this teacher for some rows; silent: it teaches none of them."""
         fields = rows.teacher_fields(self.columns, index)
         if arm.variant == "first_row":
             fields["chunk_exact"] = torch.zeros_like(fields["chunk_exact"])
         domain = None if arm.domains is None else arm.domains[self.number]
         if domain is not None:
-            fields["taught"] = rows.arrays["domain"][index] == domain
+            fields["taught"] = (rows.arrays["domain"][index] == domain) & (not silent)
         mode = arm.spec().mode if self.projection else None
         logits = replace(self.head, hidden=hidden)
         heard = logits if self.cut is None else self.cut(logits, fields["input_ids"])

@@ -80,6 +80,13 @@ class Bench:
         """Of a held-out text."""
         return bits_per_byte(self.model, self.hidden, self.held_out[name], self.vocabulary, 64)
 
+    def passed(self, arm: Arm) -> set[int]:
+        """Numbers of the teachers that the student has passed on held-out text of their domains."""
+        if arm.until is None or arm.domains is None:
+            return set()
+        names, teachers = list(self.held_out), zip(arm.domains, arm.until, strict=True)
+        return {n for n, (d, bits) in enumerate(teachers) if d is not None and self.bits_per_byte(names[d]) < bits}
+
     @property
     def vocabulary(self) -> int:
         """Columns of the student's logits."""
@@ -115,7 +122,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     scale: Tensor | None = None
     losses: list[dict[str, float]] = []
     main, *others = bench.held_out
-    curve = [(0, bench.bits_per_byte(main))]
+    curve, silent = [(0, bench.bits_per_byte(main))], bench.passed(arm)
     settled = time.monotonic()
     for step, (index, hidden) in enumerate(feed(chosen, orders(rows, job.steps, batch_size, job.seed), device)):
         if step == min(SETTLED, job.steps - 1):
@@ -123,7 +130,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
             settled = time.monotonic()
         batch = bench.rows.student(index)
         masks = batch["input_ids"], batch["token_mask"], batch["sample_mask"]
-        teachers = [t.batch(bench.rows, index, hidden[n], arm) for n, t in chosen.items()]
+        teachers = [t.batch(bench.rows, index, hidden[n], arm, n in silent) for n, t in chosen.items()]
         totals = StepTotals.from_sums(batch_counts(*masks, teachers, spec), teachers, spec, scale=scale)
         totals = replace(totals, course=ratio_at(arm, step, job.steps))
         logits = head_logits(bench.model, bench.hidden(batch["input_ids"], bench.forward), bench.vocabulary)
@@ -145,6 +152,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
             _wait(device)
             paused = time.monotonic()
             curve.append((step + 1, bench.bits_per_byte(main)))
+            silent = bench.passed(arm)
             settled += time.monotonic() - paused
     _wait(device)
     seconds = time.monotonic() - settled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -22,9 +23,11 @@ from xtoken_core.tokenization import load_tokenizer
 from xtoken_core.training import heard
 from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.training.scored import scored_teachers, with_measurements
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.teachers import ready_teachers
 from xtoken_core.training.validation import HeldOut
+from xtoken_core.workflow.scoring import score_teacher
 
 CODE = "def f(x):\n    return x + 1\n" * 30
 TRAINING = {
@@ -144,6 +147,33 @@ def test_what_a_teacher_is_measured_at(base, values):
                     size += row["teacher_other_bytes"][place]
         torch.testing.assert_close(sums[1][0, group], torch.tensor([nats, size], dtype=torch.float64), rtol=1e-5, atol=0)
     assert sums[1][1, list(held_out.groups).index("")].tolist() == [0, 0]
+
+
+@pytest.mark.slow
+def test_scores_tell_what_their_teacher_is_measured_at(base, values, tmp_path):
+    """The same as the running teacher, unless they were made beside other validation rows."""
+    values = values | {"loss": values["loss"] | {"mode": "partition_kl"}}
+    values["teachers"] = [values["teachers"][0], values["teachers"][1] | {"domains": ["code"]}]
+    scored = DistillationSpec.model_validate(values | {"teachers": [t | {"scores": {"top_k": 8}} for t in values["teachers"]]})
+    for teacher in ("other", "same"):
+        score_teacher(scored, teacher, base / "rows", tmp_path / teacher)
+    rows, collate = load_rows(base / "rows" / "validation"), Collator.for_rows(scored, base / "rows" / "train")
+    args = SimpleNamespace(per_device_train_batch_size=2, process_index=0, world_size=1)
+    held_out, found = HeldOut.of(rows, {"", "code"}, collate, args), []
+    for spec in (DistillationSpec.model_validate(values), scored):
+        folders = {teacher: (tmp_path / teacher,) for teacher in ("other", "same")}
+        inputs = TrainingInputs((base / "rows",), {"other": "partition_kl"}, {"other": base / "w.safetensors"}, folders)
+        student = Loaded.of(load_model(spec.student.model), load_tokenizer(spec.student.model), "student")
+        ready, read = ready_teachers(spec, inputs, student, torch.device("cpu")), scored_teachers(spec, inputs)
+        ready = with_measurements(ready, read, rows)
+        setups = [teacher.setup for teacher in ready if teacher.setup is not None]
+        with TeacherPool(setups) if setups else nullcontext() as pool:
+            found.append(heard.bits_of_teachers(Teaching(ready, pool), held_out, 3, torch.device("cpu")))
+    assert found[0].keys() == found[1].keys() == {"other", "same"} and found[0]["same"].keys() == {"code"}
+    for teacher, bits in found[0].items():
+        assert found[1][teacher] == pytest.approx(bits, rel=1e-5)
+    others = with_measurements(ready, read, rows.select([0]))
+    assert heard.bits_of_teachers(Teaching(others), held_out, 3, torch.device("cpu")) == {}
 
 
 def test_a_run_that_goes_on_keeps_what_was_decided():

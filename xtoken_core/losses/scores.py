@@ -15,6 +15,9 @@ from xtoken_core.spec import LossSpec
 ROWS = 512
 """Rows of logits that are in float32 at a time."""
 
+BITS = LossSpec(weight_metric="ce", score_unit="byte")
+"""What asks `teacher_scores` for the nats of text and its bytes."""
+
 
 def score_metric(spec: LossSpec) -> Literal["ce", "entropy", "max_prob"] | None:
     """What the spec wants to know of each teacher; None: nothing."""

@@ -82,7 +82,7 @@ class TeacherSpec(Section):
     )
     until_passed: bool = Field(
         True,
-        description="a running teacher is heard on a domain as long as it has fewer bits per byte than the student on that domain's "
+        description="a teacher is heard on a domain as long as it has fewer bits per byte than the student on that domain's "
         "validation text; false: to the end",
     )
     scores: ScoresSpec | None = Field(

@@ -18,7 +18,8 @@ Any other teacher has the cells of the two vocabularies as classes (`losses.cell
     rest            float32 [N]                mass of the cells that are not listed, each to the power 1/temperature
     total           float32 [N]                mass of all cells
 
-Headers hold the settings (`ScoreSettings`) and the first row; parts of other settings are made anew. `checksums.json` seals the parts.
+Headers hold the settings (`ScoreSettings`) and the first row; parts of other settings are made anew. Where there are validation rows,
+`validation.json` (`MeasuredRows`) tells how well the teacher knows them. `checksums.json` seals all of it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from xtoken_core.checksums import is_noted, note
 from xtoken_core.errors import InputError
 from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.logits import TopKLogits
+from xtoken_core.results.record import Record
 from xtoken_core.storage.places import one_line
 
 FORMAT = "xtoken-scores-3"
@@ -81,6 +83,18 @@ class ScoreSettings:
     def classes(self) -> int:
         """How many there are: indices are below."""
         return self.num_cells if self.cells else self.vocab_size
+
+
+MEASURED = "validation.json"
+
+
+class MeasuredRows(Record):
+    """How well a teacher knows rows."""
+
+    rows: str
+    """`rows_digest` of them."""
+    domains: dict[str, tuple[float, float]]
+    """By domain the nats of its targets, and their bytes."""
 
 
 def rows_digest(rows: Any, column: str, domains: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xtoken_core.costs import FORWARD_TOKENS, SCORED_LOGITS
+from xtoken_core.data.rows import Row
 from xtoken_core.losses.cell_scores import CellCut
 from xtoken_core.losses.logits import HiddenLogits
+from xtoken_core.losses.scores import BITS, teacher_scores
 from xtoken_core.losses.selection import next_token_ids
 from xtoken_core.models import final_hidden, head_logits
 from xtoken_core.teachers.scores import ScoreSettings, is_part, part_file, write_part
@@ -66,6 +68,21 @@ def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut
             found[i] = {name: tensor[n, : len(ids[i])] for name, tensor in scores.items()}
     tensors = {name: torch.cat([_nothing(name, settings), *(found[i][name] for i in sorted(found))]) for name in settings.tensors}
     return tensors | {"starts": torch.tensor([0, *map(len, ids)]).cumsum(0)}
+
+
+@torch.no_grad()
+def measure_rows(model: Any, rows: Iterable[Row], column: str, vocab_size: int) -> dict[str, tuple[float, float]]:
+    """By domain the nats that a model needs for prepared rows' targets, and their bytes. column: prefix of what it reads of a row."""
+    found: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        ids, mask, sizes = (
+            torch.as_tensor(row[f"{column}_{name}"]).long()[None].to(model.device) for name in ("ids", "mask", "bytes")
+        )
+        logits, counted = head_logits(model, final_hidden(model, ids), vocab_size), torch.ones(1, device=ids.device)
+        nats, size = teacher_scores(logits, ids, mask, counted, BITS, sizes).tolist()
+        before = found.get(row["domain"], (0.0, 0.0))
+        found[row["domain"]] = (before[0] + nats, before[1] + size)
+    return found
 
 
 def _nothing(name: str, settings: ScoreSettings) -> Tensor:

@@ -50,7 +50,7 @@ from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
-from xtoken_core.training.scored import check_classes, scored_teachers
+from xtoken_core.training.scored import check_classes, scored_teachers, with_measurements
 from xtoken_core.training.settings import rank_timeout, training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
@@ -129,6 +129,7 @@ def _train(
     loaded = _load_student(spec, checkpoint, alone=baseline)
     teachers = () if baseline else ready_teachers(spec, inputs, loaded, args.device)
     check_classes(spec, teachers, scored)
+    teachers = with_measurements(teachers, scored, data.validation)
     learnable = {teacher.id: teacher.learnable for teacher in teachers if teacher.learnable is not None}
     if checkpoint is not None and learnable:
         for teacher_id, weights in load_file(checkpoint / LEARNABLE_FILE).items():

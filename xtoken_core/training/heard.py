@@ -13,14 +13,10 @@ from transformers import TrainingArguments
 
 from xtoken_core.data.batch import Batch
 from xtoken_core.losses import TeacherBatch
-from xtoken_core.losses.scores import teacher_scores
-from xtoken_core.spec import LossSpec
+from xtoken_core.losses.scores import BITS, teacher_scores
 from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.step import Teaching, over_ranks
 from xtoken_core.training.validation import HeldOut
-
-BITS = LossSpec(weight_metric="ce", score_unit="byte")
-"""What asks `teacher_scores` for nats and bytes."""
 
 
 def hear(
@@ -52,9 +48,10 @@ def hear(
 def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device: torch.device) -> dict[str, dict[str, float]]:
     """By teacher that can be passed, its bits per byte by domain that it teaches. All ranks call it.
 
-    at_once: batches of a run of the teachers.
+    Of one whose scores are read, that is what it was measured at when they were made. at_once: batches of a run of the teachers.
     """
-    asked = [(i, teacher) for i, teacher in enumerate(teaching.teachers) if teacher.until_passed]
+    told = {t.id: held_out.by_group(t.measured) for t in teaching.teachers if t.until_passed and t.measured}
+    asked = [(i, t) for i, t in enumerate(teaching.teachers) if t.until_passed and t.setup is not None]
     sums = torch.zeros(len(asked), len(held_out.groups), 2, dtype=torch.float64, device=device)
     for group, domain in enumerate(held_out.groups if asked else ()):
         batches = list(held_out.batches(domain))
@@ -66,7 +63,8 @@ def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device
                     own[group] += _nats_and_bytes(teacher.batch(logits, batch.teachers[i], batch.taught[i]), batch)
     teaching.release()
     sums = over_ranks(sums, device)
-    return {teacher.id: held_out.bits_per_byte(*own.unbind(1)) for own, (_, teacher) in zip(sums, asked)}
+    told |= {teacher.id: own for own, (_, teacher) in zip(sums, asked)}
+    return {name: held_out.bits_per_byte(*own.unbind(1)) for name, own in told.items()}
 
 
 def _nats_and_bytes(teacher: TeacherBatch, batch: Batch) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from xtoken_core.checksums import check_whole, damage
 from xtoken_core.data.reading import load_rows
@@ -13,7 +15,7 @@ from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.storage import local_copy
-from xtoken_core.teachers.scores import ScoredTeacher, Scores, rows_digest
+from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoredTeacher, Scores, rows_digest
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.teachers import ReadyTeacher
 
@@ -68,6 +70,24 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
             raise InputError(f"{name}: {places[0]}: made of other rows than these")
         found.append(scored)
     return tuple(found)
+
+
+def with_measurements(
+    teachers: Sequence[ReadyTeacher], scored: Sequence[ScoredTeacher | None], validation: Any
+) -> tuple[ReadyTeacher, ...]:
+    """The teachers, those whose scores are read with how well they know the validation rows, if their scoring has measured that on these."""
+    return tuple(
+        teacher if read is None else replace(teacher, measured=_measured(read, validation))
+        for teacher, read in zip(teachers, scored, strict=True)
+    )
+
+
+def _measured(read: ScoredTeacher, validation: Any) -> Mapping[str, tuple[float, float]]:
+    file = read.shards[0].folder / MEASURED
+    if validation is None or not file.exists():
+        return {}
+    found = MeasuredRows.read(file)
+    return found.domains if found.rows == rows_digest(validation, read.column) else {}
 
 
 def _check_sealed(folder: Path, name: str, own: bool) -> None:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class ReadyTeacher:
     """Of `learnable`."""
     until_passed: bool = False
     """Whether it is no longer heard where the student has passed it."""
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Nats and bytes of validation rows by domain, of one whose scores are read."""
 
     def batch(self, logits: Logits, side: Side, taught: Tensor | None = None) -> TeacherBatch:
         """This teacher's view of a micro-batch.
@@ -126,8 +128,8 @@ def _ready(
 def _can_be_passed(spec: DistillationSpec, teacher: TeacherSpec) -> bool:
     """Whether the student's and the teacher's bits per byte decide where it is heard; what weighs teachers by a metric decides alone."""
     weighed = spec.loss.aggregation != "sum" or spec.loss.weight_metric is not None
-    runs = teacher.scores is None and teacher.transport != "topk"  # its whole distributions over validation text can be had
-    return teacher.until_passed and runs and not weighed and bool(spec.data.validation)
+    whole = teacher.transport != "topk"  # else the probabilities of the text are not handed over
+    return teacher.until_passed and whole and not weighed and bool(spec.data.validation)
 
 
 def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mapping[str, str]) -> str:

@@ -51,6 +51,15 @@ class HeldOut:
             batch = self.collate([rows[i] for i in range(first, min(first + size, len(rows)))])
             yield batch if n < count else replace(batch, sample_mask=torch.zeros_like(batch.sample_mask))
 
+    def by_group(self, sums: Mapping[str, Sequence[float]]) -> Tensor:
+        """[G, n] float64: sums [n] by domain of the rows, added up by group."""
+        groups = list(self.groups)
+        found = torch.zeros(len(groups), len(next(iter(sums.values()))), dtype=torch.float64)
+        for domain, own in sums.items():
+            if (group := domain if domain in groups else "") in groups:
+                found[groups.index(group)] += torch.tensor(own, dtype=torch.float64)
+        return found
+
     def bits_per_byte(self, nats: Tensor, num_bytes: Tensor) -> dict[str, float]:
         """Of each domain of the training data that has rows with bytes here, from sums by group [G]."""
         own = {domain: (n, b) for domain, n, b in zip(self.groups, nats.tolist(), num_bytes.tolist()) if domain}

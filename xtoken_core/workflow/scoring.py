@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtoken_core.checksums import note
 from xtoken_core.configs import compute_dtype
 from xtoken_core.data.reading import load_rows
 from xtoken_core.errors import InputError
@@ -18,8 +19,8 @@ from xtoken_core.losses import CellCut
 from xtoken_core.models import load_model, vocabulary_rows
 from xtoken_core.partition import Partition, build_partition
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
-from xtoken_core.teachers.scores import ScoreSettings, rows_digest
-from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, score_rows
+from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoreSettings, rows_digest
+from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, measure_rows, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 from xtoken_core.training.scored import scored_column
 from xtoken_core.workflow.model_checks import shared_rows
@@ -58,7 +59,19 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     settings, cut = _classes(
         settings, teacher.scores.top_k, build_partition(student, table).to(device) if teacher.cross_tokenizer else None
     )
-    return score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
+    tokens = score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
+    if (Path(rows) / "validation").exists():
+        _measure(model, load_rows(Path(rows) / "validation"), teacher, settings, Path(folder))
+    return tokens
+
+
+def _measure(model: Any, rows: Any, teacher: TeacherSpec, settings: ScoreSettings, folder: Path) -> None:
+    """Writes beside the scores how well the teacher knows the validation rows of the domains that it teaches."""
+    column = scored_column(teacher)
+    own = (row for row in rows if teacher.domains is None or row["domain"] in teacher.domains)
+    found = measure_rows(model, own, column.removesuffix("_ids"), settings.vocab_size)
+    MeasuredRows(rows=rows_digest(rows, column), domains=found).write(folder / MEASURED)
+    note(folder / MEASURED)
 
 
 def _table(model: StudentSpec | TeacherSpec) -> TokenTable:

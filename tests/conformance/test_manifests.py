@@ -23,7 +23,7 @@ OVERLAYS = sorted(path.parent for path in MANIFESTS.glob("overlays/*/kustomizati
 def rendered(overlay: Path) -> list[dict]:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not here (Debian: kubernetes-client)")
-    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -185,6 +185,6 @@ def test_secret_templates_hold_no_secret():
 
 def test_the_dockerfile_passes_the_linter_and_is_no_root():
     linter = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([linter, MANIFESTS / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([linter, MANIFESTS / "Dockerfile"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert re.findall(r"^USER (.*)$", (MANIFESTS / "Dockerfile").read_text(), re.M)[-1] == "1000"

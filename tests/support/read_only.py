@@ -42,4 +42,4 @@ def within(root: Path, folder: Path, writable: Sequence[str], *command: object) 
     """Runs a command where only `writable`, OF_KFP and `folder`, at CLAIM, can be written to; `root`: an empty folder to build it in."""
     places, needed = " ".join([*writable, *OF_KFP]), f"{Path.cwd()} {sys.prefix} {sys.base_prefix}"  # which may lie in /tmp
     started = ["unshare", "--mount", "sh", "-c", _SCRIPT, "sh", root, folder, places, needed, *command]
-    return subprocess.run([str(word) for word in started], capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(word) for word in started], capture_output=True, text=True, timeout=550)

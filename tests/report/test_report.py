@@ -115,6 +115,12 @@ def test_a_pilots_choice_is_whom_the_student_has_learned_from(run):
     assert not any("every row was seen" in c.title for c in cautions(replaced(weak, summary=None)))
 
 
+def test_a_small_change_is_not_told_as_none(run):
+    before = next(r for r in run.results if r.subject == BEFORE).bits_per_byte.total
+    headlines = [verdict(changed(run, {BEST: before * (1 - share)})).headline for share in (0.004, 0.26)]
+    assert "(-0.4 %)" in headlines[0] and "(-26 %)" in headlines[1]
+
+
 def test_one_document_proves_nothing(run):
     alone = []
     for who, total in ((BEFORE, 3.0), (BEST, 2.0)):

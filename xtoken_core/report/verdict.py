@@ -170,7 +170,8 @@ def verdict(run: Run) -> Verdict:
         sentences = [*_on_tasks(after, before)]
         return Verdict("unknown", "Held-out bits per byte of the student before and after were not both measured.", sentences)
     a, b = bits_per_byte(after) or 0.0, bits_per_byte(before) or 0.0
-    change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({100 * (a - b) / b:+.0f} %)"
+    percent = 100 * (a - b) / b
+    change = f"from {b:.3f} to {a:.3f} bits per byte on held-out text ({percent:+.{0 if abs(percent) >= 1 else 1}f} %)"
     against_twin = twin_differences(run)
     taught = "Distillation" if run.pilot is None or run.pilot.chosen != CE else "Cross-entropy only, as the pilot chose,"
     helped = {

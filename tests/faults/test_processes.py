@@ -45,6 +45,7 @@ def test_a_teacher_that_hangs_is_told_and_then_ends_the_run(folder, monkeypatch,
     last_words = r"^teachers\.1 \(two\): no sign of life for 100 s while it had to run$"
     with pytest.raises(TeacherError, match=last_words) as told, TeacherPool(teachers) as pool:
         pool.run([micro_batches((1, 4))] * 2)
+        caplog.clear()  # of one that loads slowly there may have been a word
         clock, hanging = Clock(monkeypatch), pool.teachers[1]
         os.kill(hanging._process.pid, signal.SIGSTOP)
         monkeypatch.setattr(handle, "wait", lambda ends, seconds: clock.skip(seconds) if hanging._pipe in ends else wait(ends))
@@ -59,6 +60,7 @@ def test_a_teacher_that_hangs_is_told_and_then_ends_the_run(folder, monkeypatch,
 def test_a_teacher_that_works_long_gives_signs_of_life(folder, monkeypatch, caplog):
     """Each micro-batch takes it 20 s; it may be silent for 25."""
     with TeacherPool([setup(folder, timeout=25.0)]) as pool, caplog.at_level(logging.WARNING, "xtoken_core"):
+        caplog.clear()
         clock = Clock(monkeypatch)
         monkeypatch.setattr(handle, "wait", lambda ends, _: clock.skip(20.0) or wait(ends))
         assert len(pool.run([micro_batches(*[(1, 4)] * 50)])[0].logits) == 50

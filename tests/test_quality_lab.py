@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.quality import passed, shares
+from tests.benchmarks.quality import lead, shares
 from tests.benchmarks.quality.arms import Arm
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
@@ -64,7 +64,7 @@ def plan(folder: Path) -> dict:
         {"name": "few", "cells": 4, **one},
         {"name": "p_kl", "loss": {"mode": "p_kl", "vocab_topk": 64}, "teachers": [0]},
         {"name": "two", "loss": loss, "teachers": [0, 1], "domains": [0, 1]},
-        {"name": "passed", "loss": loss, "teachers": [0], "domains": [0, None], "until": [99.0, 99.0]},
+        {"name": "silent", "loss": loss, "teachers": [0], "domains": [0, None], "until": [99.0, 99.0]},
         {"name": "everywhere", "loss": loss, "teachers": [0, 1]},
         {"name": "again", "loss": loss, "teachers": [2]},
     ]
@@ -97,7 +97,7 @@ def test_every_arm_trains_once(folder: Path) -> None:
     kd = {line["key"].split("-")[1]: line["losses"][0].get("kl_loss") for line in lines}
     assert kd["partition"] > kd["first"] > 0 and len({kd[name] for name in ("partition", "joined", "few")}) == 3
     assert kd["partition"] > kd["few"] and kd["partition"] == kd["again"]
-    assert kd["passed"] == 0 and kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
+    assert kd["silent"] == 0 and kd["everywhere"] > kd["partition"] and kd["two"] != kd["everywhere"]
 
 
 def test_a_teacher_of_one_domain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +112,14 @@ def test_a_teacher_of_one_domain(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert len({line["end"]["code"] for line in lines}) == 3 and all(0 < line["halfway"]["code"] < 20 for line in lines)
 
 
-def test_a_teacher_that_is_passed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_is_too_little_ahead(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STEPS": 2, "BATCH": 4, "HELD_OUT": 2}.items():
         monkeypatch.setattr(shares, name, value)
-    monkeypatch.setattr(passed, "other_bits", lambda *_: 99.0)
+    monkeypatch.setattr(lead, "other_bits", lambda *_: 99.0)
     paths = [folder / "student", folder / "teacher", folder / "other", folder / "data", tmp_path / "out.jsonl"]
-    monkeypatch.setattr("sys.argv", ["passed", *map(str, paths)])
-    passed.main()
-    both, one = [json.loads(line) for line in paths[-1].read_text().splitlines()]
+    monkeypatch.setattr("sys.argv", ["lead", *map(str, paths)])
+    lead.main()
+    both, _, one = [json.loads(line) for line in paths[-1].read_text().splitlines()]
     assert both["asked"] == one["asked"] and 0 < both["asked"]["0"] < 20
     assert both["end"]["code"] != one["end"]["code"]
 

@@ -55,8 +55,8 @@ def tiny_run(folder: Path, teachers: int = 2) -> dict:
     """A spec, as a dict, of a run of seconds: a student, a teacher of another vocabulary, a teacher of the same one."""
     student = tiny_model(folder / "student", 400)
     others = [
-        {"id": "other", "model": str(tiny_model(folder / "other", 500, 1)), "projection": {}, "until_passed": False},
-        {"id": "same", "model": str(tiny_model(folder / "same", 400, 2)), "until_passed": False},  # both know nothing
+        {"id": "other", "model": str(tiny_model(folder / "other", 500, 1)), "projection": {}, "lead": None},
+        {"id": "same", "model": str(tiny_model(folder / "same", 400, 2)), "lead": None},  # both know nothing
     ]
     (folder / "train").mkdir()
     for number, text in enumerate(texts(4)):

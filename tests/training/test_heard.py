@@ -25,7 +25,7 @@ from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.scored import scored_teachers, with_measurements
 from xtoken_core.training.step import Teaching
-from xtoken_core.training.teachers import ready_teachers
+from xtoken_core.training.teachers import ReadyTeacher, ready_teachers
 from xtoken_core.training.validation import HeldOut
 from xtoken_core.workflow.scoring import score_teacher
 
@@ -47,7 +47,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def values(base):
-    """Training text of no domain and of `code`, validation text of both; teachers may be passed."""
+    """Training text of no domain and of `code`, validation text of both; teachers are heard while they are ahead."""
     for name in ("code", "more"):
         (base / name).mkdir()
     (base / "code" / "0.txt").write_text(CODE)
@@ -57,7 +57,7 @@ def values(base):
         "validation": [str(base / "held-out.jsonl"), str(base / "more" / "code.jsonl")],
     }
     spec = prepare(base, data=data, training=TRAINING, loss={"dynamic_scaling": False})
-    spec["teachers"] = [{**teacher, "until_passed": True} for teacher in spec["teachers"]]
+    spec["teachers"] = [{**teacher, "lead": 0.0} for teacher in spec["teachers"]]
     return spec
 
 
@@ -85,8 +85,8 @@ def test_a_teacher_is_heard_until_the_student_has_passed_it(base, values, taught
     for line in found:
         student = {"": line["validation_bits_per_byte"], "code": line["validation_domains"]["code"]}
         teacher = {"": summary.last_validation_bits_per_byte, "code": told["validation_domains"]["code"]}
-        assert set(line.get("passed", {}).get("same", [])) == {domain for domain in teacher if student[domain] < teacher[domain]}
-    assert "passed" not in found[0] and sorted(found[-1]["passed"]["same"]) == ["", "code"]
+        assert set(line.get("silent", {}).get("same", [])) == {domain for domain in teacher if student[domain] < teacher[domain]}
+    assert "silent" not in found[0] and sorted(found[-1]["silent"]["same"]) == ["", "code"]
     assert [line["teachers"]["same"]["kd"] > 0 for line in steps(tmp_path)][:3] == [True] * 3
     assert steps(tmp_path)[-1]["teachers"]["same"]["kd"] == 0
     [caution] = [
@@ -108,7 +108,7 @@ def test_what_no_teacher_is_ahead_on_is_learned_from_the_text(base, values, tmp_
     with mock.patch.object(heard, "bits_of_teachers", lambda *_: {"other": ahead, "same": behind}):
         run(values, base, tmp_path / "one")
     assert all(line["teachers"]["other"]["kd"] > 0 and line["teachers"]["same"]["kd"] == 0 for line in steps(tmp_path / "one"))
-    assert {name for line in validations(tmp_path / "one") for name in line["passed"]} == {"same"}
+    assert {name for line in validations(tmp_path / "one") for name in line["silent"]} == {"same"}
 
 
 @pytest.mark.slow
@@ -178,15 +178,19 @@ def test_scores_tell_what_their_teacher_is_measured_at(base, values, tmp_path):
 
 def test_a_run_that_goes_on_keeps_what_was_decided():
     """Between two validations; at one it decides anew, by what teachers have been measured at before."""
-    args, teaching = SimpleNamespace(eval_steps=4), Teaching()
-    progress = Progress(teacher_bits={"a": {"": 1.0, "code": 2.0}}, passed={"a": ["code"]})
+    args, teaching = SimpleNamespace(eval_steps=4), Teaching((ReadyTeacher("a", None, "", lead=0.1),))
+    progress = Progress(teacher_bits={"a": {"": 1.0, "code": 2.0}}, silent={"a": ["code"]})
     assert heard.hear(teaching, progress, {"": 0.9, "code": 2.1}, None, 6, args) == []
-    assert teaching.passed == progress.passed == {"a": ["code"]}
-    told = heard.hear(teaching, progress, {"": 0.9, "code": 2.1}, None, 8, args)
-    assert teaching.passed == progress.passed == {"a": [""]}
+    assert teaching.silent == progress.silent == {"a": ["code"]}
+    told = heard.hear(teaching, progress, {"": 1.1, "code": 2.5}, None, 8, args)
+    assert teaching.silent == progress.silent == {"a": [""]}
     assert told == [
-        "teacher a is behind the student: not heard (1.0000 against 0.9000 bits per byte)",
-        "teacher a is ahead of the student again: heard on code (2.0000 against 2.1000 bits per byte)",
+        "teacher a is 9.1 % ahead of the student (1.0000 bits per byte): not heard",
+        "teacher a is 20.0 % ahead of the student on code (2.0000 bits per byte): heard again",
+    ]
+    assert heard.hear(teaching, progress, {"": 1.2, "code": 1.9}, None, 12, args) == [
+        "teacher a is 16.7 % ahead of the student (1.0000 bits per byte): heard again",
+        "teacher a is 5.3 % behind the student on code (2.0000 bits per byte): not heard",
     ]
 
 

@@ -36,7 +36,7 @@ def cautions(run: Run) -> list[Caution]:
         _on_gradients,
         _on_numbers,
         _on_teachers,
-        _on_passed,
+        _on_silence,
         _on_agreement,
         _on_selection,
         _on_chunks,
@@ -115,20 +115,20 @@ def _on_teachers(run: Run) -> Iterator[Caution]:
                 break
 
 
-def _on_passed(run: Run) -> Iterator[Caution]:
-    """Teachers that were not heard to the end, since the student had fewer bits per byte."""
+def _on_silence(run: Run) -> Iterator[Caution]:
+    """Teachers that were not heard to the end, since they were too little ahead."""
     for teacher in run.teachers:
-        last = next((line.passed.get(teacher, []) for line in reversed(run.log) if not line.of_training), [])
+        last = next((line.silent.get(teacher, []) for line in reversed(run.log) if not line.of_training), [])
         if not last:
             continue
         places = []
         for domain in last:
-            lines = [line for line in run.log if not line.of_training and domain in line.passed.get(teacher, ())]
+            lines = [line for line in run.log if not line.of_training and domain in line.silent.get(teacher, ())]
             places.append(f"{f'on {domain}' if domain else 'on all text'} from step {lines[0].step:,}")
         yield Caution(
             f"Teacher {teacher} was no longer heard at the end",
-            f"The student had fewer bits per byte of validation text: {', '.join(places)}. A stronger teacher could go on teaching it; "
-            "if it is to be imitated all the same, set its until_passed: false.",
+            f"It was not far enough ahead of the student on validation text: {', '.join(places)}. A stronger teacher could teach more; if this "
+            "one is to be imitated all the same, set its lead: null.",
         )
 
 

@@ -50,8 +50,8 @@ class LogLine(Record):
     validation_accuracy: float | None = None
     validation_domains: dict[str, float] = {}
     """Bits per byte by domain."""
-    passed: dict[str, list[str]] = {}
-    """By teacher the domains, empty for all text, on which the student has passed it: it is not heard there until the next validation."""
+    silent: dict[str, list[str]] = {}
+    """By teacher the domains, empty for all text, on which it is too little ahead of the student to be heard until the next validation."""
 
     @property
     def of_training(self) -> bool:
@@ -60,7 +60,7 @@ class LogLine(Record):
 
     def flat(self) -> dict[str, float]:
         """The numbers by name, a teacher's as `kd_<teacher>`: for trackers, which take nothing else."""
-        own = self.model_dump(exclude={"step", "selected", "teachers", "validation_domains", "passed"}, exclude_none=True)
+        own = self.model_dump(exclude={"step", "selected", "teachers", "validation_domains", "silent"}, exclude_none=True)
         teachers = ((f"{name}_{teacher}", value) for teacher, line in self.teachers.items() for name, value in line)
         return own | {name: value for name, value in teachers if value is not None}
 

@@ -80,10 +80,10 @@ class TeacherSpec(Section):
     domains: Strings | None = Field(
         None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]
     )
-    until_passed: bool = Field(
-        True,
-        description="a teacher is heard on a domain as long as it has fewer bits per byte than the student on that domain's "
-        "validation text; false: to the end",
+    lead: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        0.1,
+        description="it is heard on a domain as long as it needs fewer bits per byte of the domain's validation text than the student, by at "
+        "least this share; null: to the end",
     )
     scores: ScoresSpec | None = Field(
         None,

@@ -44,8 +44,8 @@ class Progress:
     best_bits_per_byte: float | None = None
     last_bits_per_byte: float | None = None
     teacher_bits: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Bits per byte of the validation text by teacher and domain, of those that may be passed: measured once."""
-    passed: dict[str, list[str]] = field(default_factory=dict)
+    """Bits per byte of the validation text by teacher and domain, of those that may fall silent: measured once."""
+    silent: dict[str, list[str]] = field(default_factory=dict)
     """By teacher the domains on which it is not heard until the next validation."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("data", "teachers", "student", "validation", "save"), 0.0)

@@ -1,6 +1,7 @@
-"""Where teachers are heard: a teacher that the student has passed on a domain has nothing to teach it there.
+"""Where teachers are heard: on domains whose validation text they know better than the student does, by `teachers[].lead`.
 
-A teacher that predicts text worse than the student does pulls it back: measured in `tests/benchmarks/results`, quality-passed.
+A teacher that is behind pulls the student back, and one that is little ahead holds it up on its way past it: measured in
+`tests/benchmarks/results/2026-11-27-quality-lead.md`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def hear(
     A run that goes on between two validations keeps what the one before has decided, as if it had never stopped.
 
     Args:
-        teaching: its `passed` is set.
+        teaching: its `silent` is set.
         progress: remembers the decision, and what teachers, who do not change, have been measured at.
         student: its bits per byte by domain.
         held_out: what they were measured on.
@@ -38,20 +39,21 @@ def hear(
     if not progress.teacher_bits or step % int(args.eval_steps or 1) == 0:
         if not progress.teacher_bits:
             progress.teacher_bits = bits_of_teachers(teaching, held_out, args.gradient_accumulation_steps, args.device)
-        before, progress.passed = progress.passed, passed(progress.teacher_bits, student)
-        told = list(_changes(before, progress.passed, progress.teacher_bits, student))
-    teaching.passed = progress.passed
+        leads = {teacher.id: teacher.lead or 0.0 for teacher in teaching.teachers}
+        before, progress.silent = progress.silent, silent(progress.teacher_bits, student, leads)
+        told = list(_changes(before, progress.silent, progress.teacher_bits, student))
+    teaching.silent = progress.silent
     return told
 
 
 @torch.no_grad()
 def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """By teacher that can be passed, its bits per byte by domain that it teaches. All ranks call it.
+    """By teacher that has a lead to keep, its bits per byte by domain that it teaches. All ranks call it.
 
     Of one whose scores are read, that is what it was measured at when they were made. at_once: batches of a run of the teachers.
     """
-    told = {t.id: held_out.by_group(t.measured) for t in teaching.teachers if t.until_passed and t.measured}
-    asked = [(i, t) for i, t in enumerate(teaching.teachers) if t.until_passed and t.setup is not None]
+    told = {t.id: held_out.by_group(t.measured) for t in teaching.teachers if t.lead is not None and t.measured}
+    asked = [(i, t) for i, t in enumerate(teaching.teachers) if t.lead is not None and t.setup is not None]
     sums = torch.zeros(len(asked), len(held_out.groups), 2, dtype=torch.float64, device=device)
     for group, domain in enumerate(held_out.groups if asked else ()):
         batches = list(held_out.batches(domain))
@@ -74,9 +76,17 @@ def _nats_and_bytes(teacher: TeacherBatch, batch: Batch) -> Tensor:
     return teacher_scores(teacher.logits, teacher.input_ids, teacher.token_mask, samples, BITS, teacher.token_bytes)
 
 
-def passed(teachers: Mapping[str, Mapping[str, float]], student: Mapping[str, float]) -> dict[str, list[str]]:
-    """By teacher the domains on which the student has fewer bits per byte; nothing of teachers that are ahead everywhere."""
-    found = {name: [domain for domain, bits in own.items() if student[domain] < bits] for name, own in teachers.items()}
+def silent(
+    teachers: Mapping[str, Mapping[str, float]], student: Mapping[str, float], leads: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """By teacher the domains on which it is not ahead by its lead; nothing of teachers that are everywhere.
+
+    Args:
+        teachers: bits per byte by teacher and domain.
+        student: bits per byte by domain.
+        leads: by teacher the share of the student's bits.
+    """
+    found = {name: [d for d, bits in own.items() if bits > (1 - leads[name]) * student[d]] for name, own in teachers.items()}
     return {name: domains for name, domains in found.items() if domains}
 
 
@@ -89,7 +99,8 @@ def _changes(
     """Yields a line for each teacher and domain of which it is decided otherwise than before."""
     for name, own in teachers.items():
         for domain, bits in own.items():
-            was, is_ = (domain in of.get(name, ()) for of in (before, now))
-            if was != is_:
-                words = "is behind the student: not heard" if is_ else "is ahead of the student again: heard"
-                yield f"teacher {name} {words}{f' on {domain}' if domain else ''} ({bits:.4f} against {student[domain]:.4f} bits per byte)"
+            heard = domain not in now.get(name, ())
+            if heard == (domain in before.get(name, ())):
+                share, where = 1 - bits / student[domain], f" on {domain}" if domain else ""
+                ahead = f"{100 * abs(share):.1f} % {'ahead of' if share >= 0 else 'behind'} the student{where} ({bits:.4f} bits per byte)"
+                yield f"teacher {name} is {ahead}: {'heard again' if heard else 'not heard'}"

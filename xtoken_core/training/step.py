@@ -59,7 +59,7 @@ class Teaching:
     teachers: tuple[ReadyTeacher, ...] = ()
     pool: TeacherPool | None = None
     """None: no teacher is run, since there are none or only scores of them."""
-    passed: Mapping[str, Collection[str]] = field(default_factory=dict)
+    silent: Mapping[str, Collection[str]] = field(default_factory=dict)
     """By teacher the domains on which it is not heard."""
 
     def run(self, batches: Sequence[Batch], loss: LossSpec) -> Taught:
@@ -83,7 +83,7 @@ class Teaching:
     def _heard(self, batch: Batch) -> Batch:
         """The batch as far as teachers are heard."""
         for i, teacher in enumerate(self.teachers):
-            if domains := self.passed.get(teacher.id):
+            if domains := self.silent.get(teacher.id):
                 batch = batch.unheard(i, domains)
         return batch
 

@@ -53,8 +53,8 @@ class ReadyTeacher:
     """W where its weights are trained with the student."""
     learning_rate: float = 0.0
     """Of `learnable`."""
-    until_passed: bool = False
-    """Whether it is no longer heard where the student has passed it."""
+    lead: float | None = None
+    """Share of the student's bits per byte by which it must be ahead where it is heard; None: it is heard everywhere."""
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Nats and bytes of validation rows by domain, of one whose scores are read."""
 
@@ -106,7 +106,7 @@ def _ready(
     if teacher.projection is None:
         scored = teacher.scores is not None
         setup = None if scored else _setup(spec, name, teacher, student.rows, student.table.min_rows, device)
-        return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight, until_passed=_can_be_passed(spec, teacher))
+        return ReadyTeacher(teacher.id, setup, student.table.fingerprint, weight, lead=_lead(spec, teacher))
     if teacher.id not in inputs.projections:
         raise InputError(f"{name}: projection: none was given")
     table = TokenTable.from_tokenizer(load_tokenizer(teacher.model, teacher.tokenizer))
@@ -121,15 +121,15 @@ def _ready(
         projection=projection.to(device),
         learnable=LearnableProjection(projection) if teacher.projection.learnable else None,
         learning_rate=teacher.projection.learning_rate,
-        until_passed=_can_be_passed(spec, teacher),
+        lead=_lead(spec, teacher),
     )
 
 
-def _can_be_passed(spec: DistillationSpec, teacher: TeacherSpec) -> bool:
-    """Whether the student's and the teacher's bits per byte decide where it is heard; what weighs teachers by a metric decides alone."""
+def _lead(spec: DistillationSpec, teacher: TeacherSpec) -> float | None:
+    """By how much it must be ahead where it is heard; None where that is not asked: what weighs teachers by a metric decides alone."""
     weighed = spec.loss.aggregation != "sum" or spec.loss.weight_metric is not None
     whole = teacher.transport != "topk"  # else the probabilities of the text are not handed over
-    return teacher.until_passed and whole and not weighed and bool(spec.data.validation)
+    return teacher.lead if whole and not weighed and spec.data.validation else None
 
 
 def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mapping[str, str]) -> str:

@@ -206,7 +206,7 @@ class DistillationTrainer(Trainer):
         metrics = {"validation_bits_per_byte": value, "validation_accuracy": found.accuracy}
         changes = hear(self.teaching, record.progress, found.domains, held_out, step, args)
         if record.log is not None:
-            record.log.write(LogLine(step=step, **metrics, validation_domains=found.named, passed=record.progress.passed))
+            record.log.write(LogLine(step=step, **metrics, validation_domains=found.named, silent=record.progress.silent))
             for line in (f"validation {value:.4f} bits per byte", *changes):
                 record.log.say(f"step {step}  {line}")
         super().log({f"eval_{name}": v for name, v in metrics.items()})

@@ -63,8 +63,8 @@ class Arm:
     domains: tuple[int | None, ...] | None = None
     """For each teacher of the setting the number of the domain that it is heard on; None: on all."""
     until: tuple[float, ...] | None = None
-    """With `domains`, for each teacher of the setting its bits per byte on held-out text of its domain, as `until_passed` measures them: it
-    is heard as long as the student, asked with the curve, has more; None: to the end."""
+    """With `domains`, for each teacher of the setting the student's bits per byte on held-out text of its domain at which it falls silent: its
+    own over 1 - `teachers[].lead`. The student is asked with the curve. None: all are heard to the end."""
     cells: int | None = None
     """partition_kl: the teachers' likeliest cells of each row that are heard one by one, as from stored scores; None: all."""
 

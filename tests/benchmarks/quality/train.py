@@ -80,8 +80,8 @@ class Bench:
         """Of a held-out text."""
         return bits_per_byte(self.model, self.hidden, self.held_out[name], self.vocabulary, 64)
 
-    def passed(self, arm: Arm) -> set[int]:
-        """Numbers of the teachers that the student has passed on held-out text of their domains."""
+    def silent(self, arm: Arm) -> set[int]:
+        """Numbers of the teachers that are too little ahead on held-out text of their domains."""
         if arm.until is None or arm.domains is None:
             return set()
         names, teachers = list(self.held_out), zip(arm.domains, arm.until, strict=True)
@@ -122,7 +122,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
     scale: Tensor | None = None
     losses: list[dict[str, float]] = []
     main, *others = bench.held_out
-    curve, silent = [(0, bench.bits_per_byte(main))], bench.passed(arm)
+    curve, silent = [(0, bench.bits_per_byte(main))], bench.silent(arm)
     settled = time.monotonic()
     for step, (index, hidden) in enumerate(feed(chosen, orders(rows, job.steps, batch_size, job.seed), device)):
         if step == min(SETTLED, job.steps - 1):
@@ -152,7 +152,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
             _wait(device)
             paused = time.monotonic()
             curve.append((step + 1, bench.bits_per_byte(main)))
-            silent = bench.passed(arm)
+            silent = bench.silent(arm)
             settled += time.monotonic() - paused
     _wait(device)
     seconds = time.monotonic() - settled

@@ -1,10 +1,10 @@
-"""A teacher that the student passes, small enough for a CPU: `python -m tests.benchmarks.quality.passed STUDENT CODER OTHER DATA OUT [ARM:SEED ...]`
+"""A teacher that is little ahead of the student, small enough for a CPU: `python -m tests.benchmarks.quality.lead STUDENT CODER OTHER DATA OUT [ARM:SEED ...]`
 
 DATA is what `python -m tests.benchmarks.quality prepare` made of mixed text for these two teachers. The rows, steps and rates are those of
 `shares`; each teacher has its own half of the rows, its 64 likeliest cells stored. Arms:
 
-    both    each teacher on its half, to the end
-    passed  the second one is heard as long as it has fewer bits per byte than the student on held-out text of its half, asked every 10 steps
+    both      each teacher on its half, to the end
+    lead-0.1  the second one as long as it is ahead on held-out text of its half by this share, asked every 10 steps: `teachers[].lead`
 
 A line of JSON an arm is added to OUT: held-out bits per byte at half of the steps and at the end, and what was asked on the way.
 """
@@ -56,10 +56,10 @@ def heard(number: int, rows: Rows, index: Tensor, said: CellScores, projection: 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="tests.benchmarks.quality.passed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="tests.benchmarks.quality.lead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for name, kind in {"student": str, "coder": str, "other": str, "data": Path, "out": Path}.items():
         parser.add_argument(name, type=kind)
-    parser.add_argument("runs", nargs="*", default=["both:0", "passed:0"])
+    parser.add_argument("runs", nargs="*", default=["both:0", "lead-0:0", "lead-0.1:0"])
     options = parser.parse_args()
     rows = training_rows(options.data)
     projections = [Projection.load(options.data / f"w-{number}.safetensors") for number in (0, 1)]
@@ -68,7 +68,7 @@ def main() -> None:
     assert theirs is not None
     said = [scores(name, projections[n], rows, n) for n, name in enumerate((options.coder, options.other))]
     name = max(held_out)  # `english` after `code`
-    passed_at = other_bits(options.other, options.data / f"{name}.npz", theirs)
+    theirs_at = other_bits(options.other, options.data / f"{name}.npz", theirs)
     for run in options.runs:
         arm, _, seed = run.partition(":")
         model, asked = load_model(options.student).train(), dict[int, float]()
@@ -78,15 +78,15 @@ def main() -> None:
         ) -> list[TeacherBatch]:
             if step % EVERY == 0:
                 asked[step] = bits(model, held_out[name], vocabulary)
-            behind = arm == "passed" and list(asked.values())[-1] < passed_at
-            return [heard(n, rows, index, said[n], projections[n], silent=n == 1 and behind) for n in (0, 1)]
+            ahead = arm == "both" or theirs_at <= (1 - float(arm.removeprefix("lead-"))) * list(asked.values())[-1]
+            return [heard(n, rows, index, said[n], projections[n], silent=n == 1 and not ahead) for n in (0, 1)]
 
         def measure(model: Any = model) -> dict[str, float]:
             return {name: bits(model, own, vocabulary) for name, own in held_out.items()}
 
         line = train((arm, int(seed or 0)), model, rows, vocabulary, hear, measure)
         with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"other": passed_at, "asked": asked}) + "\n")
+            file.write(json.dumps(line | {"other": theirs_at, "asked": asked}) + "\n")
 
 
 if __name__ == "__main__":

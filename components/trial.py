@@ -23,9 +23,7 @@ def trial(
     standing: list = [],  # noqa: B006 - KFP reads the default
     place: int = 0,
     checkpoints: str = "",
-) -> NamedTuple(  # type: ignore[valid-type]
-    "Outputs", [("result", str), ("started", float), ("seconds", float)]
-):
+) -> NamedTuple("Outputs", [("result", str), ("started", float), ("seconds", float)]):  # type: ignore[valid-type]
     """Train one candidate of a pilot for a share of the main run's steps, and measure it on the held-out text.
 
     Prints what it came to, and when the step began. Its log stays; the student that it trained does not.

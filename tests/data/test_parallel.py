@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
 from itertools import count, islice
 
+import psutil
 import pytest
 
+from tests.support.processes import ended
 from tests.support.tiny import tiny_run
 from xtoken_core.data import parallel
 from xtoken_core.data.parallel import mapped
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.errors import InputError, RunError
+from xtoken_core.forking import start_process, start_server
 from xtoken_core.spec import DistillationSpec
 
 pytestmark = pytest.mark.slow
@@ -71,6 +75,27 @@ def test_a_death_is_told_also_to_one_who_takes_his_time():
     with pytest.raises(RunError, match="died"):
         for item, _ in mapped(range(300), times(-1), times, (-1,)):
             time.sleep(0.2 * (item > 34))
+
+
+def endless(pipe):
+    """Runs in a process of its own; tells which other one works for it, and takes no further result."""
+    parallel.PATIENCE, parallel.usable_cores = 0.0, lambda: 2
+    for _, (_, process) in mapped(count(), times(1), times, (1,)):
+        if process != os.getpid():
+            pipe.send(process)
+            signal.pause()
+
+
+def test_processes_end_with_the_one_that_they_work_for_when_that_is_killed():
+    start_server(["xtoken_core.data.tokenizing"])
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=endless, args=(theirs,))
+    start_process(parent)
+    worker = psutil.Process(ours.recv())
+    parent.kill()
+    parent.join()
+    assert ended([worker])
 
 
 def test_rows_are_the_same_whoever_prepares_them(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from xtoken_core.errors import RunError
 from xtoken_core.forking import start_server
+from xtoken_core.processes import end_with
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,7 +60,7 @@ def _spread(
 ) -> Iterator[tuple[T, R]]:
     start_server(["xtoken_core.data.tokenizing"])
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(make, arguments)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(os.getpid(), make, arguments)) as pool:
         ahead: deque[tuple[T, Future[R]]] = deque()
         try:
             for item in items:
@@ -79,8 +80,9 @@ def _spread(
 _work: Callable[[Any], Any]
 
 
-def _begin(make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...]) -> None:
+def _begin(parent: int, make: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...]) -> None:
     global _work
+    end_with(parent)  # which may be killed; the executor's processes would wait for its next item for ever
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken by processes
     _work = make(*arguments)
 

@@ -142,7 +142,7 @@ def test_what_a_teacher_is_measured_at(base, values):
             with torch.no_grad():
                 logits = model(torch.tensor(row["teacher_other_ids"])[None].long()).logits[0].log_softmax(-1)
             for place in range(1, len(row["teacher_other_ids"])):
-                if row["teacher_other_mask"][place]:
+                if row["teacher_other_mask"][place] and row["teacher_other_bytes"][place]:
                     nats -= float(logits[place - 1, row["teacher_other_ids"][place]])
                     size += row["teacher_other_bytes"][place]
         torch.testing.assert_close(sums[1][0, group], torch.tensor([nats, size], dtype=torch.float64), rtol=1e-5, atol=0)

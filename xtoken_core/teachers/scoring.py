@@ -72,14 +72,14 @@ def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut
 
 @torch.no_grad()
 def measure_rows(model: Any, rows: Iterable[Row], column: str, vocab_size: int) -> dict[str, tuple[float, float]]:
-    """By domain the nats that a model needs for prepared rows' targets, and their bytes. column: prefix of what it reads of a row."""
+    """By domain the nats that a model needs for prepared rows' targets that stand for text, and their bytes. column: prefix of what it reads of a row."""
     found: dict[str, tuple[float, float]] = {}
     for row in rows:
         ids, mask, sizes = (
             torch.as_tensor(row[f"{column}_{name}"]).long()[None].to(model.device) for name in ("ids", "mask", "bytes")
         )
         logits, counted = head_logits(model, final_hidden(model, ids), vocab_size), torch.ones(1, device=ids.device)
-        nats, size = teacher_scores(logits, ids, mask, counted, BITS, sizes).tolist()
+        nats, size = teacher_scores(logits, ids, mask * (sizes > 0), counted, BITS, sizes).tolist()
         before = found.get(row["domain"], (0.0, 0.0))
         found[row["domain"]] = (before[0] + nats, before[1] + size)
     return found

@@ -73,7 +73,7 @@ class Validation:
 
     bits_per_byte: float
     accuracy: float
-    """Share of targets that are the student's first choice."""
+    """Share of these targets that are the student's first choice."""
     domains: dict[str, float]
     """Bits per byte by domain of the training data."""
 
@@ -85,10 +85,11 @@ class Validation:
 
 @torch.no_grad()
 def validate(student: Student, held_out: HeldOut, device: torch.device) -> Validation:
-    """CE of the targets over the targets' bytes, and how many are the first choice; over all ranks, which all call this."""
+    """CE of the targets that stand for text over their bytes, and how many are the first choice; over all ranks, which all call this."""
     sums = torch.zeros(len(held_out.groups), 4, dtype=torch.float64, device=device)
     for own, domain in zip(sums, held_out.groups):
-        for batch in (replace(batch, teachers=()).to(device) for batch in held_out.batches(domain)):
+        for batch in held_out.batches(domain):
+            batch = replace(batch, student=batch.student.of_text, teachers=()).to(device)
             counts = batch_counts(*batch.masks, [], student.loss)
             out = student(MicroBatch(batch, {}), StepTotals.from_sums(counts, [], student.loss), with_loss=False)
             targets = batch.student.token_mask.bool() & batch.sample_mask.bool()[:, None]

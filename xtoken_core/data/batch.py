@@ -63,11 +63,6 @@ class Side:
     chunks: Chunks | None = None
     """None for the student, and so for a teacher with its vocabulary."""
 
-    @property
-    def of_text(self) -> Side:
-        """The side with those targets only that stand for text: what ends a turn or calls a tool is a target, and has no bytes."""
-        return replace(self, token_mask=self.token_mask * (self.token_bytes > 0))
-
     def model_inputs(self) -> dict[str, Tensor]:
         """What a model reads: `input_ids`, and of packed rows `position_ids`."""
         if self.packed is None:

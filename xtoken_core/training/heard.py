@@ -17,7 +17,7 @@ from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.scores import BITS, teacher_scores
 from xtoken_core.training.checkpoints import Progress
 from xtoken_core.training.step import Teaching, over_ranks
-from xtoken_core.training.validation import HeldOut
+from xtoken_core.training.validation import HeldOut, of_text
 
 
 def hear(
@@ -62,7 +62,7 @@ def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device
             runs = teaching.run_processes(some, in_training=False)
             for own, (i, teacher) in zip(sums, asked):
                 for batch, logits in zip(some, runs[teacher.id].logits):
-                    own[group] += _nats_and_bytes(teacher.batch(logits, batch.teachers[i].of_text, batch.taught[i]), batch)
+                    own[group] += _nats_and_bytes(teacher.batch(logits, of_text(batch.teachers[i]), batch.taught[i]), batch)
     teaching.release()
     sums = over_ranks(sums, device)
     told |= {teacher.id: own for own, (_, teacher) in zip(sums, asked)}

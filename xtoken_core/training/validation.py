@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from xtoken_core.data.batch import Batch
+from xtoken_core.data.batch import Batch, Side
+from xtoken_core.errors import InputError
 from xtoken_core.losses import StepTotals, batch_counts
 from xtoken_core.training.step import over_ranks
 from xtoken_core.training.student import MicroBatch, Student
+
+
+def of_text(side: Side) -> Side:
+    """A side with those targets only that stand for text: what ends a turn or calls a tool is a target, and has no bytes."""
+    return replace(side, token_mask=side.token_mask * (side.token_bytes > 0))
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,14 @@ class Validation:
 
 @torch.no_grad()
 def validate(student: Student, held_out: HeldOut, device: torch.device) -> Validation:
-    """CE of the targets that stand for text over their bytes, and how many are the first choice; over all ranks, which all call this."""
+    """CE of the targets that stand for text over their bytes, and how many are the first choice; over all ranks, which all call this.
+
+    Raises InputError where there is none.
+    """
     sums = torch.zeros(len(held_out.groups), 4, dtype=torch.float64, device=device)
     for own, domain in zip(sums, held_out.groups):
         for batch in held_out.batches(domain):
-            batch = replace(batch, student=batch.student.of_text, teachers=()).to(device)
+            batch = replace(batch, student=of_text(batch.student), teachers=()).to(device)
             counts = batch_counts(*batch.masks, [], student.loss)
             out = student(MicroBatch(batch, {}), StepTotals.from_sums(counts, [], student.loss), with_loss=False)
             targets = batch.student.token_mask.bool() & batch.sample_mask.bool()[:, None]
@@ -97,4 +106,6 @@ def validate(student: Student, held_out: HeldOut, device: torch.device) -> Valid
             own += torch.cat([out["sums"][:2], counts[:1], num_bytes[None]])
     sums = over_ranks(sums, device)
     ce, correct, tokens, num_bytes = sums.sum(0).tolist()
+    if not num_bytes:
+        raise InputError("data.validation: none of its targets stands for text")
     return Validation(ce / math.log(2) / num_bytes, correct / tokens, held_out.bits_per_byte(sums[:, 0], sums[:, 3]))

@@ -72,6 +72,25 @@ def test_two_ranks_train_as_one(spread, alone):
     assert torch.allclose(*learned, atol=1e-3)
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_teachers_that_are_not_heard_are_the_same_to_all_ranks(base, values, tmp_path, sharding):
+    """One is never far enough ahead, the other always: what one rank decides all do, and a trained W without gradients ends no step."""
+    unheard, heard = values["teachers"]
+    given = changed(values, training={"max_steps": 2, "sharding": sharding}, loss={"weight_metric": None})
+    given["teachers"] = [unheard | {"lead": 0.99}, heard]
+    on_two_ranks(given, base, tmp_path / "two")
+    run(given, base, tmp_path / "one")
+    for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("two", "one")]
+    assert (
+        [line["silent"] for line in lines[0] if "silent" in line]
+        == [line["silent"] for line in lines[1] if "silent" in line]
+        != []
+    )
+    assert all(line["teachers"]["other"]["kd"] == 0 < line["teachers"]["same"]["kd"] for line in lines[0] if "teachers" in line)
+
+
 def test_bf16_is_the_same_however_the_student_is_spread(base, values):
     """Autocast's: products in bf16, the residual stream in float32. FSDP's own policy would round the stream too."""
     spread = {}

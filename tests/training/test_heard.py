@@ -14,6 +14,7 @@ import torch
 from tests.support.training_run import changed, prepare, run, steps
 from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows
+from xtoken_core.errors import InputError
 from xtoken_core.models import Loaded, load_model
 from xtoken_core.report.cautions import cautions
 from xtoken_core.report.run import Run
@@ -210,3 +211,28 @@ def test_a_batch_without_a_teacher_on_some_domains(base, values):
     assert silent.taught[0].tolist() == [False] * 4 and silent.teachers[0].model_inputs()["input_ids"].numel() == 1
     assert silent.teachers[0].unpacked(torch.zeros(1, 1, 7)).shape == (*batch.teachers[0].input_ids.shape, 7)
     assert replace(silent, taught=batch.taught, teachers=batch.teachers) == batch
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"loss": {"weight_metric": "ce"}}, "lead: serves aggregation: sum with fixed weights only"),
+        ({"data": {"train": ["a.txt"]}}, "lead: needs data.validation"),
+        (
+            {"teachers": [{"id": "b", "model": "b", "transport": "topk", "top_k": 8, "lead": 0.2}]},
+            "lead: needs what transport: topk",
+        ),
+    ],
+    ids=["weight_metric", "validation", "topk"],
+)
+def test_a_lead_that_nobody_could_keep_is_refused(changes, line):
+    given = {
+        "name": "run",
+        "student": {"model": "a"},
+        "teachers": [{"id": "b", "model": "b", "lead": 0.2}],
+        "data": {"train": ["a.txt"], "validation": ["b.txt"]},
+        "output": {"uri": "out"},
+    }
+    DistillationSpec.from_text(json.dumps(given))
+    with pytest.raises(InputError, match=f"teachers.*{line}"):
+        DistillationSpec.from_text(json.dumps(given | changes))

@@ -134,6 +134,8 @@ class DistillationSpec(Section):
             yield "domains: serve aggregation: sum with fixed weights only"
         if teacher.scores is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
             yield "scores: serve aggregation: sum with fixed weights only"
+        if "lead" in teacher.model_fields_set and teacher.lead is not None:
+            yield from self._lead_contradictions(teacher)
         if teacher.scores is not None and teacher.cross_tokenizer and mode not in ("partition_kl", "auto"):
             yield f"scores: {mode} needs the running teacher; with a projection they serve partition_kl only"
         if teacher.scores is not None and teacher.scores.uri is not None and self.data.shards > 1:
@@ -143,6 +145,15 @@ class DistillationSpec(Section):
                 yield "projection: averaged_logits needs teachers with the student's vocabulary"
             if teacher.transport == "topk":
                 yield "transport: averaged_logits needs full logits, not topk"
+
+    def _lead_contradictions(self, teacher: TeacherSpec) -> Iterator[str]:
+        """Why a lead that is asked for could not be kept."""
+        if self.loss.aggregation != "sum" or self.loss.weight_metric is not None:
+            yield "lead: serves aggregation: sum with fixed weights only"
+        if teacher.transport == "topk":
+            yield "lead: needs what transport: topk does not hand over, the probability of the text"
+        if not self.data.validation:
+            yield "lead: needs data.validation, on which teacher and student are compared"
 
     @property
     def fixed_weights(self) -> bool:

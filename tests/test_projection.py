@@ -19,7 +19,7 @@ from tests.support import assets
 from tests.support.losses_cases import oracle_case
 from xtoken_core.errors import InputError
 from xtoken_core.losses import distillation_loss, reference
-from xtoken_core.projection import Projection, build_projection, make_projection, spell_vocabulary
+from xtoken_core.projection import Projection, build_projection, spell_vocabulary, write_projection
 from xtoken_core.report.projection_summary import projection_block, projection_summary
 from xtoken_core.results.vocabulary import ProjectionStats
 from xtoken_core.spec import DistillationSpec, ProjectionSpec
@@ -397,8 +397,10 @@ def test_write_projections(tmp_path: Path) -> None:
     stats = ProjectionStats.read(tmp_path / "t.json")
     assert stats.rows == 32000 and stats.options["top_k"] == 4 and stats.seconds > 0
 
+    write_projection(spec({}), "t", tmp_path)
+    assert equal(Projection.load(tmp_path / "projection.safetensors", *prints), built)
     with pytest.raises(InputError, match="^teacher: other: no teacher of the spec that has a projection$"):
-        make_projection(spec({}), "other")
+        write_projection(spec({}), "other", tmp_path)
 
     for stored in (tmp_path / "t.safetensors", tmp_path / "nemo.pt"):
         if stored.suffix == ".pt":

@@ -27,6 +27,13 @@ class Partition:
     """int64 [V_t]."""
     num_cells: int
 
+    @classmethod
+    def of(cls, student: Tensor | None, teacher: Tensor | None) -> Partition | None:
+        """The cells of two vocabularies as they are stored; None where there are none."""
+        if student is None or teacher is None:
+            return None
+        return cls(student.long(), teacher.long(), int(max(student.max(), teacher.max())) + 1)
+
     def digest(self) -> str:
         """Of the cells of both vocabularies."""
         content = hashlib.sha256(str(self.num_cells).encode())

@@ -172,6 +172,13 @@ def build_projection(
     return Projection(indices, weights, len(teacher), exact, build_partition(student, teacher))
 
 
+def write_projection(spec: DistillationSpec, teacher_id: str, folder: str | Path) -> MadeProjection:
+    """Builds (or, with `projection.uri`, fetches and checks) W of one teacher, as `folder`/projection.safetensors. Raises InputError."""
+    made = make_projection(spec, teacher_id)
+    made.save(Path(folder) / "projection.safetensors")
+    return made
+
+
 @dataclass(frozen=True)
 class MadeProjection:
     """W of a teacher with the two vocabularies that it is for."""

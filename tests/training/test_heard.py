@@ -113,6 +113,15 @@ def test_what_no_teacher_is_ahead_on_is_learned_from_the_text(base, values, tmp_
 
 
 @pytest.mark.slow
+def test_a_teacher_that_cannot_be_measured_is_heard(base, values, tmp_path):
+    """If its outputs are not finite, the step that hears it says so, by its name (`tests/faults/test_nonfinite.py`)."""
+    with mock.patch.object(heard, "_nats_and_bytes", lambda *_: torch.tensor([torch.inf, 1.0])):
+        run(changed(values, training={"max_steps": 1}), base, tmp_path)
+    [line] = steps(tmp_path)
+    assert all(teacher["kd"] > 0 for teacher in line["teachers"].values())
+
+
+@pytest.mark.slow
 def test_what_a_teacher_is_measured_at(base, values):
     """By domain, of the rows it teaches, over the shares of all ranks; as its own model has them."""
     values = values | {"teachers": [values["teachers"][0], values["teachers"][1] | {"domains": ["code"]}]}

@@ -6,6 +6,7 @@ A teacher that is behind pulls the student back, and one that is little ahead ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -50,7 +51,8 @@ def hear(
 def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device: torch.device) -> dict[str, dict[str, float]]:
     """By teacher that has a lead to keep, its bits per byte by domain that it teaches. All ranks call it.
 
-    Of one whose scores are read, that is what it was measured at when they were made. at_once: batches of a run of the teachers.
+    Of one whose scores are read, that is what it was measured at when they were made. What is not finite is left out: such a teacher is
+    heard, and the step that hears it ends the run by its name. at_once: batches of a run of the teachers.
     """
     told = {t.id: held_out.by_group(t.measured) for t in teaching.teachers if t.lead is not None and t.measured}
     asked = [(i, t) for i, t in enumerate(teaching.teachers) if t.lead is not None and t.setup is not None]
@@ -66,7 +68,8 @@ def bits_of_teachers(teaching: Teaching, held_out: HeldOut, at_once: int, device
     teaching.release()
     sums = over_ranks(sums, device)
     told |= {teacher.id: own for own, (_, teacher) in zip(sums, asked)}
-    return {name: held_out.bits_per_byte(*own.unbind(1)) for name, own in told.items()}
+    found = {name: held_out.bits_per_byte(*own.unbind(1)) for name, own in told.items()}
+    return {name: {d: bits for d, bits in own.items() if math.isfinite(bits)} for name, own in found.items()}
 
 
 def _nats_and_bytes(teacher: TeacherBatch, batch: Batch) -> Tensor:

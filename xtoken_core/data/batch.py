@@ -100,7 +100,7 @@ class Batch:
             left &= told
         sides = list(self.teachers)
         if not left.any():
-            sides[index] = replace(sides[index], packed=_one_token(sides[index]))
+            sides[index] = _one_token(sides[index])
         return replace(self, teachers=tuple(sides), taught=(*self.taught[:index], left, *self.taught[index + 1 :]))
 
     @property
@@ -128,11 +128,11 @@ class Batch:
         return _changed(self, Tensor.pin_memory, {})
 
 
-def _one_token(side: Side) -> Packed:
-    """What a teacher reads of a batch of which it teaches nothing: every rank then runs every micro-batch, as sharded teachers need."""
+def _one_token(side: Side) -> Side:
+    """The side of a teacher that teaches nothing of a batch: every rank then runs every micro-batch, as sharded teachers need."""
     ids = side.input_ids[:1, :1]
     positions = None if side.packed is None or side.packed.position_ids is None else torch.zeros_like(ids)
-    return Packed(ids, positions, torch.zeros_like(side.input_ids))
+    return replace(side, packed=Packed(ids, positions, torch.zeros_like(side.input_ids)))
 
 
 def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
@@ -230,17 +230,14 @@ class Collator:
         )
 
     def _of_domain(self, side: Side, groups: list[list[Row]], column: str, taught: Tensor) -> Side:
-        """A teacher's side with only those documents in what the teacher reads that it teaches [B].
-
-        Of none at all it reads one token: every rank then runs every micro-batch, as teachers that are spread over ranks need.
-        """
+        """A teacher's side with only those documents in what the teacher reads that it teaches [B]; of none at all it reads one token."""
+        if not taught.any():
+            return _one_token(side)
         flags = iter(taught.tolist())
         kept = [[row for row in group if next(flags)] for group in groups]
-        one = {f"{column}_ids": groups[0][0][f"{column}_ids"][:1]}
-        packed = self._packed([group for group in kept if group] or [[one]], column)
+        packed = self._packed([group for group in kept if group], column)
         gather = torch.zeros_like(side.input_ids)
-        if taught.any():
-            gather[taught, : packed.gather.shape[1]] = packed.gather
+        gather[taught, : packed.gather.shape[1]] = packed.gather
         positions = None if side.packed is None else packed.position_ids
         return replace(side, packed=Packed(packed.input_ids, positions, gather))
 

@@ -43,6 +43,11 @@ class LossSpec(Section):
     normalize_by_vocab: bool = Field(False, description="scale each KD (and score) by log V_i / log min V")
     score_unit: Literal["token", "byte"] = Field("token", description="of the CE that weights or selects teachers")
 
+    @property
+    def separate_terms(self) -> bool:
+        """Whether each teacher's KD is a term of its own, with a fixed weight."""
+        return self.aggregation == "sum" and self.weight_metric is None
+
     def contradictions(self) -> Iterator[str]:
         """Yields what of the section does not go together."""
         if self.aggregation != "sum":

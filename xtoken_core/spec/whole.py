@@ -130,9 +130,9 @@ class DistillationSpec(Section):
             yield f"weight: would be ignored, since loss.{reason} sets the weights"
         if unknown := set(teacher.domains or ()) - {part.domain for part in self.data.parts}:
             yield f"domains: {min(unknown)} is not the domain of a part of data.train"
-        if teacher.domains is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
+        if teacher.domains is not None and not loss.separate_terms:
             yield "domains: serve aggregation: sum with fixed weights only"
-        if teacher.scores is not None and (loss.aggregation != "sum" or loss.weight_metric is not None):
+        if teacher.scores is not None and not loss.separate_terms:
             yield "scores: serve aggregation: sum with fixed weights only"
         if "lead" in teacher.model_fields_set and teacher.lead is not None:
             yield from self._lead_contradictions(teacher)
@@ -148,7 +148,7 @@ class DistillationSpec(Section):
 
     def _lead_contradictions(self, teacher: TeacherSpec) -> Iterator[str]:
         """Why a lead that is asked for could not be kept."""
-        if self.loss.aggregation != "sum" or self.loss.weight_metric is not None:
+        if not self.loss.separate_terms:
             yield "lead: serves aggregation: sum with fixed weights only"
         if teacher.transport == "topk":
             yield "lead: needs what transport: topk does not hand over, the probability of the text"
@@ -158,7 +158,7 @@ class DistillationSpec(Section):
     @property
     def fixed_weights(self) -> bool:
         """Whether the teachers' `weight` fields are in force."""
-        return self.loss.aggregation == "averaged_logits" or (self.loss.aggregation == "sum" and self.loss.weight_metric is None)
+        return self.loss.aggregation == "averaged_logits" or self.loss.separate_terms
 
     @property
     def ends_with_pilot(self) -> bool:

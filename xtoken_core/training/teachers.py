@@ -22,6 +22,7 @@ from xtoken_core.errors import InputError
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.learnable import LearnableProjection
 from xtoken_core.losses.logits import as_form
+from xtoken_core.losses.scores import score_metric
 from xtoken_core.models import Loaded
 from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, TeacherSpec
@@ -127,9 +128,8 @@ def _ready(
 
 def _lead(spec: DistillationSpec, teacher: TeacherSpec) -> float | None:
     """By how much it must be ahead where it is heard; None where that is not asked: what weighs teachers by a metric decides alone."""
-    weighed = spec.loss.aggregation != "sum" or spec.loss.weight_metric is not None
     whole = teacher.transport != "topk"  # else the probabilities of the text are not handed over
-    return teacher.lead if whole and not weighed and spec.data.validation else None
+    return teacher.lead if whole and spec.loss.separate_terms and spec.data.validation else None
 
 
 def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mapping[str, str]) -> str:
@@ -146,7 +146,7 @@ def _mode(spec: DistillationSpec, name: str, teacher: TeacherSpec, chosen: Mappi
 def _setup(
     spec: DistillationSpec, name: str, teacher: TeacherSpec, num_ids: int, min_rows: int, device: torch.device
 ) -> TeacherSetup:
-    scored = spec.loss.weight_metric is not None or spec.loss.aggregation == "select_teacher"
+    scored = score_metric(spec.loss) is not None
     dtype = compute_dtype(spec.training.precision) if teacher.precision == "auto" else torch.bfloat16
     shards = _shards(teacher.model, dtype, device)
     if shards is not None and teacher.precision == "fp8":

@@ -45,7 +45,7 @@ class HeldOut:
         places: dict[str, list[int]] = {}
         for place, domain in enumerate(rows["domain"]):
             places.setdefault(domain if domain in domains else "", []).append(place)
-        groups = {"": rows} if len(places) == 1 and "" in places else {d: rows.select(own) for d, own in sorted(places.items())}
+        groups = {domain: rows.select(own) for domain, own in sorted(places.items())}
         return cls(groups, domains, collate, args.per_device_train_batch_size, args.process_index, args.world_size)
 
     def batches(self, domain: str) -> Iterator[Batch]:
@@ -62,8 +62,7 @@ class HeldOut:
         groups = list(self.groups)
         found = torch.zeros(len(groups), len(next(iter(sums.values()))), dtype=torch.float64)
         for domain, own in sums.items():
-            if (group := domain if domain in groups else "") in groups:
-                found[groups.index(group)] += torch.tensor(own, dtype=torch.float64)
+            found[groups.index(domain if domain in groups else "")] += torch.tensor(own, dtype=torch.float64)
         return found
 
     def bits_per_byte(self, nats: Tensor, num_bytes: Tensor) -> dict[str, float]:

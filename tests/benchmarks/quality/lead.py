@@ -13,28 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tests.benchmarks.quality.rows import Rows
-from tests.benchmarks.quality.shares import BATCH, HELD_OUT, LENGTH, cropped, hidden, scores, train, training_rows
-from tests.benchmarks.quality.train import bits_per_byte
-from xtoken_core.losses import CellScores, TeacherBatch
+from tests.benchmarks.quality.shares import HELD_OUT, LENGTH, bits, cropped, scores, teacher_of, train, training_rows
+from xtoken_core.losses import TeacherBatch
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
 
 EVERY = 10
 """Steps between two questions."""
-
-
-def bits(model: PreTrainedModel, rows: Rows, vocabulary: int) -> float:
-    """Bits per byte of held-out rows."""
-    return bits_per_byte(model, partial(hidden, model), rows, vocabulary, BATCH)
 
 
 def other_bits(other: str, path: Path, vocabulary: int) -> float:
@@ -43,15 +36,10 @@ def other_bits(other: str, path: Path, vocabulary: int) -> float:
     return bits(load_model(other).eval(), Rows({name: array[:HELD_OUT, :LENGTH] for name, array in rows.items()}), vocabulary)
 
 
-def heard(number: int, rows: Rows, index: Tensor, said: CellScores, projection: Projection, silent: bool) -> TeacherBatch:
-    """What a teacher says of some rows: of its half, or nothing."""
-    half = len(rows) // 2
-    own = (rows.arrays["domain"][index] == 0) == (number == 0)
-    places = (index - number * half).clamp(0, half - 1)
-    fields = dict[str, Any](rows.teacher_fields(number, index))
-    taught = own & (not silent)
-    logits = said.over_positions(lambda x: x[places])
-    return TeacherBatch(logits, projection=projection, mode="partition_kl", taught=taught, **fields)
+def heard(teacher: TeacherBatch, silent: bool) -> TeacherBatch:
+    """A teacher as it is heard: as it is, or of nothing."""
+    assert teacher.taught is not None
+    return replace(teacher, taught=teacher.taught & (not silent))
 
 
 def main() -> None:
@@ -79,7 +67,7 @@ def main() -> None:
             if step % EVERY == 0:
                 asked[step] = bits(model, held_out[name], vocabulary)
             ahead = arm == "both" or theirs_at <= (1 - float(arm.removeprefix("lead-"))) * list(asked.values())[-1]
-            return [heard(n, rows, index, said[n], projections[n], silent=n == 1 and not ahead) for n in (0, 1)]
+            return [heard(teacher_of(n, rows, index, said[n], projections[n]), n == 1 and not ahead) for n in (0, 1)]
 
         def measure(model: Any = model) -> dict[str, float]:
             return {name: bits(model, own, vocabulary) for name, own in held_out.items()}

@@ -82,17 +82,30 @@ def hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return final_hidden(model, ids).to(torch.bfloat16)
 
 
+def teacher_of(number: int, rows: Rows, index: Tensor, said: CellScores, projection: Projection) -> TeacherBatch:
+    """What teacher `number` says of some rows: it teaches those of its half."""
+    half = len(rows) // 2
+    own = (rows.arrays["domain"][index] == 0) == (number == 0)
+    places = (index - number * half).clamp(0, half - 1)
+    fields = dict[str, Any](rows.teacher_fields(number, index))
+    logits = said.over_positions(lambda x: x[places])
+    return TeacherBatch(logits, projection=projection, mode="partition_kl", taught=own, **fields)
+
+
 def heard(arm: str, rows: Rows, index: Tensor, said: CellScores, projection: Projection) -> list[TeacherBatch]:
     """The teacher as an arm hears it."""
     if arm == "ce":
         return []
-    own, fields = rows.arrays["domain"][index] == 0, dict[str, Any](rows.teacher_fields(0, index))
-    places = index.clamp(max=len(said.values) - 1)
-    teacher = TeacherBatch(said.over_positions(lambda x: x[places]), projection=projection, mode="partition_kl", **fields)
+    teacher = teacher_of(0, rows, index, said, projection)
     if arm == "taught":
-        return [replace(teacher, taught=own)]
-    assert teacher.chunk_valid is not None
-    return [replace(teacher, chunk_valid=teacher.chunk_valid & own[:, None])]
+        return [teacher]
+    assert teacher.chunk_valid is not None and teacher.taught is not None
+    return [replace(teacher, chunk_valid=teacher.chunk_valid & teacher.taught[:, None], taught=None)]
+
+
+def bits(model: PreTrainedModel, rows: Rows, vocabulary: int) -> float:
+    """Bits per byte of held-out rows."""
+    return bits_per_byte(model, partial(hidden, model), rows, vocabulary, BATCH)
 
 
 def train(
@@ -149,10 +162,7 @@ def main() -> None:
         model = load_model(options.student).train()
 
         def measure(model: PreTrainedModel = model) -> dict[str, float]:
-            return {
-                name: bits_per_byte(model, partial(hidden, model), own, len(projection.indices), BATCH)
-                for name, own in held_out.items()
-            }
+            return {name: bits(model, own, len(projection.indices)) for name, own in held_out.items()}
 
         def hear(_: int, index: Tensor, arm: str = arm) -> list[TeacherBatch]:
             return heard(arm, rows, index, said, projection)

@@ -21,7 +21,7 @@ FLOORS = (
     ("teachers", "evaluation"),
     ("models", "layers", "configs"),
     ("losses", "data"),
-    ("projection", "projection_files", "overlap", "alignment", "partition", "same_vocabulary"),
+    ("projection", "projection_files", "overlap", "alignment", "partition", "first_tokens", "same_vocabulary"),
     ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "spec", "results", "costs"),
     ("checksums",),
     ("storage", "uris", "errors", "forking", "compilations", "finite", "processes", "identity", "bounded"),

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from xtoken_core.data.reading import PackedRows, load_rows, pack, row_lengths, r
 from xtoken_core.data.rows import Side, common_cuts, document_rows, empty, spans, tokenize_texts, with_eos
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
 from xtoken_core.errors import InputError
+from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokens, read_first_tokens
 from xtoken_core.losses import TeacherBatch
 from xtoken_core.losses.selection import chunk_rows
 from xtoken_core.spec import DistillationSpec, LossSpec
@@ -263,6 +265,29 @@ def test_statistics_of_shards_are_those_of_one(corpus, tmp_path):
         total = all_shards([prepare_rows(spec, tmp_path / f"{shards}-{k}", shard=k) for k in range(shards)])
         assert total.started >= one.started and total.seconds > 0
         assert total == one.model_copy(update={"started": total.started, "seconds": total.seconds})
+
+
+def test_first_tokens_of_shards_are_those_of_one(corpus, tmp_path):
+    """And those of the rows: the text begins every chunk with one token of each side."""
+    for shards in (1, 3):
+        for k in range(shards):
+            prepare_rows(make_spec([corpus], shards=shards), tmp_path / f"{shards}-{k}", shard=k)
+
+    def counted(*folders):
+        parts = [read_first_tokens(tmp_path / folder / FIRST_TOKENS, "teacher_other") for folder in folders]
+        first = FirstTokens.added(parts)
+        return list(zip(first.student.tolist(), first.teacher.tolist(), first.count.tolist()))
+
+    expected: Counter = Counter()
+    for row in load_rows(tmp_path / "1-0"):
+        for chunk in range(len(row["teacher_other_chunk_exact"])):
+            own, other = (
+                int(row[f"{side}_ids"][np.argmax(row[f"teacher_other_{of}_chunk_id"] == chunk)])
+                for side, of in (("student", "student"), ("teacher_other", "teacher"))
+            )
+            expected[own, other] += 1
+    assert counted("1-0") == counted("3-2", "3-0", "3-1") == sorted((*pair, count) for pair, count in expected.items())
+    assert any(own != other for own, other in expected)
 
 
 @pytest.mark.parametrize("packing", [False, True])

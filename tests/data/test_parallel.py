@@ -109,7 +109,8 @@ def test_rows_are_the_same_whoever_prepares_them(tmp_path, monkeypatch):
         monkeypatch.setattr(parallel, "usable_cores", lambda cores=cores: cores)
         stats = prepare_rows(spec, tmp_path / name, "train", shard=1)
         assert stats.documents == 200
-    assert (tmp_path / "one" / "rows.arrow").read_bytes() == (tmp_path / "several" / "rows.arrow").read_bytes()
+    for file in ("rows.arrow", "first_tokens.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "several" / file).read_bytes()
 
 
 def test_a_containers_share_bounds_the_cores(monkeypatch):

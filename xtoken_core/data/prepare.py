@@ -12,6 +12,8 @@ Columns of a row (`teacher_I` for each teacher I of another vocabulary; one with
     teacher_I_student_chunk_id        int32   chunk of each student token, -1 outside chunks
     teacher_I_teacher_chunk_id        int32   chunk of each teacher token
     teacher_I_chunk_exact             bool    whether the chunk's bytes are equal on both sides
+
+Beside the training rows lies how often two tokens began the same chunk (`first_tokens`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
 from xtoken_core.data.tokenizing import DocumentTokenizer, outcomes_by
+from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokenCounter, first_of_chunks, write_first_tokens
 from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.spec import DataSpec, DistillationSpec
 
@@ -51,7 +54,9 @@ def prepare_rows(
     shard: int = 0,
     sides: Sequence[Side] | None = None,
 ) -> RowStatistics:
-    """Writes the rows of one share of the documents to `folder` (rows.arrow, rows.json) and returns the statistics.
+    """Writes the rows of one share of the documents to `folder` (rows.arrow, rows.json, of training rows first_tokens.safetensors).
+
+    Returns the statistics.
 
     Shard k of `data.shards` takes documents k, k + shards, ...; all shards together hold the rows that one alone would.
     Validation documents are not sharded. `sides`: what `load_sides` gives of the spec, where it is at hand. Raises InputError
@@ -69,7 +74,9 @@ def prepare_rows(
     stats = Statistics(sides)
     with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
         rows = _rows(progress, sides, spec, domains, stats)
-        _write(folder / "rows.arrow", stats.counted(_first(rows, spec.data) if split == "train" else rows), sides)
+        if split == "train":
+            rows = _first_tokens_counted(_first(rows, spec.data), sides, folder / FIRST_TOKENS)
+        _write(folder / "rows.arrow", stats.counted(rows), sides)
     result = stats.summary(started=round(started, 1), seconds=round(time.monotonic() - began, 3))
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
         check_statistics(result, f"data.{split}", stats.examples)
@@ -121,6 +128,21 @@ def _first(rows: Iterable[Row], data: DataSpec) -> Iterator[Row]:
             return
         used += len(row["student_ids"]) if data.packing else 1
         yield row
+
+
+def _first_tokens_counted(rows: Iterable[Row], sides: Sequence[Side], path: Path) -> Iterator[Row]:
+    """The rows as they are; after the last one the first tokens of their chunks are written."""
+    counters = {side.column: FirstTokenCounter() for side in sides[1:]}
+    for row in rows:
+        for column, counter in counters.items():
+            exact = row[f"{column}_chunk_exact"]
+            counter.add(
+                first_of_chunks(row["student_ids"], row[f"{column}_student_chunk_id"], exact),
+                first_of_chunks(row[f"{column}_ids"], row[f"{column}_teacher_chunk_id"], exact),
+            )
+        yield row
+    if counters:
+        write_first_tokens(path, {column: counter.total() for column, counter in counters.items()})
 
 
 def _write(path: Path, rows: Iterable[Row], sides: Sequence[Side]) -> None:

@@ -61,9 +61,8 @@ def test_kernels_agree_with_plain_path(name):
 )
 def test_tiles_change_nothing(name, monkeypatch):
     """Cut into tiles of a few rows, never through a chunk; cells of several segments."""
-    from xtoken_core.losses.kernels import cell_masses, partition, tiles
+    from xtoken_core.losses.kernels import cell_masses, tiles
 
     monkeypatch.setattr(tiles, "TILE_ROWS", 5)
-    monkeypatch.setattr(partition, "TILE_CHUNKS", 3)
-    monkeypatch.setattr(cell_masses, "SEGMENT", 1)
+    monkeypatch.setattr(cell_masses, "FEW", 1)
     compare(CASES[name], torch.device("cpu"), torch.float32)

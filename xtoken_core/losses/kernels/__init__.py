@@ -25,8 +25,10 @@
     batch.py            all of a batch, put together
     launch.py           cheaper launches
     autograd.py         all of it, differentiable
+    compared.py         partition_kl: which rows are compared
     cell_masses.py      partition_kl: masses of cells
     scored_cells.py     partition_kl: the same of a teacher's scores
+    realised.py         partition_kl: realised chunks, and sums by column
     partition.py        partition_kl: KL and gradient
     modes.py            `term_sums`: partition_kl beside the others
 

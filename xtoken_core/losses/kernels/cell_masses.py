@@ -1,13 +1,14 @@
 """The masses of a vocabulary's cells in rows of logits: for partition_kl.
 
 A tile's logits are [V, columns]; a column is a row of the batch, so that the logits of one token lie together, and those of a cell's tokens
-are read as whole lines wherever they are. No probabilities are stored: exp(z - m) is formed anew wherever it is needed, m the largest
-logit of the column.
+are read as whole lines wherever they are. Most cells hold one token, whose logit is read where a mass is wanted; the others have a table.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,167 +19,234 @@ from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.sources import Source
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.losses.partition import cell_order
-from xtoken_core.losses.selection import next_token_ids
+from xtoken_core.losses.selection import FLOOR
 from xtoken_core.projection import Projection
 
 COLUMNS = 64
-"""Columns of a program; a tile has a multiple of it."""
-SEGMENT = 64
-"""Most tokens that one program adds up for a cell; larger cells are several segments."""
+"""Columns of a program; a tile has a multiple of it, since products of other sizes are several times slower."""
 BLOCK = 32
-"""Segments, cells or tokens of a program."""
+"""Cells or tokens of a program."""
+FEW = 64
+"""Most tokens of a cell that are added up one after the other."""
 SPLITS = 64
 """Parts into which the tokens or cells of a column are split, where each is gone through from first to last."""
+LOG_FLOOR = math.log(FLOOR)
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The cells of a vocabulary, and as one more the tokens that are in none, in pieces of at most SEGMENT tokens, long ones first."""
+class CellLists:
+    """The cells of a vocabulary."""
 
     ids: Tensor
     """[V] int32: the tokens in the order of their cells."""
-    start: Tensor
-    """[S] int32: where in `ids` its tokens begin."""
-    size: Tensor
-    """[S] int32."""
-    row: Tensor
-    """[S] int32: where the sum goes: the cell itself, or for its further pieces a row behind all cells, those of one cell together."""
-    rows: int
-    divided: Tensor
-    """int64: the cells of several pieces."""
-    further: Tensor
-    """int64: how many further pieces each of them has."""
     cell: Tensor
-    """[V] int32: the cell of each token; behind the last cell for a token without one."""
-    cells: int
+    """[V] int32: the cell of each token; one past the last for a token without one."""
+    at: Tensor
+    """[cells] int32: the only token of a cell; for other cells -1 - the row of the table."""
+    several: Tensor
+    """[rows] int64: the cells of the table, those of many tokens first."""
+    start: Tensor
+    """[rows] int32: where in `ids` the tokens of these cells begin."""
+    size: Tensor
+    """[rows] int32: how many they are."""
+    large: int
+    """How many of them have more than FEW."""
 
 
-def segments(projection: Projection, side: str, vocab: int) -> Segments:
+def cell_lists(projection: Projection, side: str, vocab: int) -> CellLists:
     """Of the first `vocab` ids of the `student` or the `teacher`."""
     order = projection.table(cell_order, side, vocab)
-    device = order.sizes.device
-    sizes = torch.cat([order.sizes, order.sizes.new_tensor([vocab - len(order.cell)])]).cpu()
-    pieces = (sizes + SEGMENT - 1).div(SEGMENT, rounding_mode="floor").clamp(min=1)
-    of = torch.repeat_interleave(torch.arange(len(sizes)), pieces)
-    piece = torch.arange(len(of)) - (pieces.cumsum(0) - pieces)[of]
-    start = (sizes.cumsum(0) - sizes)[of] + SEGMENT * piece
-    size = (sizes[of] - SEGMENT * piece).clamp(max=SEGMENT)
-    behind = len(sizes) + (piece > 0).cumsum(0) - 1
-    row = torch.where(piece == 0, of, behind)
-    longest = size.argsort(descending=True, stable=True)
-    start, size, row = (x[longest].to(device, torch.int32) for x in (start, size, row))
-    divided = (pieces > 1).nonzero()[:, 0]
-    none = order.cell.new_full((vocab - len(order.cell),), len(order.sizes))
-    cell = torch.cat([order.cell, none])[order.place].to(torch.int32)
-    further = (pieces[divided] - 1).to(device)
-    return Segments(order.ids.to(torch.int32), start, size, row, len(of), divided.to(device), further, cell, len(order.sizes))
+    ids, sizes, device = order.ids.cpu(), order.sizes.cpu(), order.sizes.device
+    start = sizes.cumsum(0) - sizes
+    several = (sizes != 1).nonzero()[:, 0]
+    several = several[sizes[several].argsort(descending=True, stable=True)]
+    at = ids[start.clamp(max=len(ids) - 1)].index_copy(0, several, -1 - torch.arange(len(several)))
+    cell = torch.full_like(ids, len(sizes)).index_copy(0, ids[: len(order.cell)], order.cell.cpu())
+    ids, cell, at, start, size = (x.to(device, torch.int32) for x in (ids, cell, at, start[several], sizes[several]))
+    return CellLists(ids, cell, at, several.to(device), start, size, int((sizes > FEW).sum()))
 
 
 @triton.jit
-def _maxima_kernel(logits, top, token, vocab, columns, per_split, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """top, token [split, column]: the largest logit among a split's tokens, and the first token that has it."""
+def _scan_kernel(logits, cell, parts, token, vocab, cells, columns, per_split, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """parts [3, splits, columns]: m, the largest logit among a split's tokens, Σ exp(z - m) over all of them and over those in cells.
+
+    token [splits, columns]: the first that has m.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * per_split
-    best = tl.full([BLOCK, COLUMNS], float("-inf"), tl.float32)
+    best = tl.full([BLOCK, COLUMNS], -1e38, tl.float32)
     of_best = tl.full([BLOCK, COLUMNS], 2147483647, tl.int32)
+    every = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    kept = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for v in range(first, first + per_split, BLOCK):
         id = v + tl.arange(0, BLOCK)
         at = id.to(tl.int64)[:, None] * columns + column[None, :]
         z = tl.load(logits + at, mask=(id < vocab)[:, None], other=float("-inf")).to(tl.float32)
+        has = (tl.load(cell + id, mask=id < vocab, other=cells) < cells).to(tl.float32)[:, None]
         higher = z > best
+        smaller = tl.exp(-tl.abs(z - best))
+        every = tl.where(higher, every * smaller + 1.0, every + smaller)
+        kept = tl.where(higher, kept * smaller + has, kept + smaller * has)
         best = tl.where(higher, z, best)
         of_best = tl.where(higher, id[:, None], of_best)
     highest = tl.max(best, 0)
-    tl.store(top + tl.program_id(1) * columns + column, highest)
-    winner = tl.min(tl.where(best == highest[None, :], of_best, 2147483647), 0)
-    tl.store(token + tl.program_id(1) * columns + column, winner)
-
-
-def _maxima(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each column the largest logit, float32, and the first token that has it, int32."""
-    vocab, columns = logits.shape
-    top = torch.empty(SPLITS, columns, dtype=torch.float32, device=logits.device)
-    token = torch.empty(SPLITS, columns, dtype=torch.int32, device=logits.device)
-    per_split = ceil_div(ceil_div(vocab, SPLITS), BLOCK) * BLOCK
-    launch(
-        _maxima_kernel, (columns // COLUMNS, SPLITS), logits, top, token, vocab, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS
-    )
-    highest = top.amax(0)
-    return highest, torch.where(top == highest, token, vocab).amin(0)
+    by = tl.exp(best - highest[None, :])
+    out = tl.program_id(1) * columns + column
+    size = tl.num_programs(1) * columns
+    tl.store(parts + out, highest)
+    tl.store(parts + size + out, tl.sum(every * by, 0))
+    tl.store(parts + 2 * size + out, tl.sum(kept * by, 0))
+    tl.store(token + out, tl.min(tl.where(best == highest[None, :], of_best, 2147483647), 0))
 
 
 @triton.jit
-def _mass_kernel(logits, maxima, ids, start, size, row, mass, count, columns, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """mass[row, column] = Σ exp(z - m) over a segment's tokens."""
-    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = segment < count
-    first = tl.load(start + segment, mask=inside, other=0)
-    length = tl.load(size + segment, mask=inside, other=0)
-    highest = tl.load(maxima + column)[None, :]
+def _column_kernel(
+    parts, token, logits, following, lse, rest, tokens, argmax, columns, count, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """From what `_scan_kernel` leaves the statistics of each column; see `CellSide`."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, SPLITS)[:, None] * columns + column[None, :]
+    size = SPLITS * columns
+    top = tl.load(parts + at)
+    highest = tl.max(top, 0)
+    by = tl.exp(top - highest[None, :])
+    every = tl.sum(tl.load(parts + size + at) * by, 0)
+    kept = tl.sum(tl.load(parts + 2 * size + at) * by, 0)
+    whole = highest + tl.log(every)
+    tl.store(lse + column, whole)
+    tl.store(rest + column, tl.log(every / kept))
+    tl.store(argmax + column, tl.min(tl.where(top == highest[None, :], tl.load(token + at), 2147483647), 0))
+    next = tl.load(following + column, mask=column < count, other=0).to(tl.int64)
+    tl.store(tokens + column, tl.load(logits + next * columns + column).to(tl.float32) - whole)
+
+
+@triton.jit
+def _mass_kernel(
+    logits, lse, ids, start, size, table, count, columns, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """table[row, column]: the log of a cell's mass, at least LOG_FLOOR. One program: BLOCK cells."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.load(start + row, mask=row < count, other=0)
+    length = tl.load(size + row, mask=row < count, other=0)
+    norm = tl.load(lse + column)[None, :]
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for k in range(tl.max(length, 0)):
         id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
         at = id[:, None] * columns + column[None, :]
-        z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
-        total += tl.exp(z - highest)
-    to = tl.load(row + segment, mask=inside, other=0).to(tl.int64)
-    tl.store(mass + to[:, None] * columns + column[None, :], total, mask=inside[:, None])
+        total += tl.exp(tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32) - norm)
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(table + at, tl.maximum(tl.log(total), LOG_FLOOR), mask=(row < count)[:, None])
+
+
+@triton.jit
+def _large_mass_kernel(
+    logits, lse, ids, start, size, table, columns, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """As `_mass_kernel`. One program: one cell."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1)
+    first, length = tl.load(start + row), tl.load(size + row)
+    norm = tl.load(lse + column)[None, :]
+    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for k0 in range(0, length, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
+        at = id[:, None] * columns + column[None, :]
+        total += tl.exp(tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32) - norm)
+    tl.store(table + row.to(tl.int64) * columns + column, tl.maximum(tl.log(tl.sum(total, 0)), LOG_FLOOR))
+
+
+class Masses(NamedTuple):
+    """The masses of a tile's cells as kernels take them: see `log_masses`."""
+
+    logits: Tensor
+    """[V, columns]."""
+    table: Tensor
+    """[rows, columns] float32: logs of the masses of cells that have a row; at least LOG_FLOOR."""
+    at: Tensor
+    """[cells] int32: the token that is the cell, or -1 - its row of the table."""
+    lse: Tensor
+    """[columns] float32: log Z."""
+    rest: Tensor
+    """[columns] float32: log (Z / N), N the mass of all cells."""
+    columns: int
+
+
+@triton.jit
+def log_masses(side, at, column, use, LOG_FLOOR: tl.constexpr):
+    """Logs of the masses, at least LOG_FLOOR, of the cells whose entries of `side.at` are `at`; `column`s within the tile, even where not `use`."""
+    single = at >= 0
+    place = tl.where(single, at, -1 - at).to(tl.int64) * side.columns + column
+    z = tl.load(side.logits + place, mask=use & single, other=0.0).to(tl.float32) - tl.load(side.lse + column)
+    stored = tl.load(side.table + place, mask=use & (single == 0), other=0.0)
+    return tl.maximum(tl.where(single, z, stored), LOG_FLOOR)
 
 
 @dataclass(frozen=True)
 class CellSide:
     """One side of a tile."""
 
-    logits: Tensor
-    """[V, columns]."""
-    maxima: Tensor
-    """[columns] float32."""
+    masses: Masses
+    lists: CellLists
+    hidden: Tensor
+    """[columns, D]: the last ones zero where the tile has fewer rows."""
+    tokens: Tensor
+    """[columns] float32: log-probability of the token that each column predicts."""
     argmax: Tensor
-    """[columns] int32."""
-    mass: Tensor
-    """[rows, columns] float32: of the cells, then of the tokens in none; what is behind is of no more use."""
-    kept: Tensor
-    """[columns]: N, the mass of all cells."""
-    cell: Tensor
-    """[V] int32: see `Segments`."""
-    following: Tensor
-    """[columns] int32: the token that each column predicts."""
-    chunk: Tensor
-    """[columns] int64: its realised chunk within the tile; one past the last: none."""
-    cells: int
+    """[columns] int32: the first token of the largest logit."""
 
-    def scales(self) -> Tensor:
-        """[2, columns]: 1 / Z and Z / N."""
-        whole = self.kept + self.mass[self.cells]
-        return torch.stack([1 / whole, whole / self.kept])
-
-    def log_probs(self) -> Tensor:
-        """[columns]: of the tokens at `following`."""
-        z = self.logits.gather(0, self.following.long()[None])[0].float()
-        return z - self.maxima - (self.kept + self.mass[self.cells]).log()
+    def log_cells(self) -> Tensor:
+        """[cells, columns]: logs of the masses of all cells, at least LOG_FLOOR."""
+        single = self.masses.logits[self.lists.at.clamp(min=0)].float() - self.masses.lse
+        return single.clamp(min=LOG_FLOOR).index_copy_(0, self.lists.several, self.masses.table)
 
 
 class CellVocabulary:
     """One side's hidden states and lm_head, and its vocabulary's cells."""
 
-    def __init__(self, form: HiddenLogits, projection: Projection, side: str, ids: Tensor):
+    def __init__(self, form: HiddenLogits, projection: Projection, side: str, following: Tensor):
+        """`following`: [R] the token that each row predicts."""
         self.source = Source.of(form)
-        self.segments = projection.table(segments, side, self.source.vocab)
-        self.following = next_token_ids(ids).flatten().to(torch.int32)
+        self.lists = projection.table(cell_lists, side, self.source.vocab)
+        self.following = following
 
-    def side(self, rows: Tensor, chunk: Tensor) -> CellSide:
-        """Of the rows that a tile's columns are."""
+    def side(self, first: int, last: int) -> CellSide:
+        """Of the rows first..last-1."""
         assert self.source.weight is not None and self.source.hidden is not None
-        logits, parts = self.source.weight @ self.source.hidden[rows].T, self.segments
-        maxima, argmax = _maxima(logits)
-        mass = torch.empty(parts.rows, len(rows), dtype=torch.float32, device=rows.device)
+        columns = COLUMNS * max(1, ceil_div(last - first, COLUMNS))
+        hidden = self.source.hidden[first:last]
+        if columns > last - first:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, columns - (last - first)))
+        logits, lists, device = self.source.weight @ hidden.T, self.lists, hidden.device
+        lse, rest, tokens = torch.empty(3, columns, device=device)
+        token = torch.empty(SPLITS + 1, columns, dtype=torch.int32, device=device)
+        parts = torch.empty(3, SPLITS, columns, device=device)
+        blocks, vocab, cells = columns // COLUMNS, len(logits), len(lists.at)
+        per_split = ceil_div(ceil_div(vocab, SPLITS), BLOCK) * BLOCK
         launch(
-            _mass_kernel, (ceil_div(len(parts.start), BLOCK), len(rows) // COLUMNS), logits, maxima, parts.ids, parts.start, parts.size,
-            parts.row, mass, len(parts.start), len(rows), BLOCK=BLOCK, COLUMNS=COLUMNS,
+            _scan_kernel, (blocks, SPLITS), logits, lists.cell, parts, token, vocab, cells, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS
         )  # fmt: skip
-        if len(parts.divided):
-            more = torch.segment_reduce(mass[parts.cells + 1 :], "sum", lengths=parts.further, axis=0, unsafe=True)
-            mass[parts.divided] += more
-        kept = mass[: parts.cells].sum(0)
-        return CellSide(logits, maxima, argmax, mass, kept, parts.cell, self.following[rows], chunk, parts.cells)
+        launch(
+            _column_kernel, (blocks,), parts, token, logits, self.following[first:last], lse, rest, tokens, token[SPLITS], columns,
+            last - first, SPLITS=SPLITS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        table = self._table(logits, lse)
+        return CellSide(Masses(logits, table, lists.at, lse, rest, columns), lists, hidden, tokens, token[SPLITS])
+
+    def _table(self, logits: Tensor, lse: Tensor) -> Tensor:
+        lists, columns = self.lists, logits.shape[1]
+        rows, large, blocks = len(lists.several), lists.large, columns // COLUMNS
+        table = torch.empty(rows, columns, device=logits.device)
+        if large:
+            launch(
+                _large_mass_kernel, (blocks, large), logits, lse, lists.ids, lists.start, lists.size, table, columns,
+                LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+            )  # fmt: skip
+        if rows > large:
+            start, size = lists.start[large:], lists.size[large:]
+            launch(
+                _mass_kernel, (blocks, ceil_div(rows - large, BLOCK)), logits, lse, lists.ids, start, size, table[large:], rows - large,
+                columns, LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+            )  # fmt: skip
+        return table

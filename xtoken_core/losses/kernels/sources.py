@@ -129,14 +129,17 @@ class HiddenGradients:
         torch.mm(gradient, self.source.weight, out=self.hidden[rows])
         self._add_head(gradient, self.source.hidden[rows])
 
-    def add_rows(self, gradient: Tensor, rows: Tensor, count: int) -> None:
-        """As `add`, of a tile of the rows `rows` [n], each in one tile; those in none are the caller's to fill.
+    def add_padded(self, gradient: Tensor, hidden: Tensor, first: int, last: int) -> None:
+        """As `add`, of the rows first..last-1 and, behind them, rows whose gradients and hidden states [n, D] are zero.
 
-        The gradients of those from `count` on are zero: they are there since products of other sizes are several times slower.
+        They are there since products of other sizes are several times slower.
         """
-        assert self.source.hidden is not None and self.source.weight is not None
-        self.hidden[rows[:count]] = (gradient @ self.source.weight)[:count]
-        self._add_head(gradient, self.source.hidden[rows])
+        assert self.source.weight is not None
+        if gradient.shape[0] == last - first:
+            torch.mm(gradient, self.source.weight, out=self.hidden[first:last])
+        else:
+            self.hidden[first:last] = (gradient @ self.source.weight)[: last - first]
+        self._add_head(gradient, hidden)
 
     def _add_head(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.like.weight.requires_grad:

@@ -34,22 +34,22 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
-def first_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model has only its first layers, as many as hold one of every kind that it has (attention, recurrence, ...).
+def first_layers(model: PreTrainedModel) -> Iterator[int | None]:
+    """Within, the model has only its first layers, as many as hold one of every kind that it has (attention, recurrence, ...): their count.
 
-    A model whose layers are not in one stack stays whole.
+    A model whose layers are not in one stack stays whole: None.
     """
     try:
         layers = decoder_layers(model)
     except InputError:
-        yield
+        yield None
         return
     types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     kinds = [(type(layer), kind) for layer, kind in zip(layers, types)]
     rest = list(layers)[max(map(kinds.index, kinds)) + 1 :]
     del layers[len(layers) - len(rest) :]
     try:
-        yield
+        yield len(layers)
     finally:
         layers.extend(rest)
 

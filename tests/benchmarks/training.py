@@ -45,9 +45,11 @@ from transformers.utils import logging as transformers_logging
 import xtoken_core.training.student
 from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
 from xtoken_core.data.batch import Collator
+from xtoken_core.forking import start_server
 from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.student import LoraSpec
+from xtoken_core.teachers.handle import TEACHERS_IMPORT
 from xtoken_core.teachers.pool import GIB, TeacherPool
 from xtoken_core.teachers.setup import Shards, TeacherSetup
 from xtoken_core.training.adapters import add_adapters
@@ -324,6 +326,7 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
     """One case's line. `rate`: operations a second."""
     rank, ranks, rows = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), run.rows
     spec, started = spec_of(case, run), time.monotonic()
+    start_server(TEACHERS_IMPORT)  # as distill does
     out = Path(tempfile.mkdtemp(dir=work))
     args = training_arguments(spec, out, rows=1)
     teachers = []

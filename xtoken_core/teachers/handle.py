@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from xtoken_core.errors import InputError
 from xtoken_core.forking import start_process, start_server
@@ -27,6 +28,8 @@ from xtoken_core.teachers.worker import teacher_main
 
 logger = logging.getLogger(__name__)
 
+TEACHERS_IMPORT = ["xtoken_core.teachers.worker"]
+"""What the process that teachers are forked from imports."""
 WARNING_SECONDS = 30.0
 """Of silence, after which a line says so, and again after as many."""
 LOADING_SECONDS = 3600.0
@@ -43,7 +46,7 @@ class Teacher:
         """How often outputs of this teacher have been given back: once per run."""
         self._leased = False
         self._inbox = Inbox()
-        start_server(["xtoken_core.teachers.worker"])
+        start_server(TEACHERS_IMPORT)
         context = mp.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, setup, os.getpid(), dict(os.environ))
@@ -57,8 +60,16 @@ class Teacher:
 
     def call(self, command: str, *arguments: Any) -> dict[str, Any]:
         """Sends a command (a method of TeacherServer) and waits for the result, with `started` and `ended` (monotonic s)."""
+        self.begin(command, *arguments)
+        return self.finish(command)
+
+    def begin(self, command: str, *arguments: Any) -> None:
+        """Sends a command; `finish` has to follow before the next one."""
         with contextlib.suppress(OSError):  # dead: its reply says why
             self._pipe.send((command, arguments))
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Waits for the result of the command that was sent."""
         return self._reply(command, self.setup.timeout)
 
     def run(self, inputs: Sequence[Inputs]) -> tuple[list[Logits], dict[str, Any]]:
@@ -67,6 +78,16 @@ class Teacher:
         result = self.call("run", inputs)
         self._leased = True
         return self._outputs(result["shapes"]), result
+
+    def blank(self, inputs: Inputs) -> Logits:
+        """What `run` gives of a micro-batch, in form; every number is zero."""
+        setup, places = self.setup, inputs["input_ids"].shape
+        width = {"hidden": self.info["head"]["shape"][1], "logits": self.info["rows"], "topk": setup.top_k}[setup.transport]
+        values = torch.zeros((*places, width), dtype=setup.dtype, device=setup.device)
+        if setup.transport == "topk":
+            indices = torch.arange(width, dtype=torch.int32, device=setup.device).expand(values.shape)
+            return self._logits([values], [indices.contiguous()])[0]
+        return self._logits([values])[0]
 
     @property
     def shared_bytes(self) -> int:
@@ -136,16 +157,22 @@ class Teacher:
         raise TeacherError(f"{self.setup.name}: its process died ({_cause(self._process.exitcode)})")
 
     def _outputs(self, shapes: list[Shape]) -> list[Logits]:
-        dtype, rows, tensors = self.setup.dtype, self.info["rows"], self._inbox.tensors
-        if self.setup.transport == "logits":
-            return list(tensors("logits", shapes, dtype))
+        dtype, tensors = self.setup.dtype, self._inbox.tensors
         if self.setup.transport == "topk":
-            values, indices = tensors("values", shapes, dtype), tensors("indices", shapes, torch.int32)
+            return self._logits(tensors("values", shapes, dtype), tensors("indices", shapes, torch.int32))
+        return self._logits(tensors(self.setup.transport, shapes, dtype))
+
+    def _logits(self, values: list[Tensor], indices: Sequence[Tensor] = ()) -> list[Logits]:
+        """What is handed over of each micro-batch (and of `topk` its ids) as logits."""
+        dtype, rows = self.setup.dtype, self.info["rows"]
+        if self.setup.transport == "logits":
+            return list(values)
+        if self.setup.transport == "topk":
             return [TopKLogits(v, i, rows) for v, i in zip(values, indices)]
         head = self.info["head"]
-        (weight,) = tensors("head", [head["shape"]], dtype)
-        bias = tensors("bias", [head["shape"][:1]], dtype)[0][:rows] if head["bias"] else None
-        return [HiddenLogits(h, weight[:rows], bias, head["scale"], head["softcap"]) for h in tensors("hidden", shapes, dtype)]
+        (weight,) = self._inbox.tensors("head", [head["shape"]], dtype)
+        bias = self._inbox.tensors("bias", [head["shape"][:1]], dtype)[0][:rows] if head["bias"] else None
+        return [HiddenLogits(h, weight[:rows], bias, head["scale"], head["softcap"]) for h in values]
 
 
 def _cause(exitcode: int | None) -> str:

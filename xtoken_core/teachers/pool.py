@@ -49,6 +49,7 @@ class TeacherPool:
     def __init__(self, setups: Sequence[TeacherSetup]):
         self._setups = setups
         self._runs = 0
+        self._warming: list[Teacher] = []
         self.teachers: list[Teacher] = []
         self.events: list[Event] = []
         """What happened in the last run, in order of the replies."""
@@ -86,12 +87,26 @@ class TeacherPool:
         for teacher in self.teachers:
             teacher.check()
 
+    def warm_up(self, inputs: Sequence[Sequence[Inputs]]) -> bool:
+        """Before the first run: has the teachers compile what it takes, all at the same time, and returns at once. Whether there is a need.
+
+        A teacher that is spread over ranks compiles in its run.
+        """
+        if self._runs == 0 and not self._warming:
+            for teacher, batches in zip(self.teachers, inputs):
+                if teacher.setup.compile and teacher.setup.shards is None:
+                    teacher.begin("warm_up", batches)
+                    self._warming.append(teacher)
+        return bool(self._warming)
+
     def run(self, inputs: Sequence[Sequence[Inputs]], in_training: bool = True) -> list[TeacherRun]:
         """Runs the teachers one after another; `inputs[i]` are the micro-batches of teacher i.
 
         A teacher that does not stay on the GPU is brought there, runs, and has left before the next one begins.
         in_training: the student's step follows, whose peak of memory then decides which teachers stay.
         """
+        while self._warming:
+            self._warming.pop().finish("warm_up")
         on_gpu = any(t.setup.device.type == "cuda" for t in self.teachers)
         if on_gpu:
             torch.cuda.synchronize()  # the student may still read the last step's outputs

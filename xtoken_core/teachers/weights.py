@@ -62,13 +62,14 @@ class Weights:
     def _wait(self, index: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.arrived[index])
 
-    def onload(self) -> None:
-        """Starts to copy the weights onto the device; their use waits as long as needed."""
+    def onload(self, layers: int | None = None) -> None:
+        """Starts to copy the weights onto the device; their use waits as long as needed. layers: only so many of the first layers'."""
         if self.on_device or self.host is None:
             return
         self.on_device = True
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        for group, host, arrived in zip(self.groups, self.host, self.arrived):
+        count = None if layers is None else layers + 1  # before them: what belongs to no layer
+        for group, host, arrived in list(zip(self.groups, self.host, self.arrived))[:count]:
             for parameter, tensor in zip(group, host):
                 parameter.data = torch.empty_like(tensor, device=self.device)
                 with torch.cuda.stream(self.stream):

@@ -23,7 +23,7 @@ from xtoken_core.compilations import keep_compilations
 from xtoken_core.costs import FORWARD_TOKENS
 from xtoken_core.errors import InputError
 from xtoken_core.finite import largest
-from xtoken_core.layers import decoder_layers
+from xtoken_core.layers import decoder_layers, first_layers
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
@@ -90,6 +90,21 @@ class TeacherServer:
             self.weights.forget_host()
         else:
             self.weights.pin_host()
+        return {}
+
+    @torch.no_grad()
+    def warm_up(self, micro_batches: Sequence[Inputs]) -> dict[str, Any]:
+        """Compiles what a run over such micro-batches takes, on the first layers: those of one kind share their code.
+
+        That needs little of the device's memory; where it is too much nonetheless, the run itself compiles.
+        """
+        on_device = self.weights.on_device
+        with contextlib.suppress(torch.OutOfMemoryError), first_layers(self.model) as count:
+            self.weights.onload(count)
+            for _ in self._hidden(micro_batches):
+                self._alive()
+        if not on_device:
+            self.weights.offload()
         return {}
 
     @torch.no_grad()

@@ -24,11 +24,13 @@ from xtoken_core.data.batch import Collator
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
+from xtoken_core.forking import start_server
 from xtoken_core.models import Loaded
 from xtoken_core.overlap import NO_DISTANCES, WORSE_THAN_CE
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
+from xtoken_core.teachers.handle import TEACHERS_IMPORT
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.scores import ScoredTeacher
 from xtoken_core.tokenization import load_tokenizer
@@ -89,6 +91,8 @@ def distill(
     arguments = (spec, inputs, Path(out_dir), baseline, checkpoint_uri)
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
+        if not baseline:
+            start_server(TEACHERS_IMPORT)  # which takes seconds, and the student loads meanwhile
         return _distill(*arguments)
     summary: TrainingSummary = on_every_gpu(gpus, _distill, arguments, rank_timeout(spec.training))
     return summary

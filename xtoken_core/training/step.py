@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from xtoken_core.data.batch import Batch
 from xtoken_core.losses import StepTotals, batch_counts, dynamic_scale, loss_metrics
 from xtoken_core.results.training import TeacherLine
 from xtoken_core.spec import LossSpec
 from xtoken_core.teachers.pool import TeacherPool, TeacherRun
+from xtoken_core.teachers.setup import Inputs, Logits
 from xtoken_core.training.student import MicroBatch, Student
 from xtoken_core.training.teachers import ReadyTeacher
 
@@ -68,17 +71,32 @@ class Teaching:
         runs = self.run_processes(batches)
         micro_batches, counts = [], []
         for n, batch in enumerate(batches):
-            heard = {
-                t.id: t.batch(runs[t.id].logits[n] if t.id in runs else batch.scored[i], batch.teachers[i], taught)
-                for i, (t, taught) in enumerate(zip(self.teachers, batch.taught))  # a baseline hears none
-            }
-            given = [runs[t.id].scores if t.id in runs else [] for t in self.teachers]
-            scores = [torch.tensor(of[n] if of else [0.0, 0.0], dtype=torch.float64) for of in given]
-            counts.append(batch_counts(*batch.masks, list(heard.values()), loss, scores))
-            micro_batches.append(MicroBatch(batch, heard))
+            micro_batches.append(self._micro_batch(batch, {name: run.logits[n] for name, run in runs.items()}))
+            counts.append(self._counts(micro_batches[n], {name: run.scores[n] for name, run in runs.items() if run.scores}, loss))
         seconds = {t.id: runs[t.id].seconds if t.id in runs else 0.0 for t in self.teachers}
         finite = {t.id: runs[t.id].finite if t.id in runs else True for t in self.teachers}
         return Taught(micro_batches, torch.stack(counts).sum(0), seconds, finite)
+
+    def rehearsal(self, batch: Batch, loss: LossSpec) -> Taught:
+        """What the teachers would give for one micro-batch, in form: in place of their outputs are zeros."""
+        batch = self._heard(batch)
+        of = zip(self._live, self.pool.teachers if self.pool is not None else ())
+        blank = {t.id: teacher.blank(batch.teacher_inputs(i, with_scores=False)) for (i, t), teacher in of}
+        micro_batch = self._micro_batch(batch, blank)
+        return Taught([micro_batch], self._counts(micro_batch, {}, loss), {}, {})
+
+    def _micro_batch(self, batch: Batch, logits: Mapping[str, Logits]) -> MicroBatch:
+        """logits: by id, of the teachers that are run."""
+        heard = {
+            t.id: t.batch(logits[t.id] if t.id in logits else batch.scored[i], batch.teachers[i], taught)
+            for i, (t, taught) in enumerate(zip(self.teachers, batch.taught))  # a baseline hears none
+        }
+        return MicroBatch(batch, heard)
+
+    def _counts(self, micro_batch: MicroBatch, given: Mapping[str, Sequence[float]], loss: LossSpec) -> Tensor:
+        """`batch_counts` of a micro-batch. given: scores by id; no others have any."""
+        scores = [torch.tensor(given.get(t.id, [0.0, 0.0]), dtype=torch.float64) for t in self.teachers]
+        return batch_counts(*micro_batch.batch.masks, list(micro_batch.teachers.values()), loss, scores)
 
     def _heard(self, batch: Batch) -> Batch:
         """The batch as far as teachers are heard."""
@@ -89,11 +107,23 @@ class Teaching:
 
     def run_processes(self, batches: Sequence[Batch], in_training: bool = True) -> dict[str, TeacherRun]:
         """Runs the teachers that have a process; what each gave, by id. in_training: see `TeacherPool.run`."""
-        live = [(i, t.id, t.setup.scores is not None) for i, t in enumerate(self.teachers) if t.setup is not None]
-        if self.pool is None or not live:
+        if self.pool is None or not self._live:
             return {}
-        runs = self.pool.run([[b.teacher_inputs(i, with_scores) for b in batches] for i, _, with_scores in live], in_training)
-        return {teacher_id: run for (_, teacher_id, _), run in zip(live, runs)}
+        runs = self.pool.run(self._inputs(batches), in_training)
+        return {t.id: run for (_, t), run in zip(self._live, runs)}
+
+    def warm_up(self, batches: Sequence[Batch]) -> bool:
+        """Has the teachers compile for a first step: see `TeacherPool.warm_up`."""
+        return self.pool is not None and self.pool.warm_up(self._inputs([self._heard(batch) for batch in batches]))
+
+    @property
+    def _live(self) -> list[tuple[int, ReadyTeacher]]:
+        """The teachers that have a process, with their place in the spec."""
+        return [(i, t) for i, t in enumerate(self.teachers) if t.setup is not None]
+
+    def _inputs(self, batches: Sequence[Batch]) -> list[list[Inputs]]:
+        """What each teacher that has a process is sent."""
+        return [[b.teacher_inputs(i, bool(t.setup and t.setup.scores)) for b in batches] for i, t in self._live]
 
     def check(self) -> None:
         """Raises TeacherError if a teacher has died."""
@@ -197,17 +227,42 @@ def begin_step(
     """
     clock.lap("data")
     device = batches[0].sample_mask.device
+    if teaching.warm_up(batches) and not isinstance(student, FSDPModule):  # whose passes wait for those of all ranks
+        _rehearse(batches[0], teaching, student)
     taught = teaching.run(batches, student.loss)
     heard = list(taught.micro_batches[0].teachers.values())
     totals = StepTotals.from_sums(over_ranks(taught.counts, device), heard, student.loss, scale=scale if heard else 1.0)
     totals = replace(totals, course=course)
     clock.lap("teachers")
     if student.loss.dynamic_scaling and totals.scale is None:  # the first step: its own sums, before its gradients
-        with torch.no_grad():
-            sums = [student(m, totals, with_loss=False)["sums"] for m in taught.micro_batches]
-        totals = totals.with_scale(dynamic_scale(over_ranks(torch.stack(sums).sum(0), device), totals, student.loss))
+        sums = _sums(student, taught.micro_batches, totals)
+        totals = totals.with_scale(dynamic_scale(over_ranks(sums, device), totals, student.loss))
     tokens = torch.stack([batch.student.attention_mask.sum() for batch in batches]).sum()
     return Step(taught.micro_batches, totals, tokens, taught.seconds, taught.finite, clock)
+
+
+def _sums(student: Student, micro_batches: Sequence[MicroBatch], totals: StepTotals) -> Tensor:
+    """`LossOutput.sums` of a step without gradients. It happens once: code for it would take longer to compile than it does."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return torch.stack([student(m, totals, with_loss=False)["sums"] for m in micro_batches]).sum(0)
+
+
+def _rehearse(batch: Batch, teaching: Teaching, student: Student) -> None:
+    """Compiles what the student's part of a step takes while the teachers compile theirs. Nothing of it stays but the code.
+
+    Where memory does not suffice for all of them at once, the step itself compiles.
+    """
+    training, device = student.training, batch.sample_mask.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), contextlib.suppress(torch.OutOfMemoryError):
+        taught = teaching.rehearsal(batch, student.loss)
+        heard = list(taught.micro_batches[0].teachers.values())
+        totals = StepTotals.from_sums(taught.counts.to(device), heard, student.loss, scale=1.0)
+        _sums(student, taught.micro_batches, totals)
+        student.train()(taught.micro_batches[0], totals)["loss"].backward()
+    student.train(training)
+    for parameter in student.parameters():
+        parameter.grad = None
 
 
 def over_ranks(sums: Tensor, device: torch.device) -> Tensor:

@@ -110,6 +110,7 @@ def prepare_student(model: PreTrainedModel, training: TrainingSpec) -> PreTraine
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     if training.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer into buckets of gradients, and compile every part
         for layer in decoder_layers(model):  # one compilation for all layers, whatever wraps them
             layer.compile()
     return model

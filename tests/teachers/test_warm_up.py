@@ -1,0 +1,111 @@
+"""Before the first step teachers and student compile side by side; what they then compute is what they would have anyway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.tiny import tiny_model
+from tests.support.training_run import FIVE_STEPS, losses, prepare, run
+from tests.teachers.test_teachers import dense, micro_batches, own_logits, setup
+from xtoken_core.losses import HiddenLogits
+from xtoken_core.teachers.pool import TeacherPool
+from xtoken_core.teachers.setup import TeacherError
+from xtoken_core.training import step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("teacher"), 400)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What compilation changes is the speed only; it would take a quarter of a minute here."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
+def test_all_are_asked_before_one_is_waited_for(folder, uncompiled):
+    """With the first one standing still the call returns; once it goes on, all give what they would have given without."""
+    batches = micro_batches((2, 9), (1, 14))
+    with TeacherPool([setup(folder, name, compile=True) for name in ("one", "two")]) as pool:
+        first = pool.teachers[0]._process.pid
+        os.kill(first, signal.SIGSTOP)
+        assert pool.warm_up([batches] * 2)
+        assert pool.warm_up([batches] * 2)  # is asked once
+        os.kill(first, signal.SIGCONT)
+        for run_of_one in pool.run([batches] * 2):
+            for batch, logits in zip(batches, run_of_one.logits, strict=True):
+                torch.testing.assert_close(dense(logits), own_logits(folder, batch))
+        assert [event.what for event in pool.events] == ["run", "run"]
+        assert not pool.warm_up([batches] * 2)  # they have run
+
+
+def test_a_teacher_that_compiles_nothing_is_not_asked(folder):
+    with TeacherPool([setup(folder)]) as pool:
+        assert not pool.warm_up([micro_batches((1, 4))])
+
+
+def test_a_teacher_that_fails_meanwhile_ends_the_run_by_name(folder, uncompiled):
+    unknown = [{"input_ids": np.full((1, 4), 10**6)}]
+    with (
+        pytest.raises(TeacherError, match=r"^two: IndexError: "),
+        TeacherPool([setup(folder, name, compile=True) for name in ("one", "two")]) as pool,
+    ):
+        pool.warm_up([micro_batches((1, 4)), unknown])
+        pool.run([micro_batches((1, 4))] * 2)
+
+
+def test_blank_outputs_have_the_form_of_real_ones(folder):
+    ways = [{"transport": "hidden"}, {"transport": "logits"}, {"transport": "topk", "top_k": 7}]
+    [batch] = micro_batches((2, 9))
+    with TeacherPool([setup(folder, **way) for way in ways]) as pool:
+        for teacher, given in zip(pool.teachers, pool.run([[batch]] * 3), strict=True):
+            blank, [real] = teacher.blank(batch), given.logits
+            assert type(blank) is type(real)
+            assert blank.shape == real.shape
+            if not isinstance(real, torch.Tensor):
+                for ours, theirs in zip(blank.tensors, real.tensors, strict=True):
+                    assert (ours is None) == (theirs is None)
+                    assert ours is None or (ours.shape, ours.dtype, ours.stride()) == (
+                        theirs.shape,
+                        theirs.dtype,
+                        theirs.stride(),
+                    )
+            if isinstance(real, HiddenLogits):
+                assert blank.weight.data_ptr() == real.weight.data_ptr()
+            assert not (blank if isinstance(real, torch.Tensor) else blank.tensors[0]).any()
+
+
+@pytest.mark.slow
+def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path):
+    """Dropout draws what it would have drawn, no gradient stays, and the first step's own sums give the same scale."""
+    values = prepare(tmp_path, loss={"weight_metric": "ce"}, training=FIVE_STEPS | {"max_steps": 2, "save_steps": None})
+    config = tmp_path / "student" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.2}))
+    values["teachers"][1] |= {"transport": "topk", "top_k": 20}
+    run(values, tmp_path, tmp_path / "plain")
+    rehearsed = mock.Mock(side_effect=step._rehearse)
+    with (
+        mock.patch.object(TeacherPool, "warm_up", lambda pool, _: pool._runs == 0),
+        mock.patch.object(step, "_rehearse", rehearsed),
+    ):
+        run(values, tmp_path, tmp_path / "rehearsed")
+    assert rehearsed.call_count == 1
+    assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_ends_no_training(tmp_path):
+    values = prepare(tmp_path, teachers=1, training={"max_steps": 1})
+    with (
+        mock.patch.object(TeacherPool, "warm_up", lambda pool, _: pool._runs == 0),
+        mock.patch.object(step.Teaching, "rehearsal", side_effect=torch.OutOfMemoryError),
+    ):
+        assert run(values, tmp_path, tmp_path / "out").steps == 1

@@ -18,19 +18,22 @@ from xtoken_core.training.teachers import sharers
 pytestmark = pytest.mark.slow
 
 
-def hands_over_the_whole_models_logits(folder, devices, **tolerance):
-    """A rank on each device: its teacher holds its share of the weights, runs samples of its own twice, and gives all logits of those."""
-    address = f"file://{folder}/group"
+def hands_over_the_whole_models_logits(folder, devices, own=own_logits, dtype=torch.float32, **tolerance):
+    """A rank on each device: its teacher holds its share of the weights, runs samples of its own twice, and gives all logits of those.
+
+    own: from the folder and a micro-batch what the whole model gives.
+    """
+    address = f"file://{folder}/group-of-{len(devices)}"
     ranks = len(devices)
     samples = [micro_batches((2, 9), (1, 5 + number), seed=number) for number in range(ranks)]
-    expected = [[own_logits(folder, batch) for batch in batches] for batches in samples]
+    expected = [[own(folder, batch).cpu() for batch in batches] for batches in samples]
 
     def rank(number):
-        shared = {"shards": Shards(address, number, ranks), "transport": ("hidden", "logits")[number % 2]}
+        shared = {"shards": Shards(address, number, ranks), "transport": ("hidden", "logits")[number % 2], "dtype": dtype}
         with TeacherPool([setup(folder, f"rank {number}", device=torch.device(devices[number]), **shared)]) as pool:
             for _ in range(2):
-                for found, own in zip(pool.run([samples[number]])[0].logits, expected[number], strict=True):
-                    torch.testing.assert_close(dense(found).cpu(), own, **tolerance)
+                for found, whole in zip(pool.run([samples[number]])[0].logits, expected[number], strict=True):
+                    torch.testing.assert_close(dense(found).cpu(), whole, **tolerance)
         return True
 
     with ThreadPoolExecutor(ranks) as threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable
 
@@ -39,13 +40,22 @@ def is_forked(process: psutil.Process) -> bool:
 
 
 def left_in_shared_memory(before: set[str]) -> set[str]:
-    """What is new in /dev/shm and stays for a minute: tests that run beside this one have files there for a moment."""
+    """What is new in /dev/shm and stays for a minute: tests that run beside this one have files there for a moment.
+
+    What a living process shares of a GPU is in use, and not left.
+    """
     deadline = time.monotonic() + 60
     left = set(os.listdir("/dev/shm")) - before
-    while left and time.monotonic() < deadline:
+    while (left := {name for name in left if not _in_use(name)}) and time.monotonic() < deadline:
         time.sleep(0.1)
         left &= set(os.listdir("/dev/shm"))
     return left
+
+
+def _in_use(name: str) -> bool:
+    """Whether a file in /dev/shm is CUDA's of a process that is there: `cuda.shm.USER.PID.NUMBER`, in hexadecimal digits."""
+    found = re.fullmatch(r"cuda\.shm\.[^.]+\.([0-9a-f]+)\..*", name)
+    return found is not None and psutil.pid_exists(int(found[1], 16))
 
 
 def ended(processes: Iterable[psutil.Process], seconds: float = 60.0) -> bool:

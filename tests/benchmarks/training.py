@@ -8,7 +8,7 @@ adapters of a student of 7.6 B under a teacher of 6.7 B, rows of 4096; `long` is
 
 One JSON line per case, over the steps after the second (in the first two, kernels compile and teachers settle): tokens/s; seconds a step
 and their split into teachers (their processes' own time), hand-over (the rest of the time until the student can begin), student (of it
-`loss`), data; the first step, and from the start of loading to its end; peak of the GPU's memory over all processes; the step's share of the floor (all matrix products at the rate of a
+`loss`), data; the first step (of it with teachers), and from the start of loading to its end; peak of the GPU's memory over all processes; the step's share of the floor (all matrix products at the rate of a
 large one, measured in the same run). The last line is a summary. On `cpu` shapes are toys.
 """
 
@@ -365,7 +365,7 @@ def measured(case: Case, run: Run, device: torch.device, work: Path, rate: float
         "hand_over": mean("seconds_teachers") - teachers, "student": step - mean("seconds_teachers") - mean("seconds_data"), "loss": loss,
     }  # fmt: skip
     return {
-        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "gpus": ranks, "sharding": run.sharding if ranks > 1 else None, "sharded_teachers": bool(run.address), "rows": rows, "length": case.length, "micro_batch": run.micro_batch, "mode": run.mode, "first_step": round(first["seconds_step"], 1), "to_first_step": round(watch.ended - started, 1),
+        "case": case.name, "tokens_per_second": round(mean("tokens_per_second")), "gpus": ranks, "sharding": run.sharding if ranks > 1 else None, "sharded_teachers": bool(run.address), "rows": rows, "length": case.length, "micro_batch": run.micro_batch, "mode": run.mode, "first_step": round(first["seconds_step"], 1), "first_step_teachers": round(first["seconds_teachers"], 1), "to_first_step": round(watch.ended - started, 1),
         "seconds": {name: round(value, 4) for name, value in seconds.items()}, "hand_over_share": round(seconds["hand_over"] / step, 4),
         "peak_gib": round(watch.peak / GIB, 1), "resident": resident, "floor_share": round(floor / step, 3), "last_loss": lines[-1]["loss"],
     }  # fmt: skip

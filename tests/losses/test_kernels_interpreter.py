@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels themselves", allow_module_level=True)
@@ -12,8 +16,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from tests.support.kernel_cases import CASES, compare  # noqa: E402
+from tests.support import kernel_cases  # noqa: E402
+from tests.support.kernel_cases import CASES, build, compare  # noqa: E402
 from xtoken_core.losses import selection  # noqa: E402
+from xtoken_core.losses.types import StudentBatch  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +66,50 @@ def test_kernels_agree_with_plain_path(name):
     ["hidden_p_kl", "hidden_late", "hidden_gold", "hidden_several", "hidden_partition", "hidden_two_partitions", "hidden_scored"],
 )
 def test_tiles_change_nothing(name, monkeypatch):
-    """Cut into tiles of a few rows, never through a chunk; cells of several segments."""
+    """Cut into tiles of a few rows, never through a chunk; every cell of several tokens by itself."""
     from xtoken_core.losses.kernels import cell_masses, tiles
 
     monkeypatch.setattr(tiles, "TILE_ROWS", 5)
     monkeypatch.setattr(cell_masses, "FEW", 1)
+    compare(CASES[name], torch.device("cpu"), torch.float32)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations whose answer, or the size of it, a GPU's host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        name = operation.overloadpacket.__name__
+        indices = arguments[1] if name in ("index", "index_put", "index_put_") else []
+        chosen = any(x is not None and x.dtype == torch.bool for x in indices)
+        if chosen or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"):
+            self.found.append(name)
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["hidden_partition", "hidden_scored"])
+def test_partition_kl_waits_for_nothing(name):
+    """Once its tables are made."""
+    from xtoken_core.losses.kernels.partition import Wanted, run
+
+    student, ids, mask, samples, teachers, spec, _ = build(CASES[name])
+    student = StudentBatch(student.over_positions(Tensor.float), ids, mask, samples)
+    teacher = replace(teachers[0], logits=teachers[0].logits.over_positions(lambda x: x.float() if x.is_floating_point() else x))
+    wanted = Wanted(True, torch.tensor(0.5), torch.tensor(1.0))
+    first, _ = run(student, teacher, spec, wanted)
+    with Waits() as waits:
+        again, _ = run(student, teacher, spec, wanted)
+    assert torch.equal(first, again) and not waits.found
+
+
+@pytest.mark.parametrize("name", ["hidden_partition", "hidden_scored"])
+def test_masses_at_the_floor(name, monkeypatch):
+    """Probabilities far below 2^-126 on either side."""
+    student, *rest, teachers, spec, coefficients = build(CASES[name])
+    teachers = [t if name == "hidden_scored" else replace(t, logits=t.logits.over_positions(lambda x: 12 * x)) for t in teachers]
+    student = student.over_positions(lambda x: 20 * x)
+    monkeypatch.setattr(kernel_cases, "build", lambda _: (student, *rest, teachers, spec, coefficients))
     compare(CASES[name], torch.device("cpu"), torch.float32)

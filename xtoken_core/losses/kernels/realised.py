@@ -21,7 +21,7 @@ from xtoken_core.losses.kernels.chunks import Rows
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.partition import LARGEST_LOG_SHARE
 
-_BLOCK = 64
+_BLOCK = 32
 
 
 class Columns(NamedTuple):
@@ -79,10 +79,8 @@ def _chunk_log_prob(rows, tokens, tile, chunk, use):
 
 @triton.jit
 def _sum_splits(parts, column, columns, SPLITS: tl.constexpr):
-    total = tl.zeros(column.shape, tl.float64)
-    for split in range(SPLITS):
-        total += tl.load(parts + split * columns + column).to(tl.float64)
-    return total
+    at = tl.arange(0, SPLITS)[:, None] * columns + column[None, :]
+    return tl.sum(tl.load(parts + at).to(tl.float64), 0)
 
 
 @triton.jit

@@ -109,7 +109,7 @@ def struck(values, base, out, whom):
     def strike():
         while not losses(out):
             time.sleep(0.05)
-        [teacher] = multiprocessing.active_children()
+        [teacher] = [process for process in multiprocessing.active_children() if process.name.startswith("teachers.")]
         os.kill({"teacher": teacher.pid, "rank": os.getpid()}[whom], signal.SIGKILL)
 
     if os.environ["RANK"] == "1":
@@ -122,7 +122,7 @@ def test_on_one_gpu_it_does_not_fit_and_says_so(large):
     whole = setup(large, "teachers.0 (large)", dtype=torch.bfloat16, device=torch.device("cuda", 0))
     with (
         mock.patch.object(handle, "teacher_main", held),
-        pytest.raises(TeacherError, match=r"^teachers\.0 \(large\): OutOfMemoryError: CUDA out of memory\. .* 4\.00 GiB allowed"),
+        pytest.raises(TeacherError, match=r"^teachers\.0 \(large\): OutOfMemoryError: CUDA out of memory"),
         TeacherPool([whole]) as pool,
     ):
         pool.run([micro_batches((1, 4))])

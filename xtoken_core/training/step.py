@@ -228,7 +228,7 @@ def begin_step(
     clock.lap("data")
     device = batches[0].sample_mask.device
     if teaching.warm_up(batches) and not isinstance(student, FSDPModule):  # whose passes wait for those of all ranks
-        _rehearse(batches[0], teaching, student)
+        _rehearse(batches, teaching, student)
     taught = teaching.run(batches, student.loss)
     heard = list(taught.micro_batches[0].teachers.values())
     totals = StepTotals.from_sums(over_ranks(taught.counts, device), heard, student.loss, scale=scale if heard else 1.0)
@@ -247,19 +247,22 @@ def _sums(student: Student, micro_batches: Sequence[MicroBatch], totals: StepTot
         return torch.stack([student(m, totals, with_loss=False)["sums"] for m in micro_batches]).sum(0)
 
 
-def _rehearse(batch: Batch, teaching: Teaching, student: Student) -> None:
+def _rehearse(batches: Sequence[Batch], teaching: Teaching, student: Student) -> None:
     """Compiles what the student's part of a step takes while the teachers compile theirs. Nothing of it stays but the code.
 
     Where memory does not suffice for all of them at once, the step itself compiles.
     """
-    training, device = student.training, batch.sample_mask.device
+    training, device = student.training, batches[0].sample_mask.device
     devices = [device] if device.type == "cuda" else []
+    shapes = [batch.student.model_inputs()["input_ids"].shape for batch in batches]
+    another = next((n for n, shape in enumerate(shapes) if shape != shapes[0]), 0)  # for which code is made that suits all
     with torch.random.fork_rng(devices), contextlib.suppress(torch.OutOfMemoryError):
-        taught = teaching.rehearsal(batch, student.loss)
-        heard = list(taught.micro_batches[0].teachers.values())
-        totals = StepTotals.from_sums(taught.counts.to(device), heard, student.loss, scale=1.0)
-        _sums(student, taught.micro_batches, totals)
-        student.train()(taught.micro_batches[0], totals)["loss"].backward()
+        for n in sorted({0, another}):
+            taught = teaching.rehearsal(batches[n], student.loss)
+            heard = list(taught.micro_batches[0].teachers.values())
+            totals = StepTotals.from_sums(taught.counts.to(device), heard, student.loss, scale=1.0)
+            _sums(student, taught.micro_batches, totals)
+            student.train()(taught.micro_batches[0], totals)["loss"].backward()
     student.train(training)
     for parameter in student.parameters():
         parameter.grad = None

@@ -8,9 +8,13 @@ from components.cli import component, main
 
 
 @component
-def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset]) -> NamedTuple(  # type: ignore[valid-type]
-    "Outputs", [("uri", str), ("started", float), ("seconds", float)]
-):
+def score(
+    spec: str,
+    teacher: str,
+    scores: Output[Artifact],
+    rows: Input[Dataset],
+    projections: Input[Artifact] = None,
+) -> NamedTuple("Outputs", [("uri", str), ("started", float), ("seconds", float)]):  # type: ignore[valid-type]
     """Run one teacher over the training rows, and store the log-probabilities of its likeliest tokens, or cells.
 
     Prints where the scores lie, and when the step began.
@@ -20,6 +24,7 @@ def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset
         teacher: Id of the teacher.
         scores: Folder for the scores.
         rows: Folder of rows that prepare wrote, of one shard.
+        projections: Folder of every W that projections wrote, whose cells are scored; by default those of the vocabularies alone.
 
     Returns:
         uri: Where the scores lie.
@@ -31,8 +36,11 @@ def score(spec: str, teacher: str, scores: Output[Artifact], rows: Input[Dataset
     with step(f"score {teacher}", scores) as times:
         from xtoken_core.workflow.scoring import score_teacher
         from xtoken_core.workflow.views import View
+        from xtoken_core.workflow.vocabularies import matrices
 
-        score_teacher(View.from_text(spec), teacher, rows.path, scores.path)
+        parsed = View.from_text(spec)
+        w = matrices(parsed, projections.path if projections else None)
+        score_teacher(parsed, teacher, rows.path, scores.path, w.get(teacher))
         return (scores.uri, *times().values())
 
 

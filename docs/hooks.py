@@ -26,8 +26,8 @@ def on_files(files: Files, config) -> Files:  # type: ignore[no-untyped-def]
 WORKFLOW = {
     "resolve": [],
     "overlap": ["resolve"],
-    "projections": ["overlap"],
     "prepare": ["overlap"],
+    "projections": ["prepare"],
     "distill": ["projections", "prepare"],
     "distill-baseline": ["prepare"],
     "evaluate-teachers": ["overlap"],

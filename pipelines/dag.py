@@ -138,22 +138,23 @@ def _resolved(tasks: Tasks, compiled: DistillationSpec, spec: Any, overrides: An
 def _shared(tasks: Tasks, compiled: DistillationSpec, views: Any) -> Shared:
     """Adds what needs no training."""
     audit = tasks.add(overlap, "overlap", spec=views["overlap"])
-    matrices = {}
-    if any(teacher.cross_tokenizer for teacher in compiled.teachers):
-        built = tasks.add(projection, "projections", after=["overlap"], spec=views["projections"])
-        matrices = {"projections": built["matrices"]}
     shares = range(compiled.data.shards)
     names = ["prepare"] if compiled.data.shards == 1 else [f"prepare-{shard}" for shard in shares]
     prepared = [
         tasks.add(prepare, name, after=["overlap"], size=Size.HEAVY, spec=views["prepare"], shard=shard)
         for name, shard in zip(names, shares)
     ]
+    uris, matrices = [share["uri"] for share in prepared], {}
+    if any(teacher.cross_tokenizer for teacher in compiled.teachers):
+        matrices = {"projections": tasks.add(projection, "projections", spec=views["projections"], rows=uris)["matrices"]}
     teachers = _evaluated(tasks, compiled, Group.TEACHERS, views, after=["overlap"])
-    scores = _scores(tasks, compiled, views, prepared)
-    return Shared(views, audit, prepared[0]["rows"], [share["uri"] for share in prepared], matrices, teachers, scores)
+    scores = _scores(tasks, compiled, views, prepared, matrices)
+    return Shared(views, audit, prepared[0]["rows"], uris, matrices, teachers, scores)
 
 
-def _scores(tasks: Tasks, compiled: DistillationSpec, views: Any, prepared: list[Any]) -> dict[str, Any]:
+def _scores(
+    tasks: Tasks, compiled: DistillationSpec, views: Any, prepared: list[Any], matrices: dict[str, Any]
+) -> dict[str, Any]:
     """Adds a task for each teacher whose scores are computed, and each shard of rows; distill's input, if there are any."""
     gpus = min(compiled.resources.gpus_per_node, 1)
     uris = []
@@ -163,6 +164,7 @@ def _scores(tasks: Tasks, compiled: DistillationSpec, views: Any, prepared: list
         for shard, share in enumerate(prepared):
             name = f"score-{teacher.id}" if len(prepared) == 1 else f"score-{teacher.id}-{shard}"
             given = {"spec": views["score"], "teacher": teacher.id, "rows": share["rows"]}
+            given |= matrices if teacher.cross_tokenizer else {}
             uris.append(tasks.add(score, name, size=Size.TEACHER, gpus=gpus, **given)["uri"])
     return {"scores": uris} if uris else {}
 

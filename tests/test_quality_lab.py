@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.quality import lead, shares
+from tests.benchmarks.quality import joined, lead, shares
 from tests.benchmarks.quality.arms import Arm
 from tests.benchmarks.quality.prepare import prepare_folder
 from tests.benchmarks.quality.report import write_report
@@ -133,12 +133,26 @@ def test_joined_cells_serve_a_run_as_its_stored_w(folder: Path) -> None:
         "training": {"max_steps": 1},
         "output": {"uri": str(folder)},
     }  # fmt: skip
-    joined = make_projection(DistillationSpec.model_validate(values), "t").projection
+    w = make_projection(DistillationSpec.model_validate(values), "t").projection
     built = Projection.load(folder / "data" / "w-0.safetensors")
-    assert joined.cells is not None and built.cells is not None
-    assert joined.cells.num_cells < built.cells.num_cells and torch.equal(joined.indices, built.indices)
-    together = {(a, b) for a, b in zip(built.cells.student.tolist(), joined.cells.student.tolist())}
+    assert w.cells is not None and built.cells is not None
+    assert w.cells.num_cells < built.cells.num_cells and torch.equal(w.indices, built.indices)
+    together = {(a, b) for a, b in zip(built.cells.student.tolist(), w.cells.student.tolist())}
     assert len(together) == len({a for a, _ in together})  # a cell goes into one cell, whole
+
+
+def test_how_much_text_it_takes_to_join_cells(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(joined, "ROWS", (8,))
+    monkeypatch.setattr("sys.argv", ["joined", str(folder / "data"), "--teacher", "0"])
+    joined.main()
+    alone, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+    whole = [line for line in lines if "borne_out" not in line]
+    assert len(lines) == 2 * len(whole) and {line["rows"] for line in lines} == {8, whole[0]["rows"]}
+    assert alone["cells"] > whole[0]["cells"] and alone["apart"]["code"] >= whole[0]["apart"]["code"]
+    pairs = [line["pairs"] for line in whole]
+    assert pairs == sorted(pairs, reverse=True) and all(line["apart_own"] <= 0.05 for line in whole)
 
 
 def test_work_of_a_process_that_ended_is_done_again(folder: Path) -> None:

@@ -23,8 +23,7 @@ from xtoken_core.tokenization import TokenTable, role_pairs
 JOINED_SHARE = 0.05
 """Two cells are joined in which a chunk's two first tokens lie, one each, in this share of the cases in which the rarer of them is seen."""
 LEAST_CASES = 2
-"""And in so many at least. Of the pairs that 1,600 rows of 512 tokens showed once, 12 to 22 in a hundred did not come up again in 9,000 to 30,000
-other rows; of those that they showed more often, 2 to 5."""
+"""And in so many at least: of what 1,600 rows of 512 tokens join by two cases, other rows join 92 % too; by one, 83 %."""
 
 
 @dataclass(frozen=True, eq=False)

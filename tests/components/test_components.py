@@ -54,8 +54,9 @@ def test_each_step_runs_by_itself(run):
     assert audit.exception is None, audit.output
     modes = json.loads(audit.output.splitlines()[-1])["modes"]
     assert modes["other"] == "p_kl"
-    assert call("projection", *spec, "--matrices", run / "w").exception is None
     assert call("prepare", *spec, "--rows", run / "rows").exception is None
+    built = call("projection", *spec, "--matrices", run / "w", "--rows", json.dumps([str(run / "rows")]))
+    assert built.exception is None and "once joined by the rows" in built.output
     training = ("--rows", run / "rows", "--projections", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")
     assert call("distill", *spec, *training).exception is None
     result = call("evaluate", *spec, "--group", "student-after", "--run", run / "trained", "--results", run / "after")

@@ -27,6 +27,7 @@ from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
+from xtoken_core.projection import Projection
 from xtoken_core.results.pilot import Pilot
 from xtoken_core.spec import CandidateSpec, DistillationSpec
 from xtoken_core.storage import claims, progress
@@ -37,6 +38,7 @@ from xtoken_core.workflow.pilot import run_place
 from xtoken_core.workflow.rungs import Place
 from xtoken_core.workflow.scoring import score_teacher
 from xtoken_core.workflow.views import View
+from xtoken_core.workflow.vocabularies import write_projections
 
 MIB = 2**20
 
@@ -377,6 +379,10 @@ def test_scores_of_shards_go_through_the_store_and_serve_a_second_student(tmp_pa
         for name in (f"rows-{shard}", f"scores-{shard}"):
             storage.publish(tmp_path / name, f"s3://bucket/shared/{name}")
     second = DistillationSpec.model_validate(values | {"student": {"model": str(tiny_model(tmp_path / "second", 400, seed=9))}})
+    for name, place in (("w", str(tmp_path)), ("w-s3", "s3://bucket/shared")):  # of the rows of both shards
+        write_projections(spec, tmp_path / name, [f"{place}/rows-{shard}" for shard in range(2)])
+    stored = [Projection.load(tmp_path / name / "other.safetensors").cells for name in ("w", "w-s3")]
+    assert stored[0].digest() == stored[1].digest() != Projection.load(tmp_path / "w.safetensors").cells.digest()
     w, found = {"other": tmp_path / "w.safetensors"}, {}
     with mock.patch.object(Teacher, "__init__", side_effect=AssertionError("a teacher was started")):
         for place in (str(tmp_path), "s3://bucket/shared"):

@@ -27,6 +27,7 @@ from tests.support.cli import call
 from tests.support.processes import ended, forked, left_in_shared_memory
 from tests.support.tiny import tiny_model, tiny_run
 from xtoken_core.errors import InputError
+from xtoken_core.results.vocabulary import ProjectionStats
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.resolve import resolve
 from xtoken_core.workflow.shape import CHECKPOINTS, WIRING, shape
@@ -76,6 +77,11 @@ def test_the_dag_is_the_same_for_any_number_of_teachers():
     assert producer(unrolled["report"], "evaluated_teachers") == "evaluate-teachers"
     assert producer(unrolled["evaluate-baseline"], "run") == "distill-baseline"
     assert "projections" not in tasks(spec_of(teachers=[{"id": "same", "model": "same"}]))
+    assert tasks(spec_of("data.shards=2"))["projections"]["dependentTasks"] == [
+        "prepare-0",
+        "prepare-1",
+        "resolve",
+    ]  # the rows join cells
 
 
 def test_every_parameter_and_every_output_of_resolve_is_described():
@@ -92,6 +98,8 @@ def test_scores_are_a_task_for_each_teacher_and_shard_and_training_waits_for_the
     assert "score-a" in found and "score-b" not in found
     assert found["score-a"]["retryPolicy"]["maxRetryCount"] == 2  # it goes on where a pre-empted one has stopped
     assert found["score-a"]["dependentTasks"] == ["prepare", "resolve"] and "score-a" in found["distill"]["dependentTasks"]
+    crossing = tasks(spec_of(teachers=[{"id": "a", "model": "a", "projection": {}, "scores": {}}], loss={"mode": "partition_kl"}))
+    assert producer(crossing["score-a"], "projections") == "projections"  # scores are of the cells of W
     sharded = tasks(spec_of("data.shards=2", teachers=teachers[:1]))
     assert {"score-a-0", "score-a-1"} <= set(sharded) and sharded["score-a-1"]["dependentTasks"] == ["prepare-1", "resolve"]
 
@@ -514,6 +522,9 @@ def test_a_run_reuses_what_has_not_changed(run):
     assert first.stdout.count(": done after") == 9 and "unchanged" not in first.stdout
     assert (run / "out" / "student" / "last" / "config.json").exists() and (run / "out" / "report.html").exists()
 
+    joined = ProjectionStats.read(run / "out" / "projections" / "other.json").joined
+    assert joined is not None and joined.left < joined.cells and joined.apart_left < joined.apart
+
     second = pipelines(*command)
     assert steps(second.stdout, "unchanged") == reported(run) == shared | scores | {"distill"}
     prepared = json.loads((run / "out" / "run.json").read_text())["prepare"]["train"]
@@ -568,6 +579,7 @@ def test_a_run_that_is_ended_leaves_nothing_and_goes_on(run, tmp_path):
     runs = tmp_path / "runs"
     command = ["run", run / "spec.yaml", "--runs", runs, "--set", f"output.uri={tmp_path}/out"]
     command += ["--set", "evaluation.bits_per_byte=false", "--set", "training.max_steps=15", "--set", "training.save_steps=5"]
+    command += ["--set", "loss.mode=partition_kl"]  # whose W follows the rows
     before = set(os.listdir("/dev/shm"))
     told = "tiny: ended by SIGTERM; the next run goes on from what was done\n"
     assert ended_by(lambda pid: os.kill(pid, signal.SIGTERM), command, runs) == (143, told)

@@ -80,6 +80,11 @@ def teacher_facts(run: Run, teacher: dict[str, Any]) -> Iterator[Fact]:
     if w := run.projections.get(name):
         kinds = f"{_percent(w.exact, w.rows)} exact, {_percent(w.multi, w.rows)} of several tokens, {w.empty:,} empty"
         yield "rows of W", f"{w.rows:,}: {kinds}"
+        if w.joined and overlap and overlap.mode == "partition_kl":
+            cells = w.joined
+            yield "cells", f"{cells.cells:,}, {cells.left:,} once joined by the training text"
+            told = f"{100 * cells.apart_left:.2f} %, {100 * cells.apart:.2f} % before they were joined"
+            yield "chunks whose first tokens lie in different cells", told
         if w.seconds is not None:
             yield "W was built in", duration(w.seconds)
 

@@ -72,6 +72,21 @@ class Example(Record):
     pieces: list[tuple[str, float]]
 
 
+class JoinedCells(Record):
+    """What the training rows have made of the cells of two vocabularies (`partition.seen_together`)."""
+
+    cells: int
+    """Of the vocabularies alone."""
+    left: int
+    """Once those were joined that the rows show together."""
+    chunks: int
+    """Of the rows, that were looked at."""
+    apart: float
+    """Share of them whose two first tokens lay in different cells before."""
+    apart_left: float
+    """And whose do now."""
+
+
 class ProjectionStats(Record):
     """What a projection W looks like."""
 
@@ -88,5 +103,7 @@ class ProjectionStats(Record):
     """Weights summed over a grid of bins: student ids down, teacher ids across."""
     block: Block
     examples: list[Example]
+    joined: JoinedCells | None = None
+    """None: the cells are those that W was given with, or those of the vocabularies alone."""
     options: dict[str, Any] = {}
     seconds: float | None = None

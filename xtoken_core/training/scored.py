@@ -34,7 +34,9 @@ def check_classes(spec: DistillationSpec, teachers: Sequence[ReadyTeacher], scor
         if teacher.mode not in (None, "partition_kl"):
             raise InputError(f"{name}: mode: {teacher.mode} needs the running teacher; scores serve partition_kl")
         if read.settings.cells != (cells.digest() if cells else ""):
-            raise InputError(f"{name}: made for another vocabulary of the student or the teacher")
+            raise InputError(
+                f"{name}: made for other cells than those of W; score again with it, or take theirs by projection.uri"
+            )
         if cells and read.settings.temperature != spec.loss.temperature:
             asked, told = spec.loss.temperature, read.settings.temperature
             raise InputError(f"{name}: made for loss.temperature {told:g}, and this run's is {asked:g}")

@@ -18,6 +18,7 @@ from xtoken_core.errors import InputError
 from xtoken_core.losses import CellCut
 from xtoken_core.models import load_model, vocabulary_rows
 from xtoken_core.partition import Partition, build_partition
+from xtoken_core.projection import Projection
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoreSettings, rows_digest
 from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, measure_rows, score_rows
@@ -28,9 +29,12 @@ from xtoken_core.workflow.versions import model_version
 from xtoken_core.workflow.views import View
 
 
-def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, folder: str | Path) -> int:
+def score_teacher(
+    spec: DistillationSpec, teacher_id: str, rows: str | Path, folder: str | Path, projection: str | Path | None = None
+) -> int:
     """Writes what a teacher says of the training rows in `rows` (as prepare wrote them) to `folder`; the tokens scored.
 
+    projection: the file of W whose cells are scored, of a teacher of another vocabulary; None: those of the vocabularies alone.
     What an interrupted call has left there is kept, where it is of the same teacher, rows and settings. Raises InputError.
     """
     teacher = next((t for t in spec.teachers if t.id == teacher_id and t.scores is not None), None)
@@ -42,6 +46,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     told = spec.shared_rows if isinstance(spec, View) else None
     domains = json.dumps(sorted(teacher.domains)) if teacher.domains else ""
     table = _table(teacher) if teacher.cross_tokenizer else student
+    cells = _cells(student, table, projection) if teacher.cross_tokenizer else None
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
         rows=rows_digest(train, column, domains),
@@ -56,9 +61,7 @@ def score_teacher(spec: DistillationSpec, teacher_id: str, rows: str | Path, fol
     vocabulary_rows(model, settings.vocab_size, table.min_rows, teacher.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
-    settings, cut = _classes(
-        settings, teacher.scores.top_k, build_partition(student, table).to(device) if teacher.cross_tokenizer else None
-    )
+    settings, cut = _classes(settings, teacher.scores.top_k, cells.to(device) if cells else None)
     tokens = score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
     if (Path(rows) / "validation").exists():
         _measure(model, load_rows(Path(rows) / "validation"), teacher, settings, Path(folder))
@@ -76,6 +79,11 @@ def _measure(model: Any, rows: Any, teacher: TeacherSpec, settings: ScoreSetting
 
 def _table(model: StudentSpec | TeacherSpec) -> TokenTable:
     return TokenTable.from_tokenizer(load_tokenizer(model.model, model.tokenizer))
+
+
+def _cells(student: TokenTable, teacher: TokenTable, projection: str | Path | None) -> Partition:
+    stored = None if projection is None else Projection.load(projection, student, teacher).cells
+    return stored or build_partition(student, teacher)
 
 
 def _classes(settings: ScoreSettings, top_k: int, cells: Partition | None) -> tuple[ScoreSettings, Cut]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
+from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokens, read_first_tokens
 from xtoken_core.overlap import audit, overlap_matrix, reason_for, resolve_mode, vocabulary_overlap
-from xtoken_core.projection import make_projection
+from xtoken_core.partition import join_cells, seen_together, share_apart
+from xtoken_core.projection import MadeProjection, make_projection
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.report.projection_summary import projection_summary
 from xtoken_core.results.vocabulary import (
     ClassCoverage,
+    JoinedCells,
     Matrix,
     OverlapReport,
     ProjectionStats,
@@ -22,6 +27,7 @@ from xtoken_core.results.vocabulary import (
 )
 from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.storage import local_copy
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 
 
@@ -84,9 +90,11 @@ def compare_tokenizers(refs: Sequence[str], folder: str | Path) -> TokenizerComp
     return found
 
 
-def write_projections(spec: DistillationSpec, folder: str | Path) -> None:
+def write_projections(spec: DistillationSpec, folder: str | Path, rows: Sequence[str] = ()) -> None:
     """Builds (or, with `projection.uri`, fetches and checks) W of every teacher that the spec projects to.
 
+    rows: folders or URIs of what prepare wrote, all shards. A W that is built has those cells joined that the training rows show
+    together; without rows the cells are those of the vocabularies alone.
     Writes `<teacher>.safetensors` and `<teacher>.json` (`ProjectionStats`) to `folder`, which is made. Raises InputError.
     """
     folder = Path(folder)
@@ -96,11 +104,41 @@ def write_projections(spec: DistillationSpec, folder: str | Path) -> None:
         raise InputError("teachers: none has a projection")
     for teacher in projected:
         start = time.perf_counter()
-        made = make_projection(spec, teacher)
+        made, joined = make_projection(spec, teacher), None
+        if rows and made.options["uri"] is None:
+            made, joined = _with_joined_cells(made, _first_tokens(rows, teacher_column(teacher)), teacher)
         made.save(folder / f"{teacher}.safetensors")
         seconds = round(time.perf_counter() - start, 3)
-        stats = projection_summary(made.projection, made.student, made.teacher, options=made.options, seconds=seconds)
-        stats.write(folder / f"{teacher}.json")
+        about = {"joined": joined, "options": made.options, "seconds": seconds}
+        projection_summary(made.projection, made.student, made.teacher, **about).write(folder / f"{teacher}.json")
+
+
+def _first_tokens(rows: Sequence[str], column: str) -> FirstTokens:
+    """Of the training rows of all shards."""
+    files = [local_copy(f"{shard.rstrip('/')}/train/{FIRST_TOKENS}") for shard in rows]
+    return FirstTokens.added([read_first_tokens(file, column) for file in files])
+
+
+def _with_joined_cells(made: MadeProjection, first: FirstTokens, teacher: str) -> tuple[MadeProjection, JoinedCells]:
+    """W with those cells joined that the first tokens show together, and what became of them."""
+    own = made.projection.cells
+    assert own is not None
+    if len(first.count) and (first.student.max() >= len(own.student) or first.teacher.max() >= len(own.teacher)):
+        raise InputError(f"rows: prepared for other vocabularies than those of the student and {teacher}")
+    cells = join_cells(own, seen_together(own, first))
+    found = JoinedCells(
+        cells=own.num_cells,
+        left=cells.num_cells,
+        chunks=int(first.count.sum()),
+        apart=round(share_apart(own, first), 6),
+        apart_left=round(share_apart(cells, first), 6),
+    )
+    print(
+        f"{teacher}: {own.num_cells:,} cells, {cells.num_cells:,} once joined by the rows; a chunk's first tokens lie in different ones "
+        f"in {100 * found.apart:.2f} % of {found.chunks:,} chunks, once joined in {100 * found.apart_left:.2f} %",
+        flush=True,
+    )
+    return replace(made, projection=replace(made.projection, cells=cells)), found
 
 
 def matrices(spec: DistillationSpec, folder: str | Path | None) -> dict[str, Path]:

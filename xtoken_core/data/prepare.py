@@ -131,7 +131,10 @@ def _first(rows: Iterable[Row], data: DataSpec) -> Iterator[Row]:
 
 
 def _first_tokens_counted(rows: Iterable[Row], sides: Sequence[Side], path: Path) -> Iterator[Row]:
-    """The rows as they are; after the last one the first tokens of their chunks are written."""
+    """The rows as they are; after the last one the first tokens of their chunks are written.
+
+    With `data.max_rows` each shard writes, and counts, so many rows, of which training leaves some out.
+    """
     counters = {side.column: FirstTokenCounter() for side in sides[1:]}
     for row in rows:
         for column, counter in counters.items():

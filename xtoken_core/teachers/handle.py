@@ -79,14 +79,14 @@ class Teacher:
         self._leased = True
         return self._outputs(result["shapes"]), result
 
-    def blank(self, inputs: Inputs) -> Logits:
-        """What `run` gives of a micro-batch, in form; every number is zero."""
+    def made_up(self, inputs: Inputs) -> Logits:
+        """What `run` gives of a micro-batch, in form; the numbers are random."""
         setup, places = self.setup, inputs["input_ids"].shape
         width = {"hidden": self.info["head"]["shape"][1], "logits": self.info["rows"], "topk": setup.top_k}[setup.transport]
-        values = torch.zeros((*places, width), dtype=setup.dtype, device=setup.device)
+        values = torch.randn((*places, width), dtype=setup.dtype, device=setup.device)
         if setup.transport == "topk":
             indices = torch.arange(width, dtype=torch.int32, device=setup.device).expand(values.shape)
-            return self._logits([values], [indices.contiguous()])[0]
+            return self._logits([values.sort(descending=True).values], [indices.contiguous()])[0]
         return self._logits([values])[0]
 
     @property

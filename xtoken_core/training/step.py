@@ -78,11 +78,11 @@ class Teaching:
         return Taught(micro_batches, torch.stack(counts).sum(0), seconds, finite)
 
     def rehearsal(self, batch: Batch, loss: LossSpec) -> Taught:
-        """What the teachers would give for one micro-batch, in form: in place of their outputs are zeros."""
+        """What the teachers would give for one micro-batch, in form: in place of their outputs are random numbers."""
         batch = self._heard(batch)
         of = zip(self._live, self.pool.teachers if self.pool is not None else ())
-        blank = {t.id: teacher.blank(batch.teacher_inputs(i, with_scores=False)) for (i, t), teacher in of}
-        micro_batch = self._micro_batch(batch, blank)
+        made_up = {t.id: teacher.made_up(batch.teacher_inputs(i, with_scores=False)) for (i, t), teacher in of}
+        micro_batch = self._micro_batch(batch, made_up)
         return Taught([micro_batch], self._counts(micro_batch, {}, loss), {}, {})
 
     def _micro_batch(self, batch: Batch, logits: Mapping[str, Logits]) -> MicroBatch:

@@ -22,6 +22,8 @@ class LabTeacher:
     """File of W and cells; None: the student's own vocabulary."""
     columns: int | None = None
     """Number of its columns in the rows; None: its own."""
+    precision: str = "bf16"
+    """Of its products on a GPU: bf16 or fp8, as `teachers[].precision`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Arm:
     ratio: tuple[float, ...] = (1.0,)
     """KD as a share of CE over the run, at places evenly spaced from its start to its end, linear between; only with dynamic scaling."""
     variant: str | None = None
-    """`first_row`: partition_kl without its realised part; `joined`: cells joined that are seen together."""
+    """`first_row`: partition_kl without its realised part; `joined`: cells joined that are seen together; `pieces`: tokens that begin no chunk
+    have as much more of cross-entropy as KD adds to the others, and `joined-pieces` both."""
     teachers: tuple[int, ...] | None = None
     """Which teachers of the setting; None: all."""
     domains: tuple[int | None, ...] | None = None

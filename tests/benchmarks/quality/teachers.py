@@ -18,6 +18,7 @@ from tests.benchmarks.quality.rows import Rows
 from xtoken_core.losses import CellCut, HiddenLogits, TeacherBatch
 from xtoken_core.models import final_hidden, head_logits, load_model
 from xtoken_core.projection import Projection
+from xtoken_core.teachers.fp8 import to_fp8
 
 PART = 400
 """Rows that one worker computes at a time."""
@@ -68,7 +69,7 @@ class CachedTeacher:
             assert self.projection is not None and self.projection.cells is not None
             cut = CellCut.of(self.projection.cells, len(self.head.weight), arm.cells, arm.spec().temperature)
             teacher = replace(teacher, cut=cut)
-        if arm.variant == "joined":
+        if arm.variant in ("joined", "joined-pieces"):
             assert self.projection_file is not None
             file = Path(self.projection_file)
             joined = Projection.load(str(file.with_name(file.name.replace("w-", "joined-"))))
@@ -109,9 +110,11 @@ def cached_teacher(setting: Setting, number: int, rows: Rows, count: int, shared
     """Teacher `number` of a setting, with hidden states over the first `count` rows; those that others compute meanwhile are waited for."""
     teacher = setting.teachers[number]
     columns = number if teacher.columns is None else teacher.columns
-    folder = shared / f"hidden-{Path(teacher.model).name}-{Path(setting.data).name}"
+    folder = shared / f"hidden-{Path(teacher.model).name}-{teacher.precision}-{Path(setting.data).name}"
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(teacher.model, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    if teacher.precision == "fp8":
+        to_fp8(model, device, teacher.model)
     width = model.config.get_text_config().hidden_size
     shape = (len(rows), rows.teacher_ids(columns, torch.arange(1, device=device)).shape[1], width)
     size = shape[0] * shape[1] * shape[2]

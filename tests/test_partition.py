@@ -150,6 +150,14 @@ def test_cells_that_text_shows_together(cells: Partition, cases):
     assert share_apart(join_cells(cells, expected), first) <= left / max(everything, 1) + 1e-12
 
 
+def test_what_is_rare_in_a_large_text_joins_nothing():
+    """As many cases join in a small text and not in one so large that they are chance."""
+    cells = Partition(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]), 3)
+    for everything, expected in ((40_000_000, [(0, 1)]), (50_000_000, [])):
+        counted = FirstTokens(np.array([0, 2]), np.array([1, 2]), np.array([11, everything]))
+        assert seen_together(cells, counted) == expected
+
+
 def test_cells_are_stored_with_w(tmp_path):
     student, teacher = tiny_tokenizer(400), tiny_tokenizer(500)
     w = build_projection(student, teacher, ProjectionSpec())

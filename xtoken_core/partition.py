@@ -24,6 +24,8 @@ JOINED_SHARE = 0.05
 """Two cells are joined in which a chunk's two first tokens lie, one each, in this share of the cases in which the rarer of them is seen."""
 LEAST_CASES = 2
 """And in so many at least: of what 1,600 rows of 512 tokens join by two cases, other rows join 92 % too; by one, 83 %."""
+LEAST_SHARE = 2.5e-7
+"""And in this share of all chunks: what is rarer teaches next to nothing, and chance would chain ever more cells of a large text together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,8 @@ def seen_together(partition: Partition, first: FirstTokens) -> list[tuple[int, i
     for cells, counted in ((own, own >= 0), (other, (other >= 0) & (other != own))):
         np.add.at(seen, cells[counted], first.count[counted])
     low, high = keys // partition.num_cells, keys % partition.num_cells
-    joined = (together >= LEAST_CASES) & (together >= JOINED_SHARE * np.minimum(seen[low], seen[high]))
+    least = max(LEAST_CASES, LEAST_SHARE * first.count.sum())
+    joined = (together >= least) & (together >= JOINED_SHARE * np.minimum(seen[low], seen[high]))
     return list(zip(low[joined].tolist(), high[joined].tolist()))
 
 

@@ -2,6 +2,7 @@
 
 A tile's logits are [V, columns]; a column is a row of the batch, so that the logits of one token lie together, and those of a cell's tokens
 are read as whole lines wherever they are. Most cells hold one token, whose logit is read where a mass is wanted; the others have a table.
+Logs are to the base 2, which is what a GPU computes: of an exponential to another base it makes four operations.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ FEW = 64
 """Most tokens of a cell that are added up one after the other."""
 SPLITS = 64
 """Parts into which the tokens or cells of a column are split, where each is gone through from first to last."""
-LOG_FLOOR = math.log(FLOOR)
+LEAST = math.log2(FLOOR)
+"""The log of a mass is at least this."""
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def whole_programs(rows: int) -> int:
+    """The columns of a tile of so many rows."""
+    return COLUMNS * max(1, ceil_div(rows, COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,13 @@ def _scan_kernel(logits, cell, parts, token, vocab, cells, columns, per_split, B
         z = tl.load(logits + at, mask=(id < vocab)[:, None], other=float("-inf")).to(tl.float32)
         has = (tl.load(cell + id, mask=id < vocab, other=cells) < cells).to(tl.float32)[:, None]
         higher = z > best
-        smaller = tl.exp(-tl.abs(z - best))
+        smaller = tl.exp2(-tl.abs(z - best) * LOG2_E)
         every = tl.where(higher, every * smaller + 1.0, every + smaller)
         kept = tl.where(higher, kept * smaller + has, kept + smaller * has)
         best = tl.where(higher, z, best)
         of_best = tl.where(higher, id[:, None], of_best)
     highest = tl.max(best, 0)
-    by = tl.exp(best - highest[None, :])
+    by = tl.exp2((best - highest[None, :]) * LOG2_E)
     out = tl.program_id(1) * columns + column
     size = tl.num_programs(1) * columns
     tl.store(parts + out, highest)
@@ -101,72 +109,76 @@ def _scan_kernel(logits, cell, parts, token, vocab, cells, columns, per_split, B
 
 @triton.jit
 def _column_kernel(
-    parts, token, logits, following, lse, rest, tokens, argmax, columns, count, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    parts, token, logits, rows, following, norm, rest, argmax, tokens, columns, first, last, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     """From what `_scan_kernel` leaves the statistics of each column; see `CellSide`."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, SPLITS)[:, None] * columns + column[None, :]
     size = SPLITS * columns
     top = tl.load(parts + at)
     highest = tl.max(top, 0)
-    by = tl.exp(top - highest[None, :])
+    by = tl.exp2((top - highest[None, :]) * LOG2_E)
     every = tl.sum(tl.load(parts + size + at) * by, 0)
     kept = tl.sum(tl.load(parts + 2 * size + at) * by, 0)
-    whole = highest + tl.log(every)
-    tl.store(lse + column, whole)
-    tl.store(rest + column, tl.log(every / kept))
+    tl.store(norm + column, highest * LOG2_E + tl.log2(every))
+    tl.store(rest + column, tl.log2(every / kept))
     tl.store(argmax + column, tl.min(tl.where(top == highest[None, :], tl.load(token + at), 2147483647), 0))
-    next = tl.load(following + column, mask=column < count, other=0).to(tl.int64)
-    tl.store(tokens + column, tl.load(logits + next * columns + column).to(tl.float32) - whole)
+    row = tl.load(rows + column)
+    inside = (row >= first) & (row < last)
+    next = tl.load(following + row, mask=inside, other=0).to(tl.int64)
+    own = tl.load(logits + next * columns + column).to(tl.float32) - (highest + tl.log(every))
+    tl.store(tokens + row - first, own, mask=inside)
 
 
 @triton.jit
 def _mass_kernel(
-    logits, lse, ids, start, size, table, count, columns, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+    logits, norm, ids, start, size, table, count, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """table[row, column]: the log of a cell's mass, at least LOG_FLOOR. One program: BLOCK cells."""
+    """table[row, column]: the log of a cell's mass. One program: BLOCK cells."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(start + row, mask=row < count, other=0)
     length = tl.load(size + row, mask=row < count, other=0)
-    norm = tl.load(lse + column)[None, :]
+    whole = tl.load(norm + column)[None, :]
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for k in range(tl.max(length, 0)):
         id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
         at = id[:, None] * columns + column[None, :]
-        total += tl.exp(tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32) - norm)
+        z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
+        total += tl.exp2(z * LOG2_E - whole)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(table + at, tl.maximum(tl.log(total), LOG_FLOOR), mask=(row < count)[:, None])
+    tl.store(table + at, tl.maximum(tl.log2(total), LEAST), mask=(row < count)[:, None])
 
 
 @triton.jit
 def _large_mass_kernel(
-    logits, lse, ids, start, size, table, columns, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+    logits, norm, ids, start, size, table, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """As `_mass_kernel`. One program: one cell."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1)
     first, length = tl.load(start + row), tl.load(size + row)
-    norm = tl.load(lse + column)[None, :]
+    whole = tl.load(norm + column)[None, :]
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for k0 in range(0, length, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
         at = id[:, None] * columns + column[None, :]
-        total += tl.exp(tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32) - norm)
-    tl.store(table + row.to(tl.int64) * columns + column, tl.maximum(tl.log(tl.sum(total, 0)), LOG_FLOOR))
+        z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
+        total += tl.exp2(z * LOG2_E - whole)
+    tl.store(table + row.to(tl.int64) * columns + column, tl.maximum(tl.log2(tl.sum(total, 0)), LEAST))
 
 
 class Masses(NamedTuple):
-    """The masses of a tile's cells as kernels take them: see `log_masses`."""
+    """The masses of a tile's cells as kernels take them: see `log_masses`. Logs are to the base 2."""
 
     logits: Tensor
     """[V, columns]."""
     table: Tensor
-    """[rows, columns] float32: logs of the masses of cells that have a row; at least LOG_FLOOR."""
+    """[rows, columns] float32: logs of the masses of cells that have a row."""
     at: Tensor
     """[cells] int32: the token that is the cell, or -1 - its row of the table."""
-    lse: Tensor
+    norm: Tensor
     """[columns] float32: log Z."""
     rest: Tensor
     """[columns] float32: log (Z / N), N the mass of all cells."""
@@ -174,32 +186,32 @@ class Masses(NamedTuple):
 
 
 @triton.jit
-def log_masses(side, at, column, use, LOG_FLOOR: tl.constexpr):
-    """Logs of the masses, at least LOG_FLOOR, of the cells whose entries of `side.at` are `at`; `column`s within the tile, even where not `use`."""
+def log_masses(side, at, column, norm, use, LEAST: tl.constexpr):
+    """Logs of the masses, at least LEAST, of cells whose entries of `side.at` are `at`, from the columns' `norm`; finite where not `use`."""
     single = at >= 0
     place = tl.where(single, at, -1 - at).to(tl.int64) * side.columns + column
-    z = tl.load(side.logits + place, mask=use & single, other=0.0).to(tl.float32) - tl.load(side.lse + column)
-    stored = tl.load(side.table + place, mask=use & (single == 0), other=0.0)
-    return tl.maximum(tl.where(single, z, stored), LOG_FLOOR)
+    z = tl.load(side.logits + place, mask=use & single, other=0.0).to(tl.float32) * LOG2_E - norm
+    stored = tl.load(side.table + place, mask=use & (single == 0), other=LEAST)
+    return tl.maximum(tl.where(single, z, stored), LEAST)
 
 
 @dataclass(frozen=True)
 class CellSide:
-    """One side of a tile."""
+    """One side of a tile: the rows first..last-1 of a batch."""
 
     masses: Masses
     lists: CellLists
     hidden: Tensor
-    """[columns, D]: the last ones zero where the tile has fewer rows."""
-    tokens: Tensor
-    """[columns] float32: log-probability of the token that each column predicts."""
+    """[columns, D]: zero where a column is no row."""
     argmax: Tensor
     """[columns] int32: the first token of the largest logit."""
+    tokens: Tensor
+    """[last - first] float32: natural log-probability of the token that each row predicts."""
 
     def log_cells(self) -> Tensor:
-        """[cells, columns]: logs of the masses of all cells, at least LOG_FLOOR."""
-        single = self.masses.logits[self.lists.at.clamp(min=0)].float() - self.masses.lse
-        return single.clamp(min=LOG_FLOOR).index_copy_(0, self.lists.several, self.masses.table)
+        """[cells, columns]: natural logs of the masses of all cells, at least that of FLOOR."""
+        single = self.masses.logits[self.lists.at.clamp(min=0)].float() - self.masses.norm * math.log(2)
+        return single.index_copy_(0, self.lists.several, self.masses.table * math.log(2)).clamp_(min=math.log(FLOOR))
 
 
 class CellVocabulary:
@@ -211,15 +223,19 @@ class CellVocabulary:
         self.lists = projection.table(cell_lists, side, self.source.vocab)
         self.following = following
 
-    def side(self, first: int, last: int) -> CellSide:
-        """Of the rows first..last-1."""
+    def side(self, first: int, last: int, rows: Tensor | None = None) -> CellSide:
+        """Of the rows first..last-1, as they come or as `rows` [columns] int64 puts them, where what is none of them makes a column of zeros."""
         assert self.source.weight is not None and self.source.hidden is not None
-        columns = COLUMNS * max(1, ceil_div(last - first, COLUMNS))
-        hidden = self.source.hidden[first:last]
-        if columns > last - first:
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, columns - (last - first)))
-        logits, lists, device = self.source.weight @ hidden.T, self.lists, hidden.device
-        lse, rest, tokens = torch.empty(3, columns, device=device)
+        device = self.source.hidden.device
+        if rows is None:
+            columns = whole_programs(last - first)
+            hidden, rows = self.source.hidden[first:last], torch.arange(first, first + columns, device=device)
+            hidden = hidden if columns == last - first else torch.nn.functional.pad(hidden, (0, 0, 0, columns - (last - first)))
+        else:
+            inside = ((rows >= first) & (rows < last))[:, None]
+            columns, hidden = len(rows), torch.where(inside, self.source.hidden[rows.clamp(max=self.source.rows - 1)], 0)
+        logits, lists = self.source.weight @ hidden.T, self.lists
+        norm, rest, tokens = torch.empty(3, columns, device=device)
         token = torch.empty(SPLITS + 1, columns, dtype=torch.int32, device=device)
         parts = torch.empty(3, SPLITS, columns, device=device)
         blocks, vocab, cells = columns // COLUMNS, len(logits), len(lists.at)
@@ -228,25 +244,25 @@ class CellVocabulary:
             _scan_kernel, (blocks, SPLITS), logits, lists.cell, parts, token, vocab, cells, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS
         )  # fmt: skip
         launch(
-            _column_kernel, (blocks,), parts, token, logits, self.following[first:last], lse, rest, tokens, token[SPLITS], columns,
-            last - first, SPLITS=SPLITS, COLUMNS=COLUMNS,
+            _column_kernel, (blocks,), parts, token, logits, rows, self.following, norm, rest, token[SPLITS], tokens, columns, first, last,
+            SPLITS=SPLITS, COLUMNS=COLUMNS,
         )  # fmt: skip
-        table = self._table(logits, lse)
-        return CellSide(Masses(logits, table, lists.at, lse, rest, columns), lists, hidden, tokens, token[SPLITS])
+        masses = Masses(logits, self._table(logits, norm), lists.at, norm, rest, columns)
+        return CellSide(masses, lists, hidden, token[SPLITS], tokens[: last - first])
 
-    def _table(self, logits: Tensor, lse: Tensor) -> Tensor:
+    def _table(self, logits: Tensor, norm: Tensor) -> Tensor:
         lists, columns = self.lists, logits.shape[1]
         rows, large, blocks = len(lists.several), lists.large, columns // COLUMNS
         table = torch.empty(rows, columns, device=logits.device)
         if large:
             launch(
-                _large_mass_kernel, (blocks, large), logits, lse, lists.ids, lists.start, lists.size, table, columns,
-                LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+                _large_mass_kernel, (blocks, large), logits, norm, lists.ids, lists.start, lists.size, table, columns,
+                LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS,
             )  # fmt: skip
         if rows > large:
             start, size = lists.start[large:], lists.size[large:]
             launch(
-                _mass_kernel, (blocks, ceil_div(rows - large, BLOCK)), logits, lse, lists.ids, start, size, table[large:], rows - large,
-                columns, LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+                _mass_kernel, (blocks, ceil_div(rows - large, BLOCK)), logits, norm, lists.ids, start, size, table[large:], rows - large,
+                columns, LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS,
             )  # fmt: skip
         return table

@@ -1,8 +1,8 @@
 """partition_kl from hidden states, at τ = 1 and not reversed: masses of cells, their KL, and the gradient by the logits, each in one pass.
 
-A tile's columns are rows of the batch as they come, on either side: no shape depends on how many chunks are valid, so the host waits for
-nothing, but in batches of several tiles once for where they may be cut. The student's column of a chunk's first token finds its teacher's by
-number. The cross-entropy comes from the same logits.
+A tile's columns are the student's rows as they come, and the teacher's so that the rows of a chunk's first token are in the same column: no
+shape depends on how many chunks are valid, so the host waits for nothing, but in batches of several tiles once for where they may be cut.
+The cross-entropy comes from the same logits. Logs are to the base 2 inside.
 """
 
 from __future__ import annotations
@@ -18,9 +18,19 @@ from torch import Tensor
 
 from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.kernels.autograd import scaled
-from xtoken_core.losses.kernels.cell_masses import BLOCK, COLUMNS, LOG_FLOOR, SPLITS, CellSide, CellVocabulary, log_masses
+from xtoken_core.losses.kernels.cell_masses import (
+    BLOCK,
+    COLUMNS,
+    LEAST,
+    LOG2_E,
+    SPLITS,
+    CellSide,
+    CellVocabulary,
+    log_masses,
+    whole_programs,
+)
 from xtoken_core.losses.kernels.chunks import Rows
-from xtoken_core.losses.kernels.compared import compared_rows
+from xtoken_core.losses.kernels.compared import Compared, compared_rows
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.kernels.realised import Columns, Slopes, Teacher, realised_part
 from xtoken_core.losses.kernels.rowsets import counted_rows
@@ -32,71 +42,72 @@ from xtoken_core.losses.selection import next_token_ids
 from xtoken_core.losses.types import StudentBatch, TeacherBatch
 from xtoken_core.spec import LossSpec
 
+STEPS = 8
+"""Blocks of tokens of a program that writes the gradient."""
+
 
 @triton.jit
-def _kl_kernel(
-    own, other, columns, out, floored, cells, per_split, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _kl_kernel(own, other, out, floored, cells, per_split, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """out[split, column]: Σ Q_T (log Q_T - log Q_S) over the cells of a split, Q the renormalised masses.
 
     floored[split, column]: Σ Q_T over those where the student's mass is at the floor and does not move.
     """
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     first = tl.program_id(1) * per_split
-    partner = tl.load(columns.partner + column, mask=column < columns.size, other=-1)
-    told = partner >= 0
-    theirs = tl.where(told, partner - columns.shift, 0)
-    own_rest, their_rest = tl.load(own.rest + column)[None, :], tl.load(other.rest + theirs)[None, :]
-    total = tl.zeros([COLUMNS], tl.float32)
-    still = tl.zeros([COLUMNS], tl.float32)
+    own_norm, their_norm = tl.load(own.norm + column), tl.load(other.norm + column)
+    their_rest = tl.load(other.rest + column)
+    more = their_rest - tl.load(own.rest + column)
+    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    still = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for c in range(first, first + per_split, BLOCK):
         cell = (c + tl.arange(0, BLOCK))[:, None]
-        use = (cell < cells) & told[None, :]
-        s = log_masses(own, tl.load(own.at + cell, mask=cell < cells, other=0), column[None, :], use, LOG_FLOOR)
-        t = log_masses(other, tl.load(other.at + cell, mask=cell < cells, other=0), theirs[None, :], use, LOG_FLOOR) + their_rest
-        q = tl.where(use, tl.exp(t), 0.0)
-        total += tl.sum(tl.where(use, q * (t - (s + own_rest)), 0.0), 0)
-        still += tl.sum(tl.where(s <= LOG_FLOOR, q, 0.0), 0)
-    tl.store(out + tl.program_id(1) * own.columns + column, total)
-    tl.store(floored + tl.program_id(1) * own.columns + column, still)
+        inside = cell < cells
+        s = log_masses(own, tl.load(own.at + cell, mask=inside, other=-1), column, own_norm, inside, LEAST)
+        t = log_masses(other, tl.load(other.at + cell, mask=inside, other=-1), column, their_norm, inside, LEAST)
+        q = tl.where(inside, tl.exp2(t + their_rest), 0.0)
+        total += q * (t - s + more)
+        still += tl.where(s > LEAST, 0.0, q)
+    at = tl.program_id(1) * own.columns + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(out + at, tl.sum(total, 0))
+    tl.store(floored + at, tl.sum(still, 0))
 
 
 @triton.jit
 def _gradient_kernel(
-    own, other, columns, slopes, cell, kd, ce, vocab, cells, LOG_FLOOR: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
-):
+    own, other, columns, slopes, cell, kd, ce, vocab, cells,
+    LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """The gradient by the student's logits of kd · partition_kl + ce · cross-entropy, written over them."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     live = column < columns.size
-    partner = tl.load(columns.partner + column, mask=live, other=-1)
+    told = tl.load(columns.partner + column, mask=live, other=-1) >= 0
     owner = tl.load(columns.owner + column, mask=live, other=-1)
-    told = partner >= 0
-    theirs = tl.where(told, partner - columns.shift, 0)
-    by_kd = tl.load(kd).to(tl.float32)
+    factor = tl.load(kd).to(tl.float32)
+    by_kd = tl.where(told, factor, 0.0)
     by_ce = tl.load(ce).to(tl.float32) * tl.load(columns.counted + column, mask=live, other=0).to(tl.float32)
-    by_token = by_kd * tl.load(slopes.chunk + owner - columns.first, mask=owner >= 0, other=0.0) - by_ce
-    everywhere = by_token + tl.where(told, by_kd * tl.load(slopes.rest + column), 0.0)
-
-    inside = place < vocab
-    c = tl.load(cell + place, mask=inside, other=cells)
-    has = c < cells
-    at = place.to(tl.int64)[:, None] * own.columns + column[None, :]
-    z = tl.load(own.logits + at, mask=inside[:, None], other=float("-inf")).to(tl.float32) - tl.load(own.lse + column)[None, :]
-    use = has[:, None] & told[None, :]
-    row = tl.load(own.at + c, mask=has, other=0)[:, None]
-    stored = tl.load(own.table + (-1 - row).to(tl.int64) * own.columns + column[None, :], mask=use & (row < 0), other=0.0)
-    s = tl.maximum(tl.where(row < 0, stored, z), LOG_FLOOR)
-    t = log_masses(other, tl.load(other.at + c, mask=has, other=0)[:, None], theirs[None, :], use, LOG_FLOOR)
-    realised = c[:, None] == tl.load(columns.cell + column, mask=live, other=-1)[None, :]
-    of_cell = tl.where(realised, tl.load(slopes.cell + column)[None, :], 0.0)
-    q = tl.exp(t + tl.load(other.rest + theirs)[None, :])
-    within = tl.exp(tl.load(own.rest + column))[None, :] + (of_cell - q) * tl.exp(-s)
-    within = by_kd * tl.where(use & (s > LOG_FLOOR), within, 0.0)
-    here = place[:, None] == tl.load(columns.following + column, mask=live, other=-1)[None, :]
-    result = tl.exp(z) * (within - everywhere[None, :]) + tl.where(here, by_token[None, :], 0.0)
-    active = (told | (owner >= 0) | (by_ce != 0.0))[None, :]
-    tl.store(own.logits + at, tl.where(active, result, 0.0).to(own.logits.dtype.element_ty), mask=inside[:, None])
+    by_token = factor * tl.load(slopes.chunk + owner - columns.first, mask=owner >= 0, other=0.0) - by_ce
+    still = -by_token - by_kd * tl.load(slopes.rest + column)
+    moving = still + by_kd * tl.exp2(tl.load(own.rest + column))
+    by_cell = by_kd * tl.load(slopes.cell + column)
+    active = told | (owner >= 0) | (by_ce != 0.0)
+    realised = tl.load(columns.cell + column, mask=live, other=-1)
+    following = tl.load(columns.following + column, mask=live, other=-1).to(tl.int32)
+    own_norm, their_norm, their_rest = tl.load(own.norm + column), tl.load(other.norm + column), tl.load(other.rest + column)
+    for step in range(STEPS):
+        place = ((tl.program_id(1) * STEPS + step) * BLOCK + tl.arange(0, BLOCK))[:, None]
+        inside = place < vocab
+        c = tl.load(cell + place, mask=inside, other=cells)
+        has = c < cells
+        at = place.to(tl.int64) * own.columns + column
+        z = tl.load(own.logits + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E - own_norm
+        row = tl.load(own.at + c, mask=has, other=-1)
+        stored = tl.load(own.table + (-1 - row).to(tl.int64) * own.columns + column, mask=has & (row < 0), other=LEAST)
+        s = tl.maximum(tl.where(row < 0, stored, z), LEAST)
+        t = log_masses(other, tl.load(other.at + c, mask=has, other=-1), column, their_norm, has, LEAST)
+        of_mass = tl.where(c == realised, by_cell, 0.0) - by_kd * tl.exp2(t + their_rest)
+        result = tl.exp2(z) * tl.where(s > LEAST, moving, still) + tl.where(s > LEAST, of_mass * tl.exp2(z - s), 0.0)
+        result += tl.where(place == following, by_token, 0.0)
+        tl.store(own.logits + at, tl.where(active, result, 0.0).to(own.logits.dtype.element_ty), mask=inside)
 
 
 def takes(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> bool:
@@ -133,16 +144,16 @@ def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wa
     own = CellVocabulary(form, teacher.projection, "student", following)
     compared = compared_rows(student, teacher, spec)
     cuts = Cuts(own.source.rows, [(compared.student, compared.teacher)])
-    other = _teacher_side(teacher, compared.teacher)
+    other = _teacher_side(teacher, compared)
     tiles = cuts.tiles()
     gradients = HiddenGradients(own.source, form, len(tiles) == 1) if wanted.gradients else None
 
     def one(tile: TileRows) -> Tensor:
         part = slice(tile.first, tile.last)
         partner, cell, owner, counts, next_ids = (x[part] for x in (*compared[:3], counted, following))
-        columns = Columns(partner, cell, owner, counts, next_ids, tile.first, tile.last - tile.first, tile.by_term[0][0])
+        columns = Columns(partner, cell, owner, counts, next_ids, tile.first, tile.last - tile.first)
         side = own.side(tile.first, tile.last)
-        beside, columns = other(tile, columns, side)
+        beside = other(tile, side)
         sums, slopes = _compare(side, compared.student, beside, columns)
         if gradients is not None:
             _write_gradient(side, beside, columns, slopes, wanted)
@@ -153,28 +164,27 @@ def run(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec, wanted: Wa
     return sums, [] if gradients is None else list(gradients.finished())
 
 
-def _teacher_side(teacher: TeacherBatch, rows: Rows) -> Callable[[TileRows, Columns, CellSide], tuple[Teacher, Columns]]:
-    """From a tile, its columns and the student's side to the teacher's side, and the columns with their partners there. `rows`: of all chunks."""
+def _teacher_side(teacher: TeacherBatch, compared: Compared) -> Callable[[TileRows, CellSide], Teacher]:
+    """From a tile and the student's side of it to the teacher's."""
     form = teacher.logits
     assert teacher.projection is not None and teacher.input_ids is not None
 
-    def scored(tile: TileRows, columns: Columns, student: CellSide) -> tuple[Teacher, Columns]:
+    def scored(tile: TileRows, student: CellSide) -> Teacher:
         assert isinstance(form, CellScores)
-        (first, last), more = tile.by_term[0], student.masses.columns - columns.size
-        place = torch.arange(columns.size, dtype=torch.int32, device=columns.partner.device)
-        partner = torch.where(columns.partner < 0, -1, place)
-        masses = scored_masses(form, torch.nn.functional.pad(columns.partner.clamp(min=0), (0, more)), student)
-        return Teacher(masses, form.realised.flatten()[first:last], first, rows), columns._replace(partner=partner, shift=0)
+        (begin, end), more = tile.by_term[0], student.masses.columns - (tile.last - tile.first)
+        rows = torch.nn.functional.pad(compared.partner[tile.first : tile.last].clamp(min=0), (0, more))
+        return Teacher(scored_masses(form, rows, student), form.realised.flatten()[begin:end], begin, compared.teacher)
 
     if isinstance(form, CellScores):
         return scored
     assert isinstance(form, HiddenLogits)
     vocabulary = CellVocabulary(form, teacher.projection, "teacher", next_token_ids(teacher.input_ids).flatten())
 
-    def live(tile: TileRows, columns: Columns, _: CellSide) -> tuple[Teacher, Columns]:
-        first, last = tile.by_term[0]
-        side = vocabulary.side(first, last)
-        return Teacher(side.masses, side.tokens, first, rows), columns
+    def live(tile: TileRows, _: CellSide) -> Teacher:
+        begin, end = tile.by_term[0]
+        columns = whole_programs(max(tile.last - tile.first, end - begin))
+        side = vocabulary.side(begin, end, compared.teacher_order(tile.first, tile.last, begin, end, columns))
+        return Teacher(side.masses, side.tokens, begin, compared.teacher)
 
     return live
 
@@ -185,8 +195,8 @@ def _compare(own: CellSide, rows: Rows, teacher: Teacher, columns: Columns) -> t
     parts, floored = torch.empty(2, SPLITS, own.masses.columns, device=own.tokens.device)
     per_split = ceil_div(ceil_div(cells, SPLITS), BLOCK) * BLOCK
     launch(
-        _kl_kernel, (own.masses.columns // COLUMNS, SPLITS), own.masses, teacher.masses, columns, parts, floored, cells, per_split,
-        LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+        _kl_kernel, (own.masses.columns // COLUMNS, SPLITS), own.masses, teacher.masses, parts, floored, cells, per_split,
+        LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS,
     )  # fmt: skip
     return realised_part(own, rows, teacher, columns, parts, floored)
 
@@ -196,8 +206,8 @@ def _write_gradient(own: CellSide, teacher: Teacher, columns: Columns, slopes: S
     vocab, size = own.masses.logits.shape
     ce = torch.zeros_like(wanted.kd) if wanted.ce is None else wanted.ce
     launch(
-        _gradient_kernel, (size // COLUMNS, ceil_div(vocab, BLOCK)), own.masses, teacher.masses, columns, slopes, own.lists.cell, wanted.kd,
-        ce, vocab, len(own.masses.at), LOG_FLOOR=LOG_FLOOR, BLOCK=BLOCK, COLUMNS=COLUMNS,
+        _gradient_kernel, (size // COLUMNS, ceil_div(vocab, BLOCK * STEPS)), own.masses, teacher.masses, columns, slopes, own.lists.cell, wanted.kd,
+        ce, vocab, len(own.masses.at), LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS, STEPS=STEPS,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ In float64, where both logarithms are exact enough as they stand; there are few 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,19 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.cell_masses import LOG_FLOOR, SPLITS, CellSide, Masses, log_masses
+from xtoken_core.losses.kernels.cell_masses import LEAST, SPLITS, CellSide, Masses, log_masses
 from xtoken_core.losses.kernels.chunks import Rows
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.partition import LARGEST_LOG_SHARE
 
 _BLOCK = 32
+LOG_2 = tl.constexpr(math.log(2))
 
 
 class Columns(NamedTuple):
     """The student's columns of a tile: the rows first, first + 1, ... of the batch, `size` of them. What is of rows begins at the first."""
 
     partner: Tensor
-    """[size] int32: the teacher's row, or where it was scored the column; -1: none. See `Compared`."""
+    """[size] int32: the teacher's row, whose masses are in the same column; -1: none. See `Compared`."""
     cell: Tensor
     """[size] int32."""
     owner: Tensor
@@ -39,8 +41,6 @@ class Columns(NamedTuple):
     """[size] int64: the tokens that the rows predict."""
     first: int
     size: int
-    shift: int
-    """What `partner` is more than the column of the teacher's masses."""
 
 
 class Teacher(NamedTuple):
@@ -86,7 +86,7 @@ def _sum_splits(parts, column, columns, SPLITS: tl.constexpr):
 @triton.jit
 def _realised_kernel(
     own, rows, tokens, argmax, teacher, columns, kl, floored, terms, slopes,
-    LARGEST: tl.constexpr, LOG_FLOOR: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """terms [3, columns] float64: partition_kl, cross-entropy, whether the predicted token is the argmax."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,23 +95,23 @@ def _realised_kernel(
     cell = tl.load(columns.cell + column, mask=inside, other=-1)
     use = cell >= 0
     chunk = tl.load(rows.chunk + columns.first + column, mask=use, other=0)
-    theirs = tl.where(use, partner - columns.shift, 0)
-    s = log_masses(own, tl.load(own.at + cell, mask=use, other=0), column, use, LOG_FLOOR)
-    t = log_masses(teacher.masses, tl.load(teacher.masses.at + cell, mask=use, other=0), theirs, use, LOG_FLOOR)
-    share = _chunk_log_prob(rows, tokens, columns.first, chunk, use) - s.to(tl.float64)
+    other = teacher.masses
+    s = log_masses(own, tl.load(own.at + cell, mask=use, other=0), column, tl.load(own.norm + column), use, LEAST)
+    t = log_masses(other, tl.load(other.at + cell, mask=use, other=0), column, tl.load(other.norm + column), use, LEAST)
+    share = _chunk_log_prob(rows, tokens, columns.first, chunk, use) - s.to(tl.float64) * LOG_2
     a = tl.where(use, tl.minimum(share, LARGEST), -1.0)
-    b = _chunk_log_prob(teacher.rows, teacher.tokens, teacher.first, chunk, use) - t.to(tl.float64)
+    b = _chunk_log_prob(teacher.rows, teacher.tokens, teacher.first, chunk, use) - t.to(tl.float64) * LOG_2
     b = tl.where(use, tl.minimum(b, LARGEST), -1.0)
-    mass = tl.where(use, tl.exp((t + tl.load(teacher.masses.rest + theirs)).to(tl.float64)), 0.0)
+    mass = tl.where(use, tl.exp2((t + tl.load(other.rest + column)).to(tl.float64)), 0.0)
     p, q = tl.exp(a), tl.exp(b)
     value = mass * (q * (b - a) + (1.0 - q) * (tl.log(1.0 - q) - tl.log(1.0 - p)))
     slope = tl.where(share <= LARGEST, mass * ((1.0 - q) * p / (1.0 - p) - q), 0.0)
-    by_cell = tl.where(s > LOG_FLOOR, -slope, 0.0)
+    by_cell = tl.where(s > LEAST, -slope, 0.0)
     still = tl.where(partner >= 0, _sum_splits(floored, column, own.columns, SPLITS), 0.0)
     tl.store(slopes.chunk + column, slope.to(tl.float32))
     tl.store(slopes.cell + column, by_cell.to(tl.float32))
     tl.store(slopes.rest + column, (by_cell + still).to(tl.float32))
-    first = tl.where(partner >= 0, _sum_splits(kl, column, own.columns, SPLITS), 0.0)
+    first = tl.where(partner >= 0, LOG_2 * _sum_splits(kl, column, own.columns, SPLITS), 0.0)
     counts = tl.load(columns.counted + column, mask=inside, other=0) != 0
     tl.store(terms + column, first + value)
     tl.store(terms + own.columns + column, tl.where(counts, -tl.load(tokens + column).to(tl.float64), 0.0))
@@ -128,7 +128,7 @@ def realised_part(
         own: the student's side; `rows`: of its chunks.
         teacher: the teacher's.
         columns: the tile's.
-        kl: [SPLITS, columns] float32, parts of the KL of cells.
+        kl: [SPLITS, columns] float32, parts of the KL of cells, in bits.
         floored: likewise, of the derivative by all masses that the floor leaves.
     """
     count, device = own.masses.columns, kl.device
@@ -136,6 +136,6 @@ def realised_part(
     slopes = Slopes(*torch.empty(3, count, device=device))
     launch(
         _realised_kernel, (ceil_div(count, _BLOCK),), own.masses, rows, own.tokens, own.argmax, teacher, columns, kl, floored, terms, slopes,
-        LARGEST=LARGEST_LOG_SHARE, LOG_FLOOR=LOG_FLOOR, SPLITS=SPLITS, BLOCK=_BLOCK,
+        LARGEST=LARGEST_LOG_SHARE, LEAST=LEAST, SPLITS=SPLITS, BLOCK=_BLOCK,
     )  # fmt: skip
     return terms.sum(1), slopes

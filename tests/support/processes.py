@@ -53,9 +53,10 @@ def left_in_shared_memory(before: set[str]) -> set[str]:
 
 
 def _in_use(name: str) -> bool:
-    """Whether a file in /dev/shm is CUDA's of a process that is there: `cuda.shm.USER.PID.NUMBER`, in hexadecimal digits."""
-    found = re.fullmatch(r"cuda\.shm\.[^.]+\.([0-9a-f]+)\..*", name)
-    return found is not None and psutil.pid_exists(int(found[1], 16))
+    """Whether a file in /dev/shm is the driver's or torch's for a process that is there: `cuda.shm.USER.PID.NUMBER`, in hexadecimal digits, or `torch_PID_...`."""
+    driver, torch = re.match(r"cuda\.shm\.[^.]+\.([0-9a-f]+)\.", name), re.match(r"torch_(\d+)_", name)
+    pid = int(driver[1], 16) if driver else int(torch[1]) if torch else None
+    return pid is not None and psutil.pid_exists(pid)
 
 
 def ended(processes: Iterable[psutil.Process], seconds: float = 60.0) -> bool:

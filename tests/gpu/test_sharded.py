@@ -20,7 +20,7 @@ from tests.distributed.test_sharded_teacher import hands_over_the_whole_models_l
 from tests.support.gpus import first_gpus, needs_gpus
 from tests.support.processes import ended, forked
 from tests.support.tiny import tiny_tokenizer
-from tests.support.training_run import changed, losses, prepare, run, start
+from tests.support.training_run import changed, losses, prepare, run, start, steps
 from tests.teachers.test_teachers import IDS, micro_batches, setup
 from xtoken_core.errors import RunError
 from xtoken_core.models import load_model
@@ -79,9 +79,13 @@ def values(base):
 
 @pytest.fixture(scope="module")
 def alone(base, values, large):
-    """The losses of the same run on one GPU, all of whose memory the large teacher may take."""
+    """The same run on one GPU, all of whose memory the large teacher may take: loss, gradient norm and KD of each step."""
     start(taught_by(large, values), base, base / "alone", CUDA_VISIBLE_DEVICES=first_gpus(1)).finish()
-    return losses(base / "alone")
+    return told(base / "alone")
+
+
+def told(out):
+    return [(line["loss"], line["grad_norm"], line["teachers"]["same"]["kd"]) for line in steps(out)]
 
 
 def taught_by(model, values):
@@ -146,8 +150,8 @@ def test_spread_over_several_it_hands_over_the_whole_models_logits(large, gpus):
 @pytest.mark.parametrize("gpus", ON_SEVERAL)
 def test_spread_over_several_it_teaches_as_on_one(base, values, large, alone, gpus):
     on_every_gpu(gpus, spread, (taught_by(large, values), base, base / f"on-{gpus}", True))
-    for ours, theirs in zip(losses(base / f"on-{gpus}"), alone, strict=True):
-        assert ours == pytest.approx(theirs, rel=0.01)
+    for ours, theirs in zip(told(base / f"on-{gpus}"), alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.parametrize(

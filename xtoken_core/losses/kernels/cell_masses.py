@@ -27,8 +27,8 @@ COLUMNS = 64
 """Columns of a program; a tile has a multiple of it, since products of other sizes are several times slower."""
 BLOCK = 32
 """Cells or tokens of a program."""
-FEW = 64
-"""Most tokens of a cell that are added up one after the other."""
+FEW = 16
+"""Most tokens of a cell that are added up one after the other; a cell of more has programs of its own."""
 SPLITS = 64
 """Parts into which the tokens or cells of a column are split, where each is gone through from first to last."""
 LEAST = math.log2(FLOOR)
@@ -257,7 +257,7 @@ class CellVocabulary:
         if large:
             launch(
                 _large_mass_kernel, (blocks, large), logits, norm, lists.ids, lists.start, lists.size, table, columns,
-                LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS,
+                LEAST=LEAST, BLOCK=4 * BLOCK, COLUMNS=COLUMNS,
             )  # fmt: skip
         if rows > large:
             start, size = lists.start[large:], lists.size[large:]

@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from tests.support import kernel_cases  # noqa: E402
-from tests.support.kernel_cases import CASES, build, compare  # noqa: E402
+from tests.support.kernel_cases import CASES, Case, build, compare  # noqa: E402
 from xtoken_core.losses import selection  # noqa: E402
 from xtoken_core.losses.types import StudentBatch  # noqa: E402
 
@@ -113,3 +113,9 @@ def test_masses_at_the_floor(name, monkeypatch):
     student = student.over_positions(lambda x: 20 * x)
     monkeypatch.setattr(kernel_cases, "build", lambda _: (student, *rest, teachers, spec, coefficients))
     compare(CASES[name], torch.device("cpu"), torch.float32)
+
+
+def test_shares_near_one():
+    """A chunk that is nearly all of its cell: the logs of what is left of the cell are of small differences."""
+    case = Case(("partition_kl", "scored"), length=20, vocab=5, hidden=True, coefficients=True, seed=1417)
+    compare(case, torch.device("cpu"), torch.float32)

@@ -109,63 +109,64 @@ def _scan_kernel(logits, cell, parts, token, vocab, cells, columns, per_split, B
 
 @triton.jit
 def _column_kernel(
-    parts, token, logits, rows, following, norm, rest, argmax, tokens, columns, first, last, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, token, logits, rows, following, top, over, rest, argmax, tokens, columns, first, last, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """From what `_scan_kernel` leaves the statistics of each column; see `CellSide`."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, SPLITS)[:, None] * columns + column[None, :]
     size = SPLITS * columns
-    top = tl.load(parts + at)
-    highest = tl.max(top, 0)
-    by = tl.exp2((top - highest[None, :]) * LOG2_E)
+    of_split = tl.load(parts + at)
+    highest = tl.max(of_split, 0)
+    by = tl.exp2((of_split - highest[None, :]) * LOG2_E)
     every = tl.sum(tl.load(parts + size + at) * by, 0)
     kept = tl.sum(tl.load(parts + 2 * size + at) * by, 0)
-    tl.store(norm + column, highest * LOG2_E + tl.log2(every))
+    tl.store(top + column, highest)
+    tl.store(over + column, tl.log2(every))
     tl.store(rest + column, tl.log2(every / kept))
-    tl.store(argmax + column, tl.min(tl.where(top == highest[None, :], tl.load(token + at), 2147483647), 0))
+    tl.store(argmax + column, tl.min(tl.where(of_split == highest[None, :], tl.load(token + at), 2147483647), 0))
     row = tl.load(rows + column)
     inside = (row >= first) & (row < last)
     next = tl.load(following + row, mask=inside, other=0).to(tl.int64)
-    own = tl.load(logits + next * columns + column).to(tl.float32) - (highest + tl.log(every))
+    own = tl.load(logits + next * columns + column).to(tl.float32) - highest - tl.log(every)
     tl.store(tokens + row - first, own, mask=inside)
 
 
 @triton.jit
 def _mass_kernel(
-    logits, norm, ids, start, size, table, count, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+    logits, top, over, ids, start, size, table, count, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """table[row, column]: the log of a cell's mass. One program: BLOCK cells."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(start + row, mask=row < count, other=0)
     length = tl.load(size + row, mask=row < count, other=0)
-    whole = tl.load(norm + column)[None, :]
+    highest, whole = tl.load(top + column)[None, :], tl.load(over + column)[None, :]
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for k in range(tl.max(length, 0)):
         id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
         at = id[:, None] * columns + column[None, :]
         z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
-        total += tl.exp2(z * LOG2_E - whole)
+        total += tl.exp2((z - highest) * LOG2_E - whole)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(table + at, tl.maximum(tl.log2(total), LEAST), mask=(row < count)[:, None])
 
 
 @triton.jit
 def _large_mass_kernel(
-    logits, norm, ids, start, size, table, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+    logits, top, over, ids, start, size, table, columns, LEAST: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """As `_mass_kernel`. One program: one cell."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1)
     first, length = tl.load(start + row), tl.load(size + row)
-    whole = tl.load(norm + column)[None, :]
+    highest, whole = tl.load(top + column)[None, :], tl.load(over + column)[None, :]
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for k0 in range(0, length, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         id = tl.load(ids + first + k, mask=k < length, other=0).to(tl.int64)
         at = id[:, None] * columns + column[None, :]
         z = tl.load(logits + at, mask=(k < length)[:, None], other=float("-inf")).to(tl.float32)
-        total += tl.exp2(z * LOG2_E - whole)
+        total += tl.exp2((z - highest) * LOG2_E - whole)
     tl.store(table + row.to(tl.int64) * columns + column, tl.maximum(tl.log2(tl.sum(total, 0)), LEAST))
 
 
@@ -178,21 +179,23 @@ class Masses(NamedTuple):
     """[rows, columns] float32: logs of the masses of cells that have a row."""
     at: Tensor
     """[cells] int32: the token that is the cell, or -1 - its row of the table."""
-    norm: Tensor
-    """[columns] float32: log Z."""
+    top: Tensor
+    """[columns] float32: m, the largest logit."""
+    over: Tensor
+    """[columns] float32: log Σ exp(z - m); together they would be less exact where a mass is near 1."""
     rest: Tensor
     """[columns] float32: log (Z / N), N the mass of all cells."""
     columns: int
 
 
 @triton.jit
-def log_masses(side, at, column, norm, use, LEAST: tl.constexpr):
-    """Logs of the masses, at least LEAST, of cells whose entries of `side.at` are `at`, from the columns' `norm`; finite where not `use`."""
+def log_masses(side, at, column, top, over, use, LEAST: tl.constexpr):
+    """Logs of the masses, at least LEAST, of cells whose entries of `side.at` are `at`; finite where not `use`. top, over: the columns'."""
     single = at >= 0
     place = tl.where(single, at, -1 - at).to(tl.int64) * side.columns + column
-    z = tl.load(side.logits + place, mask=use & single, other=0.0).to(tl.float32) * LOG2_E - norm
+    z = tl.load(side.logits + place, mask=use & single, other=0.0).to(tl.float32)
     stored = tl.load(side.table + place, mask=use & (single == 0), other=LEAST)
-    return tl.maximum(tl.where(single, z, stored), LEAST)
+    return tl.maximum(tl.where(single, (z - top) * LOG2_E - over, stored), LEAST)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class CellSide:
 
     def log_cells(self) -> Tensor:
         """[cells, columns]: natural logs of the masses of all cells, at least that of FLOOR."""
-        single = self.masses.logits[self.lists.at.clamp(min=0)].float() - self.masses.norm * math.log(2)
+        single = self.masses.logits[self.lists.at.clamp(min=0)].float() - self.masses.top - self.masses.over * math.log(2)
         return single.index_copy_(0, self.lists.several, self.masses.table * math.log(2)).clamp_(min=math.log(FLOOR))
 
 
@@ -235,7 +238,7 @@ class CellVocabulary:
             inside = ((rows >= first) & (rows < last))[:, None]
             columns, hidden = len(rows), torch.where(inside, self.source.hidden[rows.clamp(max=self.source.rows - 1)], 0)
         logits, lists = self.source.weight @ hidden.T, self.lists
-        norm, rest, tokens = torch.empty(3, columns, device=device)
+        top, over, rest, tokens = torch.empty(4, columns, device=device)
         token = torch.empty(SPLITS + 1, columns, dtype=torch.int32, device=device)
         parts = torch.empty(3, SPLITS, columns, device=device)
         blocks, vocab, cells = columns // COLUMNS, len(logits), len(lists.at)
@@ -244,25 +247,25 @@ class CellVocabulary:
             _scan_kernel, (blocks, SPLITS), logits, lists.cell, parts, token, vocab, cells, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS
         )  # fmt: skip
         launch(
-            _column_kernel, (blocks,), parts, token, logits, rows, self.following, norm, rest, token[SPLITS], tokens, columns, first, last,
+            _column_kernel, (blocks,), parts, token, logits, rows, self.following, top, over, rest, token[SPLITS], tokens, columns, first, last,
             SPLITS=SPLITS, COLUMNS=COLUMNS,
         )  # fmt: skip
-        masses = Masses(logits, self._table(logits, norm), lists.at, norm, rest, columns)
+        masses = Masses(logits, self._table(logits, top, over), lists.at, top, over, rest, columns)
         return CellSide(masses, lists, hidden, token[SPLITS], tokens[: last - first])
 
-    def _table(self, logits: Tensor, norm: Tensor) -> Tensor:
+    def _table(self, logits: Tensor, top: Tensor, over: Tensor) -> Tensor:
         lists, columns = self.lists, logits.shape[1]
         rows, large, blocks = len(lists.several), lists.large, columns // COLUMNS
         table = torch.empty(rows, columns, device=logits.device)
         if large:
             launch(
-                _large_mass_kernel, (blocks, large), logits, norm, lists.ids, lists.start, lists.size, table, columns,
+                _large_mass_kernel, (blocks, large), logits, top, over, lists.ids, lists.start, lists.size, table, columns,
                 LEAST=LEAST, BLOCK=4 * BLOCK, COLUMNS=COLUMNS,
             )  # fmt: skip
         if rows > large:
             start, size = lists.start[large:], lists.size[large:]
             launch(
-                _mass_kernel, (blocks, ceil_div(rows - large, BLOCK)), logits, norm, lists.ids, start, size, table[large:], rows - large,
+                _mass_kernel, (blocks, ceil_div(rows - large, BLOCK)), logits, top, over, lists.ids, start, size, table[large:], rows - large,
                 columns, LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS,
             )  # fmt: skip
         return table

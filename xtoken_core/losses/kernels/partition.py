@@ -54,16 +54,16 @@ def _kl_kernel(own, other, out, floored, cells, per_split, LEAST: tl.constexpr, 
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     first = tl.program_id(1) * per_split
-    own_norm, their_norm = tl.load(own.norm + column), tl.load(other.norm + column)
-    their_rest = tl.load(other.rest + column)
+    own_top, own_over = tl.load(own.top + column), tl.load(own.over + column)
+    their_top, their_over, their_rest = tl.load(other.top + column), tl.load(other.over + column), tl.load(other.rest + column)
     more = their_rest - tl.load(own.rest + column)
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     still = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for c in range(first, first + per_split, BLOCK):
         cell = (c + tl.arange(0, BLOCK))[:, None]
         inside = cell < cells
-        s = log_masses(own, tl.load(own.at + cell, mask=inside, other=-1), column, own_norm, inside, LEAST)
-        t = log_masses(other, tl.load(other.at + cell, mask=inside, other=-1), column, their_norm, inside, LEAST)
+        s = log_masses(own, tl.load(own.at + cell, mask=inside, other=-1), column, own_top, own_over, inside, LEAST)
+        t = log_masses(other, tl.load(other.at + cell, mask=inside, other=-1), column, their_top, their_over, inside, LEAST)
         q = tl.where(inside, tl.exp2(t + their_rest), 0.0)
         total += q * (t - s + more)
         still += tl.where(s > LEAST, 0.0, q)
@@ -92,18 +92,19 @@ def _gradient_kernel(
     active = told | (owner >= 0) | (by_ce != 0.0)
     realised = tl.load(columns.cell + column, mask=live, other=-1)
     following = tl.load(columns.following + column, mask=live, other=-1).to(tl.int32)
-    own_norm, their_norm, their_rest = tl.load(own.norm + column), tl.load(other.norm + column), tl.load(other.rest + column)
+    own_top, own_over = tl.load(own.top + column), tl.load(own.over + column)
+    their_top, their_over, their_rest = tl.load(other.top + column), tl.load(other.over + column), tl.load(other.rest + column)
     for step in range(STEPS):
         place = ((tl.program_id(1) * STEPS + step) * BLOCK + tl.arange(0, BLOCK))[:, None]
         inside = place < vocab
         c = tl.load(cell + place, mask=inside, other=cells)
         has = c < cells
         at = place.to(tl.int64) * own.columns + column
-        z = tl.load(own.logits + at, mask=inside, other=0.0).to(tl.float32) * LOG2_E - own_norm
+        z = (tl.load(own.logits + at, mask=inside, other=0.0).to(tl.float32) - own_top) * LOG2_E - own_over
         row = tl.load(own.at + c, mask=has, other=-1)
         stored = tl.load(own.table + (-1 - row).to(tl.int64) * own.columns + column, mask=has & (row < 0), other=LEAST)
         s = tl.maximum(tl.where(row < 0, stored, z), LEAST)
-        t = log_masses(other, tl.load(other.at + c, mask=has, other=-1), column, their_norm, has, LEAST)
+        t = log_masses(other, tl.load(other.at + c, mask=has, other=-1), column, their_top, their_over, has, LEAST)
         of_mass = tl.where(c == realised, by_cell, 0.0) - by_kd * tl.exp2(t + their_rest)
         result = tl.exp2(z) * tl.where(s > LEAST, moving, still) + tl.where(s > LEAST, of_mass * tl.exp2(z - s), 0.0)
         result += tl.where(place == following, by_token, 0.0)

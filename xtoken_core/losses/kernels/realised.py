@@ -78,6 +78,12 @@ def _chunk_log_prob(rows, tokens, tile, chunk, use):
 
 
 @triton.jit
+def _log_mass(side, cell, column, use, LEAST: tl.constexpr):
+    at = tl.load(side.at + cell, mask=use, other=0)
+    return log_masses(side, at, column, tl.load(side.top + column), tl.load(side.over + column), use, LEAST)
+
+
+@triton.jit
 def _sum_splits(parts, column, columns, SPLITS: tl.constexpr):
     at = tl.arange(0, SPLITS)[:, None] * columns + column[None, :]
     return tl.sum(tl.load(parts + at).to(tl.float64), 0)
@@ -96,8 +102,8 @@ def _realised_kernel(
     use = cell >= 0
     chunk = tl.load(rows.chunk + columns.first + column, mask=use, other=0)
     other = teacher.masses
-    s = log_masses(own, tl.load(own.at + cell, mask=use, other=0), column, tl.load(own.norm + column), use, LEAST)
-    t = log_masses(other, tl.load(other.at + cell, mask=use, other=0), column, tl.load(other.norm + column), use, LEAST)
+    s = _log_mass(own, cell, column, use, LEAST)
+    t = _log_mass(other, cell, column, use, LEAST)
     share = _chunk_log_prob(rows, tokens, columns.first, chunk, use) - s.to(tl.float64) * LOG_2
     a = tl.where(use, tl.minimum(share, LARGEST), -1.0)
     b = _chunk_log_prob(teacher.rows, teacher.tokens, teacher.first, chunk, use) - t.to(tl.float64) * LOG_2

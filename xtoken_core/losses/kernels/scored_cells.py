@@ -16,4 +16,4 @@ def scored_masses(scores: CellScores, rows: Tensor, student: CellSide) -> Masses
     table = scores.cells(rows, student.log_cells(), 1.0) / math.log(2)
     at = -1 - torch.arange(len(table), dtype=torch.int32, device=table.device)
     rest = scores.total.flatten()[rows].float() / -math.log(2)
-    return Masses(table, table, at, rest, rest, len(rows))
+    return Masses(table, table, at, rest, rest, rest, len(rows))

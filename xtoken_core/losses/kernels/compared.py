@@ -34,18 +34,19 @@ class Compared(NamedTuple):
     teacher: Rows
 
     def teacher_order(self, first: int, last: int, begin: int, end: int, columns: int) -> Tensor:
-        """[columns] int64: the teacher's rows begin..end-1 that are of use, those with a partner where it is, the student's first..last-1 being 0, 1, ...
+        """[columns] int64: the teacher's rows begin..end-1 beside the student's first..last-1, each partner in the column of its row.
 
-        The other columns take the further rows, and when there are no more of them, `end`.
+        The other columns take the further rows in turn, and when there are no more of them, `end`.
         """
-        partner = torch.nn.functional.pad(self.partner[first:last].long(), (0, columns - (last - first)), value=-1)
+        partner = torch.nn.functional.pad(self.partner[first:last], (0, columns - (last - first)), value=-1)
         further = torch.nonzero_static(self.further[begin:end], size=columns, fill_value=end - begin)[:, 0] + begin
-        return torch.where(partner < 0, further[(partner < 0).cumsum(0) - 1], partner)
+        free = partner < 0
+        return torch.where(free, further[free.cumsum(0) - 1], partner)
 
 
 @triton.jit
 def _pair_kernel(
-    student, teacher, student_chunks, teacher_chunks, student_ids, teacher_ids, student_cells, teacher_cells, exact, partner, cell, owner, led,
+    student, teacher, student_chunks, teacher_chunks, student_ids, teacher_ids, student_cells, teacher_cells, exact, partner, cell, owner, further,
     student_length, teacher_length, per_row, rows, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk that a sample begins with, on either side, has a first token that no row predicts."""
@@ -67,7 +68,7 @@ def _pair_kernel(
     tl.store(partner + row, tl.where(valid & here, theirs, -1), mask=row < rows)
     tl.store(cell + row, tl.where(realised & here, own_cell, -1).to(tl.int32), mask=row < rows)
     tl.store(owner + row, tl.where(realised, first, -1), mask=row < rows)
-    tl.store(led + theirs, True, mask=valid & here)
+    tl.store(further + theirs, False, mask=valid & here)
 
 
 def compared_rows(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) -> Compared:
@@ -77,12 +78,12 @@ def compared_rows(student: StudentBatch, teacher: TeacherBatch, spec: LossSpec) 
     cells = cells_of(teacher)
     own, theirs = chunk_rows(teacher, student.sample_mask, spec.model_copy(update={"chunk_distribution": "mean"}))
     rows = student.input_ids.numel()
-    led = torch.zeros(theirs.chunk.shape, dtype=torch.bool, device=theirs.chunk.device)
+    further = theirs.active.clone()
     partner, cell, owner = torch.empty(3, rows, dtype=torch.int32, device=student.input_ids.device)
     launch(
         _pair_kernel, (ceil_div(rows, _BLOCK),), own, theirs, teacher.student_chunk_id.contiguous(), teacher.teacher_chunk_id.contiguous(),
         student.input_ids.contiguous(), teacher.input_ids.contiguous(), cells.student, cells.teacher, teacher.chunk_exact.contiguous(),
-        partner, cell, owner, led, student.input_ids.shape[1], teacher.input_ids.shape[1], max(1, teacher.chunk_exact.shape[1]), rows,
+        partner, cell, owner, further, student.input_ids.shape[1], teacher.input_ids.shape[1], max(1, teacher.chunk_exact.shape[1]), rows,
         BLOCK=_BLOCK,
     )  # fmt: skip
-    return Compared(partner, cell, owner, theirs.active & ~led, own, theirs)
+    return Compared(partner, cell, owner, further, own, theirs)

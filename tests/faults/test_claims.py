@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -93,9 +94,12 @@ def test_of_many_at_once_one_has_the_place(root, fault):
 
 
 def hold(root: str, ready: str) -> None:
+    """Holds a checkpoint folder, and so would a copy that outlives it, as one that loads rows does for seconds."""
     claims.REFRESH = 0.5
     with owned(None, root):
-        Path(ready).touch()
+        if copy := os.fork():
+            Path(f"{ready}.part").write_text(str(copy))
+            os.rename(f"{ready}.part", ready)
         time.sleep(600)
 
 
@@ -113,6 +117,7 @@ def test_what_a_killed_run_had_claimed_is_free_again(root, tmp_path, monkeypatch
     with owned(root):
         assert beside(root)
     assert beside(root) == []
+    os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)  # it still ran
     kind = "s3" if "://" in root else "local"
     fault(f"a second run on one checkpoint folder ({kind}), then SIGKILL for the first", "refused, then free", told.value)
 

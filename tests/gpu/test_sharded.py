@@ -94,6 +94,7 @@ def taught_by(model, values):
 
 def held(pipe, given, student, environment):
     """The body of a teacher's process that may take only a part of its GPU."""
+    os.environ.clear()  # the server that it is forked from may see other GPUs
     os.environ.update(environment)
     share = ROOM / torch.cuda.get_device_properties(given.device).total_memory
     torch.cuda.set_per_process_memory_fraction(share, given.device)

@@ -23,6 +23,18 @@ REFRESH = 5.0
 PATIENCE = 20.0
 """Seconds without that, as another process sees them, after which the holder counts as dead. No clocks are compared."""
 
+_locked: set[int] = set()
+"""Descriptors of the files whose locks this process holds."""
+
+
+def _leave_to_the_parent() -> None:
+    """In a copy of this process: the locks are not its own. It would keep them beyond the end of a process that is killed."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
 
 @contextlib.contextmanager
 def claimed(uri: str, doing: str) -> Iterator[Callable[[], None]]:
@@ -55,12 +67,15 @@ def _file(path: str, uri: str, taken: InputError) -> Iterator[Callable[[], None]
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
             os.close(descriptor)  # the holder before has removed it meanwhile
+    _locked.add(descriptor)
     try:
         yield lambda: None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        os.close(descriptor)
+        if descriptor in _locked:  # not in a copy of the holder
+            _locked.remove(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

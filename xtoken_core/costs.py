@@ -43,6 +43,11 @@ _TILE = 2048
 """Rows of logits that the losses form at a time."""
 _STATE_BYTES = 16
 """Of a trained weight: it, its gradient and Adam's two moments, in float32."""
+_WHOLE_BYTES, _WHOLE_ROOM = 8, 20e9
+"""Of a trained weight under FSDP: it and its gradient, which lie whole on each GPU from one micro-batch of a step to the next while that takes
+no more than a quarter of 80 GB."""
+_BUCKET_BYTES = 4
+"""Of a trained weight under DDP: its gradient's place in the buckets, beside that of the micro-batches before the last."""
 _CHECKPOINT_BYTES = 12
 """Of a trained weight in a checkpoint: it and the two moments."""
 _EVALUATED_TOKENS, _LOGITS_COPIES = 1024, 4
@@ -116,16 +121,18 @@ class ModelSize:
     def student_bytes(self, shape: StepShape, width: int, spread: int = 1) -> float:
         """Memory of a student's training: state, weights in the compute dtype, activations, losses, its process.
 
-        width: bytes of a number of the compute dtype. spread: ranks over which state is spread.
+        width: bytes of a number of the compute dtype. spread: ranks over which FSDP spreads state; 1: DDP, where there are several GPUs.
         """
         adapted, tokens = shape.trained is not None, shape.micro_batch * shape.length
         trained = self.parameters if shape.trained is None else shape.trained
         state = (trained * _STATE_BYTES + (self.parameters - trained) * (width if adapted else 4)) / spread
-        rounded = trained * width if width < 4 else 0
+        copies = trained * ((width if width < 4 else 0) + (_BUCKET_BYTES if shape.gpus > spread == 1 else 0))
+        if spread > 1 and trained * _WHOLE_BYTES <= _WHOLE_ROOM:
+            copies += trained * _WHOLE_BYTES
         layer = _LAYER_BYTES / 2 * width * self.hidden * tokens
         activations = layer + self.layers * width * self.hidden * tokens if shape.recomputed else self.layers * layer
         losses = 2 * _TILE * self.rows * width + (0 if adapted else self.rows * self.hidden * (8 + width))
-        return state + rounded + activations + losses + _PROCESS_BYTES
+        return state + copies + activations + losses + _PROCESS_BYTES
 
     def teacher_bytes(self, shape: StepShape, width: int, fp8: bool = False) -> float:
         """Memory of a teacher on the GPU, and of the hidden states that it hands over."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ LORA_WEIGHTS = 40_370_176
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured step, of tests/benchmarks/results/2026-11-27-h100.md."""
+    """One measured step, of tests/benchmarks/results/2026-11-27-h100.md or 2026-11-27-h200x4.md."""
 
     name: str
     seconds: float
@@ -34,12 +34,14 @@ class Measured:
     shape: StepShape
     student: PretrainedConfig
     peak_gib: float | None = None
-    """Of the GPU's memory, over all processes; None where others were there as well."""
+    """Of the GPU's memory, over all processes of the training; None where it is not known."""
+    spread: int = 1
+    """GPUs over which FSDP spreads the student's state."""
 
     def modelled_gib(self) -> float:
         """The same by the model."""
         teachers = [size(t).teacher_bytes(self.shape, 2, any(self.shape.fp8)) for t in self.teachers]
-        return (size(self.student).student_bytes(self.shape, 2) + sum(teachers)) / GIB
+        return (size(self.student).student_bytes(self.shape, 2, self.spread) + sum(teachers)) / GIB
 
     def modelled(self) -> float:
         """Seconds by the model."""
@@ -47,14 +49,15 @@ class Measured:
 
 
 _TWO = (PHI_4_MINI, LLAMA_3B)
+_USUAL = StepShape(24, LENGTH, MICRO_BATCH, compiled=True)
 MEASURED = (
-    Measured("H100, micro-batches of 4", 2.159, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True), LLAMA_1B, 53.2),
-    Measured(
-        "H100, teachers in fp8", 1.749, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, fp8=(True, True)), LLAMA_1B, 47.9
-    ),
-    Measured("H100, micro-batches of 1", 2.737, _TWO, StepShape(24, LENGTH, compiled=True), LLAMA_1B),
-    Measured("four H200, DDP", 2.164, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
-    Measured("four H200, FSDP2", 2.126, _TWO, StepShape(24, LENGTH, MICRO_BATCH, compiled=True, gpus=4), LLAMA_1B),
+    Measured("H100, micro-batches of 4", 2.159, _TWO, _USUAL, LLAMA_1B, 53.2),
+    Measured("H100, teachers in fp8", 1.749, _TWO, replace(_USUAL, fp8=(True, True)), LLAMA_1B, 47.9),
+    Measured("H100, micro-batches of 1", 2.737, _TWO, replace(_USUAL, micro_batch=1), LLAMA_1B),
+    Measured("H200", 2.094, _TWO, _USUAL, LLAMA_1B, 53.2),
+    Measured("H200, one teacher", 1.489, (PHI_4_MINI,), _USUAL, LLAMA_1B, 44.9),
+    Measured("four H200, DDP", 2.109, _TWO, replace(_USUAL, gpus=4), LLAMA_1B, 58.7),
+    Measured("four H200, FSDP2", 2.109, _TWO, replace(_USUAL, gpus=4), LLAMA_1B, 49.4, spread=4),
     Measured(
         "H200, adapters of 7.6 B under 6.7 B, eager",
         2.309,
@@ -105,7 +108,7 @@ def plot(lines: list[dict[str, float]], path: Path) -> None:
     axes.loglog(
         gpus, [line["tokens_per_second"] for line in lines], "o-", label="model, 24 rows a GPU, 2,048 rows a step at most"
     )
-    axes.loglog([1, 4], [22_771, 92_507], "x", color="C3", markersize=8, label="measured: one H100, four H200")
+    axes.loglog([1, 4], [23_482, 93_257], "x", color="C3", markersize=8, label="measured: one H200, four of them")
     axes.set_xlabel("GPUs")
     axes.set_ylabel("tokens a second")
     axes.legend(frameon=False)

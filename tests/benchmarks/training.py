@@ -390,6 +390,8 @@ def main() -> None:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     rate = rates()[1] if device.type == "cuda" else _cpu_rate()
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of several GPUs' ranks, the first would count it
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)

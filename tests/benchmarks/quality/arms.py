@@ -59,8 +59,7 @@ class Arm:
     ratio: tuple[float, ...] = (1.0,)
     """KD as a share of CE over the run, at places evenly spaced from its start to its end, linear between; only with dynamic scaling."""
     variant: str | None = None
-    """`first_row`: partition_kl without its realised part; `joined`: cells joined that are seen together; `pieces`: tokens that begin no chunk
-    have as much more of cross-entropy as KD adds to the others, and `joined-pieces` both."""
+    """`first_row`: partition_kl without its realised part; `joined`: cells joined that are seen together, as a run has them."""
     teachers: tuple[int, ...] | None = None
     """Which teachers of the setting; None: all."""
     domains: tuple[int | None, ...] | None = None

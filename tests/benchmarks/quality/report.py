@@ -40,6 +40,20 @@ class Row:
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
+    def step_tokens(self) -> float:
+        """Tokens of a step, padding included, as far as the digits of its speed tell."""
+        return statistics.mean(line["tokens_per_second"] / line["steps_per_second"] for line in self.lines)
+
+    @property
+    def tokens(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.step_tokens
+
+    def as_long_as(self, other: Row) -> bool:
+        """Whether both saw as many tokens."""
+        return math.isclose(self.tokens, other.tokens, rel_tol=0.02)
+
+    @property
     def best(self) -> float | None:
         """The lowest bits per byte on the way, of the first held-out text: what a run reaches that keeps its best checkpoint."""
         curves = [[point[1] for point in line["curve"]] for line in self.lines if isinstance(line["curve"][0], list)]
@@ -99,9 +113,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         lines += [f"### {setting}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
         for row in sorted(own, key=lambda row: (row.steps, row.mean(texts[0]))):
             at_time = None if row.arm == CE else same_time(row, ces, texts[0])
-            size = statistics.mean(line["tokens_per_second"] / line["steps_per_second"] for line in row.lines)
             cells = [row.arm, row.steps, *(_with_error(row, text) for text in texts), _figure(row.best), _figure(at_time)]
-            speed = "" if row.speed is None else f"{row.speed * size:,.0f}"
+            speed = "" if row.speed is None else f"{row.speed * row.step_tokens:,.0f}"
             lines.append("| " + " | ".join(map(str, [*cells, speed, len(row.lines)])) + " |")
         lines.append("")
     return lines
@@ -117,12 +130,12 @@ def _with_error(row: Row, text: str) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Of each setting the arms of its commonest length, best first, with their errors, on each held-out text; CE alone as a line."""
+    """Of each setting the arms that saw as many tokens as most did, best first, with their errors, on each held-out text; CE alone as a line."""
     groups = []
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
-        steps = statistics.mode(row.steps for row in own)
-        groups.append((f"{setting}, {steps} steps", [row for row in own if row.steps == steps]))
+        alike = max(([row for row in own if row.as_long_as(one)] for one in own), key=len)
+        groups.append((f"{setting}, {alike[0].tokens / 1e6:.1f} M tokens", alike))
     groups = [group for group in groups if len(group[1]) > 1] or groups
     texts = list(groups[0][1][0].lines[0]["held_out"])
     figure = Figure(figsize=(3 + 3.5 * len(texts), sum(0.8 + 0.24 * len(own) for _, own in groups)), layout="constrained")

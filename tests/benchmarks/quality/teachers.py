@@ -69,7 +69,7 @@ class CachedTeacher:
             assert self.projection is not None and self.projection.cells is not None
             cut = CellCut.of(self.projection.cells, len(self.head.weight), arm.cells, arm.spec().temperature)
             teacher = replace(teacher, cut=cut)
-        if arm.variant in ("joined", "joined-pieces"):
+        if arm.variant == "joined":
             assert self.projection_file is not None
             file = Path(self.projection_file)
             joined = Projection.load(str(file.with_name(file.name.replace("w-", "joined-"))))

@@ -21,21 +21,17 @@ from xtoken_core.layers import prune_layers
 from xtoken_core.losses import (
     StepTotals,
     StudentBatch,
-    TeacherBatch,
     batch_counts,
     distillation_loss,
     dynamic_scale,
     loss_metrics,
     loss_sums,
 )
-from xtoken_core.losses.logits import Logits
 from xtoken_core.models import final_hidden, head_logits, load_model
-from xtoken_core.spec import EvaluationSpec, LossSpec
+from xtoken_core.spec import EvaluationSpec
 from xtoken_core.tokenization import load_tokenizer
 
 WARMUP = 20
-PIECES = ("pieces", "joined-pieces")
-"""Variants with more cross-entropy where KD says little."""
 SETTLED = 20
 """Steps after which speed is measured: kernels are compiled by then."""
 
@@ -151,8 +147,7 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
             own = loss_sums(StudentBatch.of(logits, *masks), teachers, spec, totals)
             totals = totals.with_scale(dynamic_scale(own, totals, spec))
         out = distillation_loss(logits, *masks, teachers, spec, totals=totals)
-        more = pieces_loss(logits, masks, teachers[0], spec) if arm.variant in PIECES and teachers else 0.0
-        (out.loss + totals.course * more).backward()
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(bench.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -179,16 +174,6 @@ def train(bench: Bench, setting: Setting, job: Job) -> dict[str, Any]:
         "steps_per_second": per_second, "teacher_tokens_per_second": [t.tokens_per_second for t in chosen.values()],
         "device": _name(device),
     }  # fmt: skip
-
-
-def pieces_loss(logits: Logits, masks: tuple[Tensor, Tensor, Tensor], teacher: TeacherBatch, spec: LossSpec) -> Tensor:
-    """Cross-entropy of the tokens that begin no chunk, as a share of all tokens; masks: ids, token mask, sample mask."""
-    ids, token_mask, sample_mask = masks
-    chunk = teacher.student_chunk_id
-    inside = torch.zeros_like(token_mask)
-    inside[:, 1:] = token_mask[:, 1:] * ((chunk[:, 1:] == chunk[:, :-1]) & (chunk[:, 1:] >= 0))
-    share = inside[:, 1:].sum() / token_mask[:, 1:].sum()
-    return share * distillation_loss(logits, ids, inside, sample_mask, [], spec).loss
 
 
 def _asked(model: PreTrainedModel, setting: Setting) -> dict[str, float | None]:

@@ -244,7 +244,8 @@ class CellVocabulary:
         blocks, vocab, cells = columns // COLUMNS, len(logits), len(lists.at)
         per_split = ceil_div(ceil_div(vocab, SPLITS), BLOCK) * BLOCK
         launch(
-            _scan_kernel, (blocks, SPLITS), logits, lists.cell, parts, token, vocab, cells, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS
+            _scan_kernel, (blocks, SPLITS), logits, lists.cell, parts, token, vocab, cells, columns, per_split, BLOCK=BLOCK, COLUMNS=COLUMNS,
+            num_warps=8,
         )  # fmt: skip
         launch(
             _column_kernel, (blocks,), parts, token, logits, rows, self.following, top, over, rest, token[SPLITS], tokens, columns, first, last,

@@ -208,7 +208,7 @@ def _write_gradient(own: CellSide, teacher: Teacher, columns: Columns, slopes: S
     ce = torch.zeros_like(wanted.kd) if wanted.ce is None else wanted.ce
     launch(
         _gradient_kernel, (size // COLUMNS, ceil_div(vocab, BLOCK * STEPS)), own.masses, teacher.masses, columns, slopes, own.lists.cell, wanted.kd,
-        ce, vocab, len(own.masses.at), LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS, STEPS=STEPS,
+        ce, vocab, len(own.masses.at), LEAST=LEAST, BLOCK=BLOCK, COLUMNS=COLUMNS, STEPS=STEPS, num_warps=8,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -15,9 +16,15 @@ from tests.support.tiny import tiny_model
 from tests.support.training_run import FIVE_STEPS, losses, prepare, run
 from tests.teachers.test_teachers import dense, micro_batches, own_logits, setup
 from xtoken_core.losses import HiddenLogits
+from xtoken_core.teachers import handle
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import TeacherError
+from xtoken_core.teachers.weights import Weights
+from xtoken_core.teachers.worker import teacher_main
 from xtoken_core.training import step
+from xtoken_core.training.launch import on_every_gpu
+
+NO_MEMORY = [torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")]
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +107,49 @@ def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path):
     assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
 
 
+def rehearsed_rank(values, base, out):
+    """A rank's training that begins with a rehearsal, for which the second rank's memory does not suffice."""
+    error = torch.OutOfMemoryError if os.environ["RANK"] == "1" else None
+    with (
+        mock.patch.object(TeacherPool, "warm_up", lambda pool, _: pool._runs == 0),
+        mock.patch.object(step.Teaching, "rehearsal", autospec=True, side_effect=error or step.Teaching.rehearsal),
+    ):
+        run(values, base, out)
+
+
 @pytest.mark.slow
-def test_memory_that_does_not_suffice_ends_no_training(tmp_path):
+def test_so_is_one_of_two_ranks(tmp_path):
+    """DDP sums no gradient of a rehearsal, and no rank waits for another's: the second has none."""
+    values = prepare(tmp_path, teachers=1, training=FIVE_STEPS | {"micro_batch_size": 1, "max_steps": 2, "save_steps": None})
+    on_every_gpu(2, run, (values, tmp_path, tmp_path / "plain"))
+    on_every_gpu(2, rehearsed_rank, (values, tmp_path, tmp_path / "rehearsed"))
+    assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
+
+
+def starved(error, *arguments):
+    """The body of a teacher's process in which nothing comes onto the device in time for a warm-up."""
+    with mock.patch.object(Weights, "onload", side_effect=error):
+        teacher_main(*arguments)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_teacher_whose_memory_does_not_suffice_compiles_in_its_run(folder, uncompiled, error):
+    [batch] = micro_batches((2, 9))
+    with (
+        mock.patch.object(handle, "teacher_main", partial(starved, error)),
+        TeacherPool([setup(folder, compile=True)]) as pool,
+    ):
+        assert pool.warm_up([[batch]])
+        [given] = pool.run([[batch]])
+        torch.testing.assert_close(dense(given.logits[0]), own_logits(folder, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_memory_that_does_not_suffice_ends_no_training(tmp_path, error):
     values = prepare(tmp_path, teachers=1, training={"max_steps": 1})
     with (
         mock.patch.object(TeacherPool, "warm_up", lambda pool, _: pool._runs == 0),
-        mock.patch.object(step.Teaching, "rehearsal", side_effect=torch.OutOfMemoryError),
+        mock.patch.object(step.Teaching, "rehearsal", side_effect=error),
     ):
         assert run(values, tmp_path, tmp_path / "out").steps == 1

@@ -96,10 +96,10 @@ class TeacherServer:
     def warm_up(self, micro_batches: Sequence[Inputs]) -> dict[str, Any]:
         """Compiles what a run over such micro-batches takes, on the first layers: those of one kind share their code.
 
-        That needs little of the device's memory; where it is too much nonetheless, the run itself compiles.
+        That needs little of the device's memory. Where it is too much nonetheless, the run itself compiles, and tells what else is wrong.
         """
         on_device = self.weights.on_device
-        with contextlib.suppress(torch.OutOfMemoryError), first_layers(self.model) as count:
+        with contextlib.suppress(RuntimeError), first_layers(self.model) as count:
             self.weights.onload(count)
             for _ in self._hidden(micro_batches):
                 self._alive()

@@ -91,7 +91,7 @@ def distill(
     arguments = (spec, inputs, Path(out_dir), baseline, checkpoint_uri)
     gpus = torch.cuda.device_count()
     if gpus < 2 or "WORLD_SIZE" in os.environ:
-        if not baseline:
+        if not baseline and any(teacher.scores is None for teacher in spec.teachers):
             start_server(TEACHERS_IMPORT)  # which takes seconds, and the student loads meanwhile
         return _distill(*arguments)
     summary: TrainingSummary = on_every_gpu(gpus, _distill, arguments, rank_timeout(spec.training))

@@ -55,7 +55,7 @@ def test_each_step_runs_by_itself(run):
     modes = json.loads(audit.output.splitlines()[-1])["modes"]
     assert modes["other"] == "p_kl"
     assert call("prepare", *spec, "--rows", run / "rows").exception is None
-    built = call("projection", *spec, "--matrices", run / "w", "--rows", json.dumps([str(run / "rows")]))
+    built = call("projection", *spec, "--matrices", run / "w", "--rows", run / "rows")
     assert built.exception is None and "once joined by the rows" in built.output
     training = ("--rows", run / "rows", "--projections", run / "w", "--modes", json.dumps(modes), "--run", run / "trained")
     assert call("distill", *spec, *training).exception is None

@@ -77,11 +77,10 @@ def test_the_dag_is_the_same_for_any_number_of_teachers():
     assert producer(unrolled["report"], "evaluated_teachers") == "evaluate-teachers"
     assert producer(unrolled["evaluate-baseline"], "run") == "distill-baseline"
     assert "projections" not in tasks(spec_of(teachers=[{"id": "same", "model": "same"}]))
-    assert tasks(spec_of("data.shards=2"))["projections"]["dependentTasks"] == [
-        "prepare-0",
-        "prepare-1",
-        "resolve",
-    ]  # the rows join cells
+    assert producer(unrolled["projections"], "rows") == "prepare"  # the rows join cells
+    assert "more_rows" not in unrolled["projections"]["inputs"]["parameters"]  # one shard needs no credentials of the store
+    sharded = tasks(spec_of("data.shards=2"))["projections"]
+    assert sharded["dependentTasks"] == ["prepare-0", "prepare-1", "resolve"] and producer(sharded, "rows") == "prepare-0"
 
 
 def test_every_parameter_and_every_output_of_resolve_is_described():

@@ -15,7 +15,7 @@ CHECKPOINTS = "XTOKEN_CHECKPOINTS"
 """Environment variable: where a local run keeps the checkpoints from which an interrupted training resumes."""
 
 
-WIRING = 6
+WIRING = 7
 """Version of what a compiled pipeline and the steps of an image agree on: raised whenever a step's inputs, outputs or calls change."""
 
 

@@ -24,6 +24,7 @@ from xtoken_core.teachers.worker import teacher_main
 from xtoken_core.training import step
 from xtoken_core.training.launch import on_every_gpu
 
+FIRST_STEPS = FIVE_STEPS | {"max_steps": 2, "save_steps": None}
 NO_MEMORY = [torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")]
 
 
@@ -90,11 +91,21 @@ def test_made_up_outputs_have_the_form_of_real_ones(folder):
 
 
 @pytest.mark.slow
-def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path):
-    """Dropout draws what it would have drawn, no gradient stays, and the first step's own sums give the same scale."""
-    values = prepare(tmp_path, loss={"weight_metric": "ce"}, training=FIVE_STEPS | {"max_steps": 2, "save_steps": None})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": FIRST_STEPS | {"activation_checkpointing": True}},
+        {"student": {"lora": {"rank": 2}}, "data": {"packing": True}},
+    ],
+    ids=["topk", "checkpointing", "lora, packed"],
+)
+def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path, changes):
+    """Dropout draws what it would have drawn, no gradient stays, a trained W moves as it would, and the first step's own sums give the same scale."""
+    values = prepare(tmp_path, **{"loss": {"weight_metric": "ce"}, "training": FIRST_STEPS} | changes)
     config = tmp_path / "student" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.2}))
+    values["teachers"][0]["projection"] = {"learnable": True, "learning_rate": 0.05}
     values["teachers"][1] |= {"transport": "topk", "top_k": 20}
     run(values, tmp_path, tmp_path / "plain")
     rehearsed = mock.Mock(side_effect=step._rehearse)
@@ -120,7 +131,7 @@ def rehearsed_rank(values, base, out):
 @pytest.mark.slow
 def test_so_is_one_of_two_ranks(tmp_path):
     """DDP sums no gradient of a rehearsal, and no rank waits for another's: the second has none."""
-    values = prepare(tmp_path, teachers=1, training=FIVE_STEPS | {"micro_batch_size": 1, "max_steps": 2, "save_steps": None})
+    values = prepare(tmp_path, teachers=1, training=FIRST_STEPS | {"micro_batch_size": 1})
     on_every_gpu(2, run, (values, tmp_path, tmp_path / "plain"))
     on_every_gpu(2, rehearsed_rank, (values, tmp_path, tmp_path / "rehearsed"))
     assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")

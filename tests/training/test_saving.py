@@ -13,6 +13,7 @@ from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.tokenization import load_tokenizer
+from xtoken_core.training.student import student_model
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,18 @@ def adapted(base, values):
     spec = changed(values, student={**values["student"], "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}})
     out = base / "adapted"
     return spec, out, run(spec, base, out)
+
+
+def test_the_seed_decides_what_adapters_begin_with(values):
+    """Whatever the process has drawn before."""
+
+    def first_weights(seed):
+        torch.rand(3)
+        spec = changed(values, student={**values["student"], "lora": {"rank": 2}}, training={"seed": seed})
+        model = student_model(DistillationSpec.model_validate(spec), None)
+        return torch.cat([weight.flatten() for name, weight in model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(first_weights(1), first_weights(1)) and not torch.equal(first_weights(1), first_weights(2))
 
 
 def test_a_student_is_stored_as_its_source_was(base, values):

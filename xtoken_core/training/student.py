@@ -100,6 +100,7 @@ def student_model(spec: DistillationSpec, checkpoint: Path | None) -> PreTrained
     if whole is None and student.keep_layers is not None:
         prune_layers(model, student.keep_layers)
     if student.lora is not None:
+        torch.manual_seed(training.seed)  # which decides the adapters' first weights too
         add_adapters(model, student.lora, checkpoint)
     return prepare_student(model, training)
 

@@ -20,6 +20,7 @@ from tests.support import kernel_cases  # noqa: E402
 from tests.support.kernel_cases import CASES, Case, build, compare  # noqa: E402
 from xtoken_core.losses import selection  # noqa: E402
 from xtoken_core.losses.types import StudentBatch  # noqa: E402
+from xtoken_core.partition import Partition  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +120,36 @@ def test_shares_near_one():
     """A chunk that is nearly all of its cell: the logs of what is left of the cell are of small differences."""
     case = Case(("partition_kl", "scored"), length=20, vocab=5, hidden=True, coefficients=True, seed=1417)
     compare(case, torch.device("cpu"), torch.float32)
+
+
+def _without_chunks(teacher):
+    outside = {side: torch.full_like(getattr(teacher, side), -1) for side in ("student_chunk_id", "teacher_chunk_id")}
+    return replace(teacher, **outside, chunk_valid=teacher.chunk_valid[:, :0], chunk_exact=teacher.chunk_exact[:, :0])
+
+
+def _of_cells(make):
+    """The same teacher with cells that `make` gives of the two vocabularies' cells."""
+
+    def changed(teacher):
+        cells = make(teacher.projection.cells)
+        return replace(teacher, projection=replace(teacher.projection, cells=cells, tables={}))
+
+    return changed
+
+
+EDGES = {
+    "no chunks": _without_chunks,
+    "cells of the teacher only": _of_cells(lambda c: Partition(c.student.where(c.student > 3, -1), c.teacher, c.num_cells)),
+    "cells of the student only": _of_cells(lambda c: Partition(c.student, c.teacher.where(c.teacher > 3, -1), c.num_cells)),
+    "one cell": _of_cells(lambda c: Partition(c.student.clamp(max=0), c.teacher.clamp(max=0), 1)),
+    "cells of one token": _of_cells(
+        lambda c: Partition(torch.arange(len(c.student)), torch.arange(len(c.teacher)), len(c.teacher))
+    ),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_partitions_at_the_edges(edge, monkeypatch):
+    student, ids, mask, samples, [teacher], *rest = build(CASES["hidden_partition"])
+    monkeypatch.setattr(kernel_cases, "build", lambda _: (student, ids, mask, samples, [EDGES[edge](teacher)], *rest))
+    compare(CASES["hidden_partition"], torch.device("cpu"), torch.float32)

@@ -15,6 +15,7 @@ import torch
 from tests.support.tiny import tiny_model
 from tests.support.training_run import FIVE_STEPS, losses, prepare, run
 from tests.teachers.test_teachers import dense, micro_batches, own_logits, setup
+from xtoken_core.errors import RunError
 from xtoken_core.losses import HiddenLogits
 from xtoken_core.teachers import handle
 from xtoken_core.teachers.pool import TeacherPool
@@ -23,6 +24,7 @@ from xtoken_core.teachers.weights import Weights
 from xtoken_core.teachers.worker import teacher_main
 from xtoken_core.training import step
 from xtoken_core.training.launch import on_every_gpu
+from xtoken_core.training.trainer import DistillationTrainer
 
 FIRST_STEPS = FIVE_STEPS | {"max_steps": 2, "save_steps": None}
 NO_MEMORY = [torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")]
@@ -90,6 +92,16 @@ def test_made_up_outputs_have_the_form_of_real_ones(folder):
                 assert made_up.weight.data_ptr() == real.weight.data_ptr()
 
 
+def tiny_with_dropout(folder, **sections):
+    """A prepared run with dropout, a trained W, and a teacher that hands over its largest logits."""
+    values = prepare(folder, loss={"weight_metric": "ce"}, **sections)
+    config = folder / "student" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.2}))
+    values["teachers"][0]["projection"] = {"learnable": True, "learning_rate": 0.05}
+    values["teachers"][1] |= {"transport": "topk", "top_k": 20}
+    return values
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -102,11 +114,7 @@ def test_made_up_outputs_have_the_form_of_real_ones(folder):
 )
 def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path, changes):
     """Dropout draws what it would have drawn, no gradient stays, a trained W moves as it would, and the first step's own sums give the same scale."""
-    values = prepare(tmp_path, **{"loss": {"weight_metric": "ce"}, "training": FIRST_STEPS} | changes)
-    config = tmp_path / "student" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.2}))
-    values["teachers"][0]["projection"] = {"learnable": True, "learning_rate": 0.05}
-    values["teachers"][1] |= {"transport": "topk", "top_k": 20}
+    values = tiny_with_dropout(tmp_path, **{"training": FIRST_STEPS} | changes)
     run(values, tmp_path, tmp_path / "plain")
     rehearsed = mock.Mock(side_effect=step._rehearse)
     with (
@@ -116,6 +124,17 @@ def test_a_rehearsed_training_is_the_same_to_the_last_bit(tmp_path, changes):
         run(values, tmp_path, tmp_path / "rehearsed")
     assert rehearsed.call_count == 1
     assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_so_is_one_that_goes_on_from_a_checkpoint(tmp_path):
+    values, out = tiny_with_dropout(tmp_path, training=FIVE_STEPS), tmp_path / "resumed"
+    run(values, tmp_path, tmp_path / "plain")
+    with mock.patch.object(DistillationTrainer, "check_step", side_effect=[None, None, RunError]), pytest.raises(RunError):
+        run(values, tmp_path, out)
+    with mock.patch.object(TeacherPool, "warm_up", lambda pool, _: pool._runs == 0):
+        assert run(values, tmp_path, out).resumed_from == 2
+    assert losses(out) == losses(tmp_path / "plain")
 
 
 def rehearsed_rank(values, base, out):

@@ -63,7 +63,7 @@ class Projection:
     _weighted_tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def table(self, make: Callable[..., T], *key: Hashable) -> T:
-        """`make(self, *key)`, which reads `indices` and `exact` only. Made once and kept."""
+        """`make(self, *key)`, which reads `indices`, `exact` and `cells` only. Made once and kept."""
         return _kept(self.tables, make, self, key)
 
     def weighted_table(self, make: Callable[..., T], *key: Hashable) -> T:

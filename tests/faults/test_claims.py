@@ -14,7 +14,7 @@ from pipelines.warm import fork
 from tests.support.weed import Weed
 from xtoken_core import storage
 from xtoken_core.errors import InputError
-from xtoken_core.storage import claims, publishing
+from xtoken_core.storage import claims, publishing, reading
 from xtoken_core.training.checkpoints import owned
 
 
@@ -138,3 +138,23 @@ def test_a_publisher_that_was_frozen_does_not_write_over_its_successor(root, tmp
         storage.publish(folder(tmp_path / "one", "one"), root)
     assert storage.folders(root) == []
     fault("a publisher is frozen until another has taken over", "it writes nothing", told.value)
+
+
+def fork_while_locked(path: Path, ready: Path) -> None:
+    with reading._lock(path):
+        copy = os.fork()
+        if copy == 0:
+            time.sleep(600)
+            os._exit(0)
+    ready.write_text(str(copy))
+
+
+def test_a_download_s_lock_does_not_stay_with_a_process_forked_meanwhile(tmp_path):
+    """As one that loads rows is, while another thread fetches some."""
+    process, _ = fork(fork_while_locked, tmp_path / "lock", tmp_path / "ready")
+    process.join()
+    try:
+        with reading._lock(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        os.kill(int((tmp_path / "ready").read_text()), signal.SIGKILL)

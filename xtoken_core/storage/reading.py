@@ -226,7 +226,10 @@ def _lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds a file's lock. Raises BlockingIOError where another process holds it and `wait` is false."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would leave it with a process that was forked meanwhile
 
 
 def _download(fs: AbstractFileSystem, path: str, listing: dict[str, dict[str, Any]], target: Path, uri: str) -> None:

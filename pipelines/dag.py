@@ -146,7 +146,7 @@ def _shared(tasks: Tasks, compiled: DistillationSpec, views: Any) -> Shared:
     ]
     uris, matrices = [share["uri"] for share in prepared], {}
     if any(teacher.cross_tokenizer for teacher in compiled.teachers):
-        others = {"more_rows": uris[1:]} if uris[1:] else {}
+        others: dict[str, Any] = {"more_rows": uris[1:]} if uris[1:] else {}
         built = tasks.add(projection, "projections", spec=views["projections"], rows=prepared[0]["rows"], **others)
         matrices = {"projections": built["matrices"]}
     teachers = _evaluated(tasks, compiled, Group.TEACHERS, views, after=["overlap"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from xtoken_core.results.vocabulary import ProjectionStats
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
+from xtoken_core.workflow import vocabularies
 from xtoken_core.workflow.scoring import score_teacher
 from xtoken_core.workflow.vocabularies import matrices, overlap_report, write_projections
 
@@ -79,6 +81,20 @@ def test_a_stored_w_is_taken_as_it_is(base, values, tmp_path):
     stored = values["teachers"][0] | {"projection": {"uri": str(tmp_path / "alone" / "other.safetensors")}}
     cells, stats = written(parsed(values | {"teachers": [stored]}), tmp_path / "again", base / "1-0")
     assert cells.digest() == alone.digest() and stats.joined is None
+
+
+def test_counts_are_fetched_once_for_all_teachers(base, values, tmp_path, monkeypatch):
+    """Of a store that takes seconds, and for no W that is stored."""
+    fetched = mock.Mock(wraps=vocabularies.local_copy)
+    monkeypatch.setattr(vocabularies, "local_copy", fetched)
+    other = values["teachers"][0]
+    both = parsed(values | {"teachers": [other, other | {"id": "again"}]})
+    prepare_rows(both, tmp_path / "rows" / "train")
+    write_projections(both, tmp_path / "w", [str(tmp_path / "rows")])
+    assert fetched.call_count == 1
+    stored = other | {"projection": {"uri": str(tmp_path / "w" / "other.safetensors")}}
+    write_projections(parsed(values | {"teachers": [stored]}), tmp_path / "stored", ["no rows are read"])
+    assert fetched.call_count == 1
 
 
 def test_rows_that_do_not_fit_are_one_line(base, values, tmp_path):

@@ -102,21 +102,18 @@ def write_projections(spec: DistillationSpec, folder: str | Path, rows: Sequence
     projected = [teacher.id for teacher in spec.teachers if teacher.projection is not None]
     if not projected:
         raise InputError("teachers: none has a projection")
+    built = any(teacher.projection is not None and teacher.projection.uri is None for teacher in spec.teachers)
+    files = [local_copy(f"{shard.rstrip('/')}/train/{FIRST_TOKENS}") for shard in rows] if built else []
     for teacher in projected:
         start = time.perf_counter()
         made, joined = make_projection(spec, teacher), None
-        if rows and made.options["uri"] is None:
-            made, joined = _with_joined_cells(made, _first_tokens(rows, teacher_column(teacher)), teacher)
+        if files and made.options["uri"] is None:
+            first = FirstTokens.added(read_first_tokens(file, teacher_column(teacher)) for file in files)
+            made, joined = _with_joined_cells(made, first, teacher)
         made.save(folder / f"{teacher}.safetensors")
         seconds = round(time.perf_counter() - start, 3)
         about = {"joined": joined, "options": made.options, "seconds": seconds}
         projection_summary(made.projection, made.student, made.teacher, **about).write(folder / f"{teacher}.json")
-
-
-def _first_tokens(rows: Sequence[str], column: str) -> FirstTokens:
-    """Of the training rows of all shards."""
-    files = [local_copy(f"{shard.rstrip('/')}/train/{FIRST_TOKENS}") for shard in rows]
-    return FirstTokens.added([read_first_tokens(file, column) for file in files])
 
 
 def _with_joined_cells(made: MadeProjection, first: FirstTokens, teacher: str) -> tuple[MadeProjection, JoinedCells]:

@@ -153,3 +153,25 @@ def test_partitions_at_the_edges(edge, monkeypatch):
     student, ids, mask, samples, [teacher], *rest = build(CASES["hidden_partition"])
     monkeypatch.setattr(kernel_cases, "build", lambda _: (student, ids, mask, samples, [EDGES[edge](teacher)], *rest))
     compare(CASES["hidden_partition"], torch.device("cpu"), torch.float32)
+
+
+def _lifted(logits, token, by):
+    """The same with the logit of a token so much higher in every row."""
+    one = torch.ones_like(logits.hidden[..., :1])
+    column = torch.zeros_like(logits.weight[:, :1]).index_fill(0, torch.tensor([token]), by)
+    return replace(logits, hidden=torch.cat([logits.hidden, one], -1), weight=torch.cat([logits.weight, column], -1))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_token_in_no_cell_takes_all_probability(side, monkeypatch):
+    """The masses of all cells together are below the smallest number then."""
+    student, ids, mask, samples, [teacher], *rest = build(CASES["hidden_partition"])
+    cells = teacher.projection.cells
+    without = Partition(*(x.index_fill(0, torch.tensor([5]), -1) for x in (cells.student, cells.teacher)), cells.num_cells)
+    teacher = replace(teacher, projection=replace(teacher.projection, cells=without, tables={}))
+    if side == "student":
+        student = _lifted(student, 5, 150.0)
+    else:
+        teacher = replace(teacher, logits=_lifted(teacher.logits, 5, 150.0))
+    monkeypatch.setattr(kernel_cases, "build", lambda _: (student, ids, mask, samples, [teacher], *rest))
+    compare(CASES["hidden_partition"], torch.device("cpu"), torch.float32)

@@ -36,6 +36,11 @@ LEAST = math.log2(FLOOR)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
+def largest_rest(cells: int) -> float:
+    """What `Masses.rest` is at most: its value where the masses of all `cells` are at the floor."""
+    return -LEAST - math.log2(max(cells, 1))
+
+
 def whole_programs(rows: int) -> int:
     """The columns of a tile of so many rows."""
     return COLUMNS * max(1, ceil_div(rows, COLUMNS))
@@ -109,7 +114,8 @@ def _scan_kernel(logits, cell, parts, token, vocab, cells, columns, per_split, B
 
 @triton.jit
 def _column_kernel(
-    parts, token, logits, rows, following, top, over, rest, argmax, tokens, columns, first, last, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, token, logits, rows, following, top, over, rest, argmax, tokens, columns, first, last, limit, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """From what `_scan_kernel` leaves the statistics of each column; see `CellSide`."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -122,7 +128,8 @@ def _column_kernel(
     kept = tl.sum(tl.load(parts + 2 * size + at) * by, 0)
     tl.store(top + column, highest)
     tl.store(over + column, tl.log2(every))
-    tl.store(rest + column, tl.log2(every / kept))
+    outside = tl.log2(every / kept)
+    tl.store(rest + column, tl.where(outside > limit, limit, outside))  # a NaN stays
     tl.store(argmax + column, tl.min(tl.where(of_split == highest[None, :], tl.load(token + at), 2147483647), 0))
     row = tl.load(rows + column)
     inside = (row >= first) & (row < last)
@@ -184,7 +191,7 @@ class Masses(NamedTuple):
     over: Tensor
     """[columns] float32: log Σ exp(z - m); together they would be less exact where a mass is near 1."""
     rest: Tensor
-    """[columns] float32: log (Z / N), N the mass of all cells."""
+    """[columns] float32: log (Z / N), N the mass of all cells; at most `largest_rest`."""
     columns: int
 
 
@@ -249,7 +256,7 @@ class CellVocabulary:
         )  # fmt: skip
         launch(
             _column_kernel, (blocks,), parts, token, logits, rows, self.following, top, over, rest, token[SPLITS], tokens, columns, first, last,
-            SPLITS=SPLITS, COLUMNS=COLUMNS,
+            largest_rest(cells), SPLITS=SPLITS, COLUMNS=COLUMNS,
         )  # fmt: skip
         masses = Masses(logits, self._table(logits, top, over), lists.at, top, over, rest, columns)
         return CellSide(masses, lists, hidden, token[SPLITS], tokens[: last - first])

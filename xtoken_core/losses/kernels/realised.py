@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtoken_core.losses.kernels.cell_masses import LEAST, SPLITS, CellSide, Masses, log_masses
+from xtoken_core.losses.kernels.cell_masses import LEAST, SPLITS, CellSide, Masses, largest_rest, log_masses
 from xtoken_core.losses.kernels.chunks import Rows
 from xtoken_core.losses.kernels.launch import ceil_div, launch
 from xtoken_core.losses.partition import LARGEST_LOG_SHARE
@@ -61,7 +61,7 @@ class Slopes(NamedTuple):
     cell: Tensor
     """By the log of the mass of its cell."""
     rest: Tensor
-    """The sum of those by the logs of all masses."""
+    """The sum of those by the logs of all masses, and by the log of their sum, unless that is at the floor."""
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _sum_splits(parts, column, columns, SPLITS: tl.constexpr):
 
 @triton.jit
 def _realised_kernel(
-    own, rows, tokens, argmax, teacher, columns, kl, floored, terms, slopes,
+    own, rows, tokens, argmax, teacher, columns, kl, floored, terms, slopes, limit,
     LARGEST: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """terms [3, columns] float64: partition_kl, cross-entropy, whether the predicted token is the argmax."""
@@ -113,7 +113,8 @@ def _realised_kernel(
     value = mass * (q * (b - a) + (1.0 - q) * (tl.log(1.0 - q) - tl.log(1.0 - p)))
     slope = tl.where(share <= LARGEST, mass * ((1.0 - q) * p / (1.0 - p) - q), 0.0)
     by_cell = tl.where(s > LEAST, -slope, 0.0)
-    still = tl.where(partner >= 0, _sum_splits(floored, column, own.columns, SPLITS), 0.0)
+    still = _sum_splits(floored, column, own.columns, SPLITS) - (tl.load(own.rest + column) >= limit).to(tl.float64)
+    still = tl.where(partner >= 0, still, 0.0)
     tl.store(slopes.chunk + column, slope.to(tl.float32))
     tl.store(slopes.cell + column, by_cell.to(tl.float32))
     tl.store(slopes.rest + column, (by_cell + still).to(tl.float32))
@@ -142,6 +143,6 @@ def realised_part(
     slopes = Slopes(*torch.empty(3, count, device=device))
     launch(
         _realised_kernel, (ceil_div(count, _BLOCK),), own.masses, rows, own.tokens, own.argmax, teacher, columns, kl, floored, terms, slopes,
-        LARGEST=LARGEST_LOG_SHARE, LEAST=LEAST, SPLITS=SPLITS, BLOCK=_BLOCK,
+        largest_rest(len(own.masses.at)), LARGEST=LARGEST_LOG_SHARE, LEAST=LEAST, SPLITS=SPLITS, BLOCK=_BLOCK,
     )  # fmt: skip
     return terms.sum(1), slopes

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.tiny import TEXTS, tiny_tokenizer
+from tests.support.tiny import TEXTS, tiny_model
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.projection import make_projection
 from xtoken_core.spec import CandidateSpec, DistillationSpec
@@ -59,23 +58,9 @@ def write_texts(folder: Path) -> None:
 
 def write_model(folder: Path, vocab_size: int, width: int, seed: int) -> str:
     """A random Llama of two layers, or four where it is wide, with a tokenizer."""
-    tokenizer = tiny_tokenizer(vocab_size)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=4 if width == 128 else 2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4 if width == 128 else 2}
+    return str(tiny_model(folder, vocab_size, seed, max_position_embeddings=1024, **sizes, **heads))
 
 
 def spec_of(root: Path, student: str, text: str, rate: float, seed: int, max_rows: int | None = None) -> DistillationSpec:

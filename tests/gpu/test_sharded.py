@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.benchmarks.training import LLAMA_3B
 from tests.distributed.test_sharded_teacher import hands_over_the_whole_models_logits
 from tests.support.gpus import first_gpus, needs_gpus
 from tests.support.processes import ended, forked
@@ -43,18 +44,8 @@ ON_SEVERAL = [pytest.param(count, marks=needs_gpus(count)) for count in (2, 4)]
 def large(tmp_path_factory):
     """A Llama of the layers of Llama-3.2-3B, with random weights and the vocabulary of the tiny models."""
     folder, tokenizer = tmp_path_factory.mktemp("large"), tiny_tokenizer(400)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    own = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig.from_dict(LLAMA_3B.to_dict() | own)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from pipelines.warm import IMPORTED
+from tests.support.gpus import needs_gpus
 from tests.support.processes import forked, forkservers, left_in_shared_memory
 from tests.support.tiny import tiny_model
 from tests.teachers.test_teachers import IDS, dense, micro_batches, own_logits, setup
 from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import TeacherError
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_gpus(1)
 
 
 @pytest.fixture(scope="module")

@@ -30,21 +30,18 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
 
 
-def tiny_model(folder: Path, vocab_size: int, seed: int = 0) -> Path:
-    """Writes a random Llama of 2 layers and 32 dimensions, with its tokenizer, to `folder`."""
+def tiny_model(folder: Path, vocab_size: int, seed: int = 0, **sizes: int) -> Path:
+    """Writes a random Llama of 2 layers and 32 dimensions, or of other sizes, with its tokenizer, to `folder`."""
     tokenizer = tiny_tokenizer(vocab_size)
     torch.manual_seed(seed)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 2048} | heads
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **(tiny | sizes),
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.gpus import needs_gpus
 from tests.support.tiny import tiny_model
 from xtoken_core.errors import InputError
 from xtoken_core.layers import decoder_layers
@@ -34,7 +35,7 @@ def test_products_are_near_those_of_the_layer(bias):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpus(1)
 def test_a_gpu_gives_what_a_cpu_gives():
     torch.manual_seed(0)
     layer, x = Fp8Linear(nn.Linear(256, 128).bfloat16()), torch.randn(3, 33, 256).bfloat16()

@@ -107,8 +107,8 @@ def _run(name: str, compiled: Callable[[], str], runs: Path) -> None:
 
 
 def _forget_damaged(root: Path) -> None:
-    """Removes what earlier runs have trained and what is no longer as they wrote it: KFP's cache then makes it again."""
-    for sealed in root.glob(f"*/*/*/{CHECKSUMS}"):
+    """Removes what the steps of earlier runs have written and what is no longer as they wrote it: KFP's cache then makes it again."""
+    for sealed in [*root.glob(f"*/*/{CHECKSUMS}"), *root.glob(f"*/*/*/{CHECKSUMS}")]:  # of a step, and of an artifact
         try:
             check_whole(sealed.parent)
         except RunError as e:

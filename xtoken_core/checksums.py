@@ -36,6 +36,11 @@ def note(path: Path, name: str | None = None) -> None:
     write_whole(path.parent / FILE, json.dumps(known | {name or path.name: _digest(path)}, indent=1))
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has its checksums, be they right or wrong."""
+    return (folder / FILE).exists()
+
+
 def is_noted(path: Path) -> bool:
     """Whether a file directly in a sealed folder is as it was written."""
     known = (_known(path.parent) or {}).get(path.name)

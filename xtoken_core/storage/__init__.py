@@ -7,7 +7,7 @@ Relative paths are relative to the working directory. Everything a user can get 
 from xtoken_core.storage.claims import claimed
 from xtoken_core.storage.ownership import MANIFEST, RUN_FILE, Manifest, check_place, check_space
 from xtoken_core.storage.places import filesystem
-from xtoken_core.storage.publishing import publish
+from xtoken_core.storage.publishing import clear_leftovers, publish
 from xtoken_core.storage.reading import (
     INCOMPLETE,
     cache_folder,
@@ -30,6 +30,7 @@ __all__ = [
     "check_place",
     "check_space",
     "claimed",
+    "clear_leftovers",
     "expand",
     "filesystem",
     "fingerprint",

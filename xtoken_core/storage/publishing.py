@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
@@ -60,6 +61,20 @@ def publish(folder: str | Path, uri: str, allowed: Callable[[], None] = lambda: 
                 _clear(fs, staging, target)
 
 
+def clear_leftovers(uri: str) -> None:
+    """Removes what interrupted publications of folders directly in `uri` have left; nothing may be published there meanwhile."""
+    fs, path = filesystem(uri)
+    with reported(uri):
+        fs.invalidate_cache()
+        names = {os.path.basename(name.rstrip("/")) for name in (fs.ls(path, detail=False) if fs.isdir(path) else [])}
+        for name in sorted(names):
+            if found := re.fullmatch(r"\.(.+)\.partial(\.old)?", name):
+                _clear(fs, f"{path}/.{found[1]}.partial", f"{path}/{found[1]}")
+            elif is_remote(uri) and fs.exists(f"{path}/{name}/{INCOMPLETE}"):
+                remove_path(fs, f"{path}/{name}")
+        _abort_uploads(fs, path)
+
+
 def _clear(fs: AbstractFileSystem, staging: str, target: str) -> None:
     """Removes what a publication has beside its target, and puts back what one that died had set aside."""
     if "file" in fs.protocol:
@@ -70,12 +85,16 @@ def _clear(fs: AbstractFileSystem, staging: str, target: str) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         return
     remove_path(fs, staging)
-    if "s3" in fs.protocol:  # parts of a file that never became one are in no listing, and are paid for
-        bucket, prefix, _ = fs.split_path(staging)
+    _abort_uploads(fs, staging)
+
+
+def _abort_uploads(fs: AbstractFileSystem, folder: str) -> None:
+    """Removes the parts of files in a folder of S3 that never became one: they are in no listing, and are paid for."""
+    if "s3" in fs.protocol:
+        bucket, key, _ = fs.split_path(folder)
         with contextlib.suppress(OSError):  # a right of its own, without which publishing works all the same
-            for upload in fs.list_multipart_uploads(bucket):
-                if upload["Key"].startswith(f"{prefix}/"):
-                    fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+            for upload in fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/").get("Uploads", []):
+                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
 
 def _old(staging: str) -> str:

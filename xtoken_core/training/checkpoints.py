@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from xtoken_core.checksums import damage, seal, write_whole
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import claimed, folders, is_remote, local_copy, publish, remove
+from xtoken_core.storage import claimed, clear_leftovers, folders, is_remote, local_copy, publish, remove
 from xtoken_core.training.inputs import TrainingInputs
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def check_inputs(folder: Path, own: str) -> None:
     if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")) and note.exists() and note.read_text() != own:
         raise InputError(f"{folder}: holds checkpoints of another spec; remove them, or choose another folder for the run")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(own)
+    write_whole(note, own)
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -112,7 +113,12 @@ def checkpoint_of_step(folder: Path, uri: str | None, step: int) -> Path:
 
 
 def _local(folder: Path) -> list[str]:
-    return [str(path.parent) for path in folder.glob(f"checkpoint-*/{CHECKSUMS}")]
+    return _checkpoints(str(path.parent) for path in folder.glob(f"*/{CHECKSUMS}"))
+
+
+def _checkpoints(names: Iterable[str]) -> list[str]:
+    """Those of the names that are a checkpoint's, oldest first; a user may have put a copy of one beside it."""
+    return sorted((name for name in names if re.fullmatch(r"checkpoint-\d+", name.rsplit("/", 1)[-1])), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> str:
@@ -131,32 +137,49 @@ def _others(uri: str | None) -> str:
 
 def _kept(uri: str | None) -> list[str]:
     """The checkpoints at `uri`, oldest first."""
-    found = [name for name in folders(uri) if name.rsplit("/", 1)[1].startswith("checkpoint-")] if uri else []
-    return sorted(found, key=step_of)
+    return _checkpoints(folders(uri)) if uri else []
 
 
-def drop_damaged(folder: Path, used: Path | None) -> None:
-    """Removes what a run that goes on from `used` will write again: later checkpoints, which are damaged, and unfinished ones."""
-    for path in folder.glob("checkpoint-*"):
-        if used is None or step_of(path) > step_of(used) or not (path / CHECKSUMS).exists():
-            shutil.rmtree(path)
+def clean_up(folder: Path, uri: str | None, used: Path | None) -> None:
+    """Removes, here and at `uri`, what a run that goes on from `used` will write again, and what one that was killed has left half.
+
+    That are unfinished checkpoints, and later ones, which are damaged: by their numbers they would count as the newest, and stay in
+    place of those that this run makes.
+    """
+    if uri is not None:
+        clear_leftovers(uri)
+    made = _checkpoints(map(str, folder.glob("checkpoint-*")))
+    unfinished = set(made) - set(_local(folder))
+    for name in (*made, *_kept(uri)):
+        if used is None or step_of(name) > step_of(used) or name in unfinished:
+            remove(name)
 
 
 def restore(checkpoint: Path | None, out_dir: Path) -> None:
-    """Brings back what the run has written beside its checkpoints, where it goes on in an empty folder.
+    """Brings what lies beside the checkpoints to where it was when this one was made; without one, to where a training begins.
 
-    Without a checkpoint, removes an earlier run's students: its best would pass for this one's.
+    What a run that was killed wrote after it may be half, or of a step that this run comes to on another way.
     """
+    for name in ("best", "last", "best.partial", "last.partial"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
     if checkpoint is None:
-        for name in ("best", "last"):
-            shutil.rmtree(out_dir / name, ignore_errors=True)
         return
-    for name in ("best", "log.jsonl"):
-        kept, place = checkpoint / name, out_dir / name
-        if kept.is_dir() and not place.exists():
-            shutil.copytree(kept, place)
-        elif kept.is_file() and not place.exists():
-            shutil.copy(kept, place)
+    if (checkpoint / "best").exists():
+        shutil.copytree(checkpoint / "best", out_dir / "best")
+    shutil.copy(checkpoint / "log.jsonl", out_dir / "log.jsonl")
+
+
+def twin_of(student: Path, place: Path) -> None:
+    """Puts a saved student at a second place, without a second copy where the file system has hard links."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(student, place, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # volumes over SMB, and buckets that are mounted, have none
+        shutil.copy(source, target)
 
 
 def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: str | None) -> None:
@@ -166,8 +189,7 @@ def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: st
     """
     best, log = out_dir / "best", out_dir / "log.jsonl"
     if best.exists():  # with the checkpoint, in case the run goes on elsewhere
-        shutil.rmtree(folder / "best", ignore_errors=True)
-        shutil.copytree(best, folder / "best", copy_function=os.link)
+        twin_of(best, folder / "best")
     shutil.copy(log, folder / log.name)
     write_whole(folder / STATE_FILE, json.dumps(asdict(progress)))
     seal(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,13 +38,14 @@ from xtoken_core.training.checkpoints import (
     Progress,
     check_inputs,
     checkpoint_of_step,
-    drop_damaged,
+    clean_up,
     latest_checkpoint,
     load_progress,
     owned,
     restore,
     step_of,
     training_identity,
+    twin_of,
 )
 from xtoken_core.training.environment import describe_environment
 from xtoken_core.training.inputs import TrainingInputs
@@ -164,7 +164,7 @@ def _train(
     summary = _summary(trainer, resumed, time.monotonic() - started)
     if first_rank:
         if not (out_dir / "best").exists():  # no validation: the last is the best there is
-            shutil.copytree(out_dir / "last", out_dir / "best", copy_function=os.link)
+            twin_of(out_dir / "last", out_dir / "best")
         summary.write(out_dir / "summary.json")
         seal(out_dir, ("best", "last", "log.jsonl", "summary.json"))
     return summary
@@ -180,7 +180,7 @@ def _checkpoint(folder: Path, uri: str | None, own: str, device: torch.device) -
     if _is_first_rank():
         check_inputs(folder, own)
         found = latest_checkpoint(folder, uri)
-        drop_damaged(folder, found)
+        clean_up(folder, uri, found)
     chosen = [None if found is None else step_of(found)]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0, device=device)

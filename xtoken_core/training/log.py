@@ -9,7 +9,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from xtoken_core.results.training import LogLine, read_log
+from xtoken_core.results.training import LogLine
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -18,18 +18,15 @@ class RunLog:
     """log.jsonl and the progress display of one run (of its first rank)."""
 
     def __init__(self, path: Path, max_steps: int, resumed_from: int | None, kd_name: str = "kd"):
-        """Begins the log anew, or goes on after step `resumed_from`: lines of later steps, which a killed run has left, are dropped.
+        """Begins the log anew, or adds to the one that came with the checkpoint of step `resumed_from`.
 
         kd_name: what plain lines call the KD term.
         """
-        kept = [] if resumed_from is None else [line for line in read_log(path) if line.step <= resumed_from]
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w" if resumed_from is None else "a", encoding="utf-8")
         self._max_steps, self._kd_name = max_steps, kd_name
         self._bar = tqdm(total=max_steps, initial=resumed_from or 0, desc="distil", unit="step", disable=not sys.stderr.isatty())
         self._last_line = 0.0
         self._first: tuple[int, float] | None = None
-        for line in kept:
-            self.write(line)
 
     def write(self, line: LogLine) -> None:
         """Appends one line."""

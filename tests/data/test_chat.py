@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
+from functools import cache, lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -65,8 +65,20 @@ def side(name: str, template: str | None = None) -> Side:
     return Side.of(name, "student", tok)
 
 
+@lru_cache(maxsize=1)
+def reader(sides: tuple[Side, ...], assistant_only: bool) -> ChatTokenizer:
+    """The last one asked for, since each has a process of its own for every template."""
+    return ChatTokenizer(sides, assistant_only)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_reader_left():
+    yield
+    reader.cache_clear()
+
+
 def read(chat, *sides: Side, tools=None, assistant_only=True) -> Tokenized | str:
-    [found] = ChatTokenizer(sides, assistant_only)([Conversation(copy.deepcopy(chat), tools)])
+    [found] = reader(sides, assistant_only)([Conversation(copy.deepcopy(chat), tools)])
     return found
 
 
@@ -89,8 +101,8 @@ TRAITS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "template"), TRAITS, ids=[f"{n}{'' if t is None else '*'}" for n, t in TRAITS])
 @pytest.mark.parametrize("chat", [PLAIN, THINKING, REASONED, CALLING], ids=["plain", "thinking", "reasoned", "calling"])
+@pytest.mark.parametrize(("name", "template"), TRAITS, ids=[f"{n}{'' if t is None else '*'}" for n, t in TRAITS])
 def test_rows_hold_what_the_template_renders(name, template, chat):
     of, tools = side(name, template), TOOLS if chat is CALLING else None
     found = read(chat, of, tools=tools)

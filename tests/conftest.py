@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -15,8 +16,18 @@ if not os.path.exists("/dev/nvidiactl"):  # no GPU: the kernels run in Triton's 
 pytest_plugins = ["tests.support.examples", "tests.support.faults", "tests.support.state"]
 
 
+def pytest_collection() -> None:
+    """Imports make no garbage worth looking for."""
+    gc.disable()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Starts the one process that teachers and steps of slow tests are forked from, while the first tests run."""
+    """Starts the one process that teachers and steps of slow tests are forked from, while the first tests run.
+
+    What has been imported stays: trainers collect garbage again and again, a third of a second each time with all of it.
+    """
+    gc.freeze()
+    gc.enable()
     controller = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
     if controller or not any(item.get_closest_marker("slow") for item in session.items):
         return

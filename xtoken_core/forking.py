@@ -27,7 +27,7 @@ def start_server(modules: Sequence[str]) -> None:
         # Python means a copy to use its own server again, hands it what that takes, and yet starts another one
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
         return
-    multiprocessing.set_forkserver_preload(list(modules))
+    multiprocessing.set_forkserver_preload(["xtoken_core.preloading.before", *modules, "xtoken_core.preloading.after"])
     _ensure_running()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,6 +28,16 @@ if __name__ == "__main__":
         _, output = warm.fork(print, "started")
         print(output.read())
 """
+
+
+def frozen() -> None:
+    print(gc.isenabled(), gc.get_freeze_count(), flush=True)
+
+
+def test_a_copy_looks_for_no_garbage_in_what_was_imported_for_it():
+    _, output = warm.fork(frozen)
+    enabled, objects = output.read().split()
+    assert enabled == "True" and int(objects) > 100_000
 
 
 def in_a_copy() -> None:

@@ -14,13 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipelines.local import _forget_damaged
-from tests.support.training_run import FIVE_STEPS, prepare
+from tests.support.training_run import FIVE_STEPS, changed, prepare
 from xtoken_core.checksums import FILE, note
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.data.reading import rows_of_shards
 from xtoken_core.errors import InputError, RunError
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.teachers import scoring
 from xtoken_core.training.inputs import TrainingInputs
-from xtoken_core.training.scored import scored_teachers
+from xtoken_core.training.scored import rows_check, scored_teachers
 from xtoken_core.workflow.scoring import score_teacher
 
 
@@ -202,3 +204,40 @@ def test_a_class_that_there_is_not(base, values, whole, tmp_path, fault):
     with pytest.raises(InputError, match=f"^{folder}: a score is of a class that is none of ") as told:
         teacher([{"shard": 0, "row": 0, teacher.column: [0] * rows(folder)}])
     fault("scores of the class 2^30", "one line", told.value)
+
+
+@pytest.fixture(scope="module")
+def shards(base, values):
+    """A spec of three shards, their rows, and the scores of each."""
+    spec = changed(values, data={"shards": 3})
+    for number in range(3):
+        prepare_rows(DistillationSpec.model_validate(spec), base / f"rows-{number}" / "train", "train", number)
+        score_teacher(DistillationSpec.model_validate(spec), "other", base / f"rows-{number}", base / f"scores-{number}")
+    return spec
+
+
+@pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["streamed", "fetched first"])
+def test_shards_in_another_order(base, shards, fault, data):
+    """Rows of one length would fit the scores of any other: what a teacher says of another text."""
+    spec = DistillationSpec.model_validate(changed(shards, data=data))
+    folders = [base / f"rows-{number}" for number in range(3)]
+
+    def rows_with(*order: int) -> list[Any]:
+        inputs = TrainingInputs(tuple(folders), {}, {}, {"other": tuple(base / f"scores-{number}" for number in order)})
+        found = rows_of_shards(spec.data, list(map(str, folders)), rows_check(spec, scored_teachers(spec, inputs)))
+        return [found[index] for index in range(len(found))]
+
+    assert rows_with(0, 1, 2)
+    with pytest.raises(InputError, match=r"^teachers\.0 \(other\): scores: .*/scores-2: made of other rows than these$") as told:
+        rows_with(0, 2, 1)
+    fault("score shards in another order", "named when the rows are read", told.value)
+
+
+def test_shards_of_different_settings(base, shards, tmp_path, fault):
+    spec = DistillationSpec.model_validate(shards)
+    score(shards | {"data": shards["data"] | {"shards": 1}}, base, tmp_path / "odd", top_k=3)
+    places = (base / "scores-0", tmp_path / "odd", base / "scores-2")
+    inputs = TrainingInputs(tuple(base / f"rows-{number}" for number in range(3)), {}, {}, {"other": places})
+    with pytest.raises(InputError, match=r"^teachers\.0 \(other\): scores: .*/odd: was scored with other settings than ") as told:
+        scored_teachers(spec, inputs)
+    fault("one shard of scores was made with another top_k", "named before any step", told.value)

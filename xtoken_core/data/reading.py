@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,27 +23,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def rows_of_shards(data: DataSpec, folders: Sequence[str], numbered: bool = False) -> Any:
+Check = Callable[[int, "Dataset"], None]
+"""Looks at the rows of a shard, and its number, when they have been read. Raises InputError."""
+
+
+def rows_of_shards(data: DataSpec, folders: Sequence[str], check: Check | None = None) -> Any:
     """The rows to train on, map-style, of the shards in `folders` (paths or URIs of what prepare wrote).
 
     Several shards are streamed. With `max_rows`, `packing` or weights they are fetched first: documents are dealt out to the
     shards in turn, so that the first rows of all, those that fill one row together, and those of a part lie in many at once.
-    Raises InputError where there is nothing to learn from in all of them.
+    Raises InputError where there is nothing to learn from in all of them. check: see `load_rows`.
     """
     shards = [f"{folder}/train" for folder in folders]
     statistics = [statistics_of(shard) for shard in shards]
     check_statistics(all_shards(statistics), "data.train")
     if len(shards) == 1 or data.max_rows is not None or data.packing or data.weighted:
-        return training_rows(data, *(storage.local_copy(shard) for shard in shards), numbered=numbered)
-    return StreamedRows(shards, [counted.rows for counted in statistics], numbered)
+        return training_rows(data, *(storage.local_copy(shard) for shard in shards), check=check)
+    return StreamedRows(shards, [counted.rows for counted in statistics], check)
 
 
 class StreamedRows:
     """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile."""
 
-    def __init__(self, shards: Sequence[str], counts: Sequence[int], numbered: bool = False):
-        """shards: paths or URIs; counts: rows in each; numbered: see `load_rows`."""
-        self.shards, self.numbered = shards, numbered
+    def __init__(self, shards: Sequence[str], counts: Sequence[int], check: Check | None = None):
+        """shards: paths or URIs; counts: rows in each; check: see `load_rows`."""
+        self.shards, self.check = shards, check
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self._following: dict[int, int] = {}
         self._fetched: dict[int, Future[Dataset]] = {}
@@ -75,7 +79,7 @@ class StreamedRows:
         return self._fetched[shard]
 
     def _load(self, shard: int) -> Dataset:
-        return load_rows(storage.local_copy(self.shards[shard]), first=shard if self.numbered else None)
+        return load_rows(storage.local_copy(self.shards[shard]), first=shard, check=self.check)
 
 
 def row_budget(data: DataSpec) -> int:
@@ -83,16 +87,17 @@ def row_budget(data: DataSpec) -> int:
     return (data.max_rows or 0) * (data.max_length if data.packing else 1)
 
 
-def load_rows(*folders: str | Path, first: int | None = None) -> Dataset:
+def load_rows(*folders: str | Path, first: int = 0, check: Check | None = None) -> Dataset:
     """The rows that `prepare_rows` wrote, memory-mapped, as numpy arrays; those of several shards in document order.
 
-    first: number of the first folder's shard; each row then knows its `shard`, and which `row` of it it is.
+    first: number of the first folder's shard. check: looks at every shard; each row then knows its `shard`, and which `row` of it it is.
     """
     import datasets
 
     parts = [_read_arrow(Path(folder) / "rows.arrow") for folder in folders]
-    if first is not None:
+    if check is not None:
         for number, part in enumerate(parts):
+            check(first + number, part)
             places = {"shard": np.full(len(part), first + number), "row": np.arange(len(part))}
             parts[number] = datasets.concatenate_datasets([part, datasets.Dataset.from_dict(places)], axis=1)
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -116,12 +121,12 @@ def _read_arrow(path: Path) -> Dataset:
     return rows
 
 
-def training_rows(data: DataSpec, *folders: str | Path, numbered: bool = False) -> Dataset | PackedRows | Mixture:
+def training_rows(data: DataSpec, *folders: str | Path, check: Check | None = None) -> Dataset | PackedRows | Mixture:
     """The rows to train on: of all shards, no more than `data.max_rows`, packed if `data.packing` says so, and by weights.
 
-    numbered: rows know their place, see `load_rows`.
+    check: see `load_rows`.
     """
-    rows = load_rows(*folders, first=0 if numbered else None)
+    rows = load_rows(*folders, check=check)
     if data.max_rows is not None:
         cost = row_lengths(rows, "student") if data.packing else np.ones(len(rows), np.int64)
         rows = rows.select(range(int(np.count_nonzero(np.cumsum(cost) - cost < row_budget(data)))))

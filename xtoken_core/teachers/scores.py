@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +207,21 @@ class ScoredTeacher:
     """A teacher of which only scores are there: what it would hand over of a micro-batch."""
 
     def __init__(self, shards: Sequence[Scores], column: str):
-        """shards: of the prepared rows, in their order. column: of the rows, with the tokens that were scored."""
+        """shards: of the prepared rows, in their order. column: of the rows, with the tokens that were scored.
+
+        Raises InputError for shards that were scored differently.
+        """
         self.shards, self.column = tuple(shards), column
         self.settings = self.shards[0].settings
+        for shard in self.shards[1:]:
+            if replace(shard.settings, rows=self.settings.rows, num_rows=self.settings.num_rows) != self.settings:
+                raise InputError(f"{shard.folder}: was scored with other settings than {self.shards[0].folder}")
+
+    def check_rows(self, shard: int, rows: Any) -> None:
+        """Raises InputError unless this shard's scores were made of these rows, however many they are."""
+        scores = self.shards[shard]
+        if scores.settings.rows != rows_digest(rows, self.column, scores.settings.domains):
+            raise InputError(f"{scores.folder}: made of other rows than these")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> TopKLogits | CellScores:
         """What stands for the logits of rows that know their `shard` and `row`, padded on the right."""

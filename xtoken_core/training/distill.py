@@ -52,7 +52,7 @@ from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.launch import on_every_gpu
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
-from xtoken_core.training.scored import check_classes, scored_teachers, with_measurements
+from xtoken_core.training.scored import check_classes, rows_check, scored_teachers, with_measurements
 from xtoken_core.training.settings import rank_timeout, training_arguments, training_loss
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
@@ -204,7 +204,7 @@ def _data(spec: DistillationSpec, inputs: TrainingInputs, scored: Sequence[Score
     sizes = {"student": head_rows(spec.student.model)} | {teacher_column(t.id): head_rows(t.model) for t in heard}
     return TrainingData(
         collate=Collator.for_rows(spec, first / "train", scored, sizes),
-        train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows], numbered=any(scored)),
+        train=rows_of_shards(spec.data, [str(folder) for folder in inputs.rows], check=rows_check(spec, scored)),
         validation=load_rows(first / "validation") if spec.data.validation else None,
         domains=frozenset(part.domain or "" for part in spec.data.parts),
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from xtoken_core.checksums import check_whole, damage
-from xtoken_core.data.reading import load_rows
+from xtoken_core.data.reading import Check, load_rows
 from xtoken_core.data.rows import teacher_column
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, blamed
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoredTeacher, Scores, rows_digest
@@ -46,8 +46,8 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
     """What stands for each teacher that has scores, in the spec's order; None for those that are run.
 
     Raises InputError for scores that are not there, damaged or of other rows; and for damaged ones that this run has made itself
-    RunError, after it has removed them; of several shards the first is compared, since the others
-    may not have been fetched yet.
+    RunError, after it has removed them. Of several shards the first one's rows are compared here, and those of the others when they are
+    fetched (`rows_check`).
     """
     found: list[ScoredTeacher | None] = []
     for index, teacher in enumerate(spec.teachers):
@@ -63,15 +63,27 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
         if os.environ.get("LOCAL_RANK", "0") == "0":  # which reads every byte: of a host's ranks one does
             for copy in copies:
                 _check_sealed(copy, name, own=teacher.scores.uri is None)
-        scored = ScoredTeacher([Scores(copy) for copy in copies], column)
+        with blamed(name):
+            scored = ScoredTeacher([Scores(copy) for copy in copies], column)
         told, asked = scored.settings.domains, set(teacher.domains or ())
         if told and (not asked or asked - set(json.loads(told))):
             raise InputError(f"{name}: {places[0]}: made of the domains {', '.join(json.loads(told))} only")
-        train = load_rows(local_copy(str(inputs.rows[0])) / "train")
-        if scored.settings.rows != rows_digest(train, column, told):
-            raise InputError(f"{name}: {places[0]}: made of other rows than these")
         found.append(scored)
+    if check := rows_check(spec, found):
+        check(0, load_rows(local_copy(str(inputs.rows[0])) / "train"))
     return tuple(found)
+
+
+def rows_check(spec: DistillationSpec, scored: Sequence[ScoredTeacher | None]) -> Check | None:
+    """What every shard's rows are held to when they are read; None where no scores are."""
+
+    def check(shard: int, rows: Any) -> None:
+        for index, (teacher, read) in enumerate(zip(spec.teachers, scored)):
+            if read is not None:
+                with blamed(f"teachers.{index} ({teacher.id}): scores"):
+                    read.check_rows(shard, rows)
+
+    return check if any(scored) else None
 
 
 def with_measurements(

@@ -21,7 +21,7 @@ from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows
 from xtoken_core.data.records import Conversation
-from xtoken_core.data.rows import Side, Tokenized, document_rows
+from xtoken_core.data.rows import NO_TARGET, Side, Tokenized, document_rows
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
 
@@ -328,7 +328,7 @@ def two_tokenizers(tmp_path):
 def test_prepare_chats(tmp_path, two_tokenizers):
     lines = [{"talk": PLAIN}, {"talk": PLAIN[:1]}, {"talk": PLAIN[:2]}, {"talk": None}, {"talk": "hello"}]
     stats = prepare_rows(two_tokenizers(lines, format="messages", messages_key="talk"), tmp_path / "rows")
-    dropped = {"no target within data.max_length": 1, "no text": 1, "'talk' is not a list of messages with a role": 1}
+    dropped = {NO_TARGET: 1, "no text": 1, "'talk' is not a list of messages with a role": 1}
     assert stats.rows == 2 and stats.dropped_documents == dropped and stats.unusable_documents == 1
     row = load_rows(tmp_path / "rows")[0]
     covered = row["student_bytes"][row["student_mask"] > 0].sum()

@@ -10,7 +10,7 @@ import pytest
 
 from xtoken_core.data.documents import read_documents
 from xtoken_core.data.hub import hub_dataset
-from xtoken_core.data.records import Conversation, content_of
+from xtoken_core.data.records import Conversation, Refused, Unusable, content_of
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DataSpec
 
@@ -42,6 +42,14 @@ def spec(**data) -> DataSpec:
         ({"prompt": "Hi", "completion": "Hello"}, [ASKED, SAID]),
         ({"prompt": [ASKED], "completion": [SAID]}, [ASKED, SAID]),
         ({"messages": [ASKED | {"tool_calls": None, "name": None}, SAID]}, [ASKED, SAID]),  # as Arrow fills them up
+        ({"messages": [{"from": "human", "value": "Hi"}, SAID]}, [ASKED, SAID]),
+        ({"messages": [ASKED, SAID], "system": "S"}, [{"role": "system", "content": "S"}, ASKED, SAID]),
+        ({"prompt": "Hi", "completion": "Hello", "system": "S"}, [{"role": "system", "content": "S"}, ASKED, SAID]),
+        (
+            {"messages": [{"role": "system", "content": "S", "name": None}, ASKED, SAID], "system": "S"},  # said already
+            [{"role": "system", "content": "S"}, ASKED, SAID],
+        ),
+        ({"messages": None, "prompt": "Hi", "completion": "Hello"}, [ASKED, SAID]),
     ],
 )
 @pytest.mark.parametrize("form", ["auto", "messages"])
@@ -60,6 +68,64 @@ def test_texts_and_tools():
         assert content_of({"messages": [ASKED], "tools": given}, spec()).tools == tools
     for given in (None, [], ""):
         assert content_of({"messages": [ASKED], "tools": given}, spec()).tools is None
+
+
+MIXED = {
+    "text": ["a text", None, None, None],
+    "messages": [None, [ASKED, SAID], None, None],
+    "conversations": [None, None, [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], None],
+}
+"""Columns of a table that was put together out of others: of each row most are null."""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "options", [{}, {"text_key": "text", "messages_key": "messages"}, {"messages_key": "conversations"}], ids=str
+)
+def test_a_null_is_as_good_as_no_column(tmp_path, suffix, options):
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(MIXED, row))) for row in zip(*MIXED.values())))
+    else:
+        pa.parquet.write_table(pa.table(MIXED), path)
+    chat, found = Conversation([ASKED, SAID]), list(read_documents([str(path)], spec(**options)))
+    assert not any(document.unusable for document in found)
+    second = "" if options.get("messages_key") == "conversations" else chat  # a column that nobody has asked for
+    assert [document.content for document in found] == ["a text", second, chat, ""]
+
+
+def test_nulls_that_arrow_fills_in_are_in_no_call_and_no_tool(tmp_path):
+    """Each object of a column gets the keys of all others: a template would print them."""
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "clock", "arguments": {"zone": 3, "content": "x"}}]
+    tools = [
+        {"name": call["name"], "parameters": {"properties": {name: {"type": "string"} for name in call["arguments"]}}}
+        for call in calls
+    ]
+    chats = [
+        [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}] for call in calls
+    ]
+    pa.parquet.write_table(pa.table({"messages": chats, "tools": [[tool] for tool in tools]}), tmp_path / "data.parquet")
+    found = [document.content for document in read_documents([str(tmp_path)], spec())]
+    assert found == [Conversation(chat, [tool]) for chat, tool in zip(chats, tools)]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [ASKED, SAID], "functions": [{"name": "weather"}]}, "tools stand in 'tools'"),
+        ({"messages": [ASKED, SAID | {"function_call": CALL}]}, "calls stand in 'tool_calls'"),
+        (
+            {"messages": [ASKED, SAID | {"content": [{"type": "tool_use", "name": "weather", "input": {}}]}]},
+            "a part of type 'tool_use'",
+        ),
+        ({"messages": [ASKED, SAID | {"content": [{"type": "thinking", "thinking": "hm"}]}]}, "a part of type 'thinking'"),
+        ({"conversations": [{"from": "judge", "value": "x"}]}, "a turn from 'judge'"),
+    ],
+)
+def test_what_no_template_would_print_is_not_lost_in_silence(record, reason):
+    with pytest.raises(Unusable, match=reason) as told:
+        content_of(record, spec())
+    assert not isinstance(told.value, Refused)  # one record of many, which is left out
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

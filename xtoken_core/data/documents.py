@@ -18,6 +18,7 @@ from xtoken_core.data.records import (
     Unusable,
     columns_read,
     content_of,
+    content_of_row,
     has_any,
     parsed_line,
 )
@@ -88,7 +89,7 @@ def _files(uris: Sequence[str], data: DataSpec) -> Iterator[tuple[int, str, Iter
     for part, uri in enumerate(uris):
         dataset = hub_dataset(uri)
         if dataset is not None:
-            yield part, dataset.name, ((source, partial(content_of, record, data)) for source, record in dataset.records())
+            yield part, dataset.name, ((source, partial(content_of_row, record, data)) for source, record in dataset.records())
             continue
         for file in expand([uri]):
             path = PurePosixPath(file)
@@ -113,7 +114,7 @@ def _row(batch: pa.RecordBatch, number: int, data: DataSpec) -> Content:
         raise Unusable("not UTF-8 text") from None
     except Exception as e:  # dates beyond Python's, unknown time zones: types raise errors of their own, UnknownTimeZoneError too
         raise Unusable(f"a value that Python cannot hold: {type(e).__name__}") from None
-    return content_of(record, data)
+    return content_of_row(record, data)
 
 
 def _read_txt(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], Content]]]:

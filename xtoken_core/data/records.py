@@ -30,7 +30,8 @@ MOST_MESSAGES = 1000
 DEEPEST = 64
 """Levels of lists and objects in a chat: arguments of tools may hold some."""
 
-_MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+_MEDIA = ("image", "audio", "video")
+_MEDIA_COLUMNS = (*_MEDIA, *(f"{kind}s" for kind in _MEDIA))
 
 
 class Unusable(Exception):
@@ -73,37 +74,65 @@ def plain_text(content: Any) -> str:
 
 def columns_read(data: DataSpec) -> tuple[str, ...]:
     """The columns that `content_of` looks at."""
-    chats = (data.messages_key, "conversations", "prompt", "completion", "system", "tools", *_MEDIA_COLUMNS)
+    chats = (data.messages_key, "conversations", "prompt", "completion", "system", "tools", "functions", *_MEDIA_COLUMNS)
     return {"text": (data.text_key,), "messages": chats, "auto": (data.text_key, *chats)}[data.format]
 
 
 def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
-    """The text or chat of a record: what `data.format` says, or what it looks like: a chat, unless it has the text column that the spec sets.
+    """The text or chat of a record: what `data.format` says, or what it looks like: a chat, unless it has the text that the spec names.
 
-    A null is an empty one. Raises Unusable where it holds neither, and Refused for images and audio.
+    A null is as good as no column, which it stands for in tables; a record of nulls only is an empty text. Raises Unusable
+    where it holds neither text nor chat, and Refused for images and audio.
     """
-    asked = data.format == "auto" and "text_key" in data.model_fields_set and data.text_key in record
-    if data.format != "text" and not asked:
-        if data.messages_key in record:
-            return _conversation(record[data.messages_key], record, data.messages_key)
-        if "conversations" in record:
-            return _conversation(_from_sharegpt(record), record, "conversations")
-        if "prompt" in record and "completion" in record:
-            messages = [*_turns(record["prompt"], "user"), *_turns(record["completion"], "assistant")]
-            return _conversation(messages, record, "prompt")
-        if data.format == "messages":
-            raise MissingColumn(
-                f"no field {data.messages_key!r} (data.messages_key), 'conversations', or 'prompt' and 'completion'"
-            )
-    if data.text_key not in record:
-        others = " and none of a chat" if data.format == "auto" else ""
-        raise MissingColumn(f"no field {data.text_key!r} (data.text_key){others}")
-    text = record[data.text_key]
-    if text is None:
+    text = (data.text_key,)
+    shapes: list[tuple[str, ...]] = [(data.messages_key,), ("conversations",), ("prompt", "completion")]
+    if data.format == "text":
+        shapes = [text]
+    elif data.format == "auto":
+        shapes.insert(0 if "text_key" in data.model_fields_set else len(shapes), text)
+    known = [keys for keys in shapes if all(key in record for key in keys)]
+    if not known:
+        raise MissingColumn(_missing(data))
+    keys = next((keys for keys in known if any(record[key] is not None for key in keys)), None)
+    if keys is None:
         return ""
-    if not _is_text(text):
+    if keys != text:
+        return _conversation(_messages(record, keys), record, keys[0])
+    if not _is_text(record[data.text_key]):
         raise Unusable(f"{data.text_key!r} is not text")
-    return text.removeprefix("\ufeff")
+    return str(record[data.text_key]).removeprefix("\ufeff")
+
+
+def without_filling(value: Any) -> Any:
+    """A value of a table without the nulls in its objects: Arrow gives each of them the keys of all that stand in its column."""
+    if isinstance(value, dict):
+        return {name: without_filling(item) for name, item in value.items() if item is not None}
+    return [without_filling(item) for item in value] if isinstance(value, list) else value
+
+
+def content_of_row(row: Mapping[str, Any], data: DataSpec) -> Content:
+    """`content_of` a row of a table."""
+    return content_of({name: without_filling(value) for name, value in row.items()}, data)
+
+
+def _missing(data: DataSpec) -> str:
+    if data.format == "messages":
+        return f"no field {data.messages_key!r} (data.messages_key), 'conversations', or 'prompt' and 'completion'"
+    return f"no field {data.text_key!r} (data.text_key){' and none of a chat' if data.format == 'auto' else ''}"
+
+
+def _messages(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The messages of a record in these columns, its system prompt before them; not checked yet."""
+    if len(keys) == 2:
+        messages = [*_turns(record["prompt"], "user"), *_turns(record["completion"], "assistant")]
+    else:
+        messages = record[keys[0]]
+        if not isinstance(messages, list):
+            return messages
+    messages = [_from_turn(m) if isinstance(m, dict) and m.get("from") and not m.get("role") else m for m in messages]
+    system = record.get("system")
+    said = any(isinstance(m, dict) and m.get("role") == "system" and m.get("content") == system for m in messages)
+    return [{"role": "system", "content": system}, *messages] if system and not said else messages
 
 
 def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Conversation:
@@ -111,14 +140,17 @@ def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Convers
     for column in _MEDIA_COLUMNS:
         if record.get(column):
             raise Refused(f"{column!r} beside {key!r}: only text can be distilled, not images, audio or video")
-    if messages is None:
-        return Conversation([])
+    if record.get("functions"):
+        raise Unusable(f"'functions' beside {key!r}: OpenAI's older form; tools stand in 'tools'")
     if not isinstance(messages, list) or not all(isinstance(m, dict) and _is_text(m.get("role")) for m in messages):
         raise Unusable(f"{key!r} is not a list of messages with a role")
     if len(messages) > MOST_MESSAGES:
         raise Unusable(f"more than {MOST_MESSAGES} messages in one chat")
     cleaned = [{name: v for name, v in m.items() if v is not None or name == "content"} for m in messages]
     for message in cleaned:
+        message.setdefault("content", None)
+        if "function_call" in message:
+            raise Unusable("a message's 'function_call' is OpenAI's older form; calls stand in 'tool_calls'")
         _check_content(message, key)
         if message.get("weight", 1) not in (0, 1):
             raise Unusable("a message's weight is neither 0 nor 1")
@@ -140,12 +172,16 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def _check_content(message: Message, key: str) -> None:
-    content = message.get("content")
+    content = message["content"]
     parts = content if isinstance(content, list) else []
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text":
+        kind = str(part.get("type") or "text") if isinstance(part, dict) else "text"
+        if any(media in kind for media in _MEDIA):
             raise Refused(f"{key!r} holds a part of type {kind!r}: only text can be distilled, not images, audio or video")
+        if kind != "text":
+            raise Unusable(
+                f"a part of type {kind!r} in a content: it takes texts, tool calls stand in 'tool_calls', reasoning in 'reasoning_content'"
+            )
     usable = content is None or _is_text(content) or isinstance(content, list)
     if not usable or not all(isinstance(part, dict) and _is_text(part.get("text")) for part in parts):
         raise Unusable("a message's content is neither text nor a list of text parts")
@@ -164,26 +200,16 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _from_sharegpt(record: Mapping[str, Any]) -> list[Message]:
-    turns = record["conversations"]
-    if turns is None:
-        return []
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Unusable("'conversations' is not a list of turns")
-    opening = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return opening + [turn if "role" in turn else _from_turn(turn) for turn in turns]
-
-
 def _from_turn(turn: Mapping[str, Any]) -> Message:
-    """A turn with `from` and `value` as a message; other keys (`weight`) stay."""
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    """ShareGPT's turn with `from` and `value` as a message; other keys (`weight`) stay."""
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value", "role")}
     if turn.get("from") == "function_call":
         calls = _json(turn.get("value"), "a function_call is not JSON")
         called = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
         return {"role": "assistant", "content": None, "tool_calls": called, **rest}
     role = _SHAREGPT_ROLES.get(str(turn.get("from")))
     if role is None:
-        raise Unusable(f"'conversations' has a turn from {turn.get('from')!r}")
+        raise Unusable(f"a turn from {turn.get('from')!r}")
     return {"role": role, "content": turn.get("value"), **rest}
 
 

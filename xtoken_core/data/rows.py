@@ -31,6 +31,9 @@ Chunks = tuple[np.ndarray, np.ndarray, np.ndarray]
 NO_TEXT = "no text"
 """Why an empty document has no rows."""
 
+NO_TARGET = "nothing to learn: no message of the role 'assistant' (data.assistant_only) has words"
+"""Why a chat has no rows in which nobody says what is to be learned."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -226,6 +229,8 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
     if whole:
         found = [span for span in found[:1] if span[0] == 0 and document.targets[0][: document.cuts[span[1], 0]].any()]
     if not found:
+        if whole and not document.targets[0].any():
+            return NO_TARGET
         return f"{'no target' if whole else 'no chunk'} within data.max_length"
     rows = [make_row(document, span, sides) for span in found]
     if not whole:  # an EOS that fits no more is no row, nor is what the student's vocabulary has no token for

@@ -227,6 +227,17 @@ def test_names_of_control_pieces_in_text_are_text() -> None:
     assert tok("<s>", add_special_tokens=False)["input_ids"] == [0]  # where a template puts it, it is the token
 
 
+def test_an_unknown_character_of_a_control_tokens_name_is_not_the_token(tmp_path) -> None:
+    """A vocabulary without `<` writes it as UNK, or as a byte: the token that stands for it is no sign of its name in a text."""
+    vocab = {name: i for i, name in enumerate(["<unk>", "<0x3C>", "<0x3E>", "<s>", *"aunk▁"])}
+    for byte_fallback, specials in ((False, ["<unk>", "<s>"]), (True, ["<unk>", "<s>", "<0x3C>", "<0x3E>"])):
+        backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=byte_fallback))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        backend.add_special_tokens(specials)
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>").save_pretrained(tmp_path)
+        assert load_tokenizer(str(tmp_path)).bos_token == "<s>"
+
+
 def test_merges_that_spell_a_control_token_are_left_out() -> None:
     vocab = {"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4, "a": 5}
     backend = Tokenizer(models.BPE(vocab, [("s", ">"), ("<", "s>")]))

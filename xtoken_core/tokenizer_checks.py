@@ -80,8 +80,12 @@ def hide_control_pieces(backend: Tokenizer, ref: str) -> None:
 
 
 def _found_in_text(backend: Tokenizer, controls: dict[str, int]) -> list[str]:
-    """The names of control tokens that encode to the token although special tokens are off."""
+    """The names of control tokens that encode to the token although special tokens are off.
+
+    One that stands for a part of the name only, as UNK does for a bracket that the vocabulary lacks, is not meant by it.
+    """
     names = list(controls)
     with plain_encoding(backend, specials_as_text=True):
         encoded = backend.encode_batch([f"a{name}a" for name in names], add_special_tokens=False)
-    return [name for name, found in zip(names, encoded) if controls[name] in found.ids]
+    meant = [(controls[name], (1, 1 + len(name))) for name in names]
+    return [name for name, whole, found in zip(names, meant, encoded) if whole in zip(found.ids, found.offsets)]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from xtoken_core.data.documents import read_documents
-from xtoken_core.data.hub import hub_dataset
+from xtoken_core.data.documents import check_corpora, read_documents
+from xtoken_core.data.hub import HubDataset, hub_dataset
 from xtoken_core.data.records import Conversation, Refused, Unusable, content_of
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DataSpec
+from xtoken_core.spec import DataSpec, DistillationSpec
 
 ASKED, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"name": "weather", "arguments": {"city": "Paris"}}
@@ -203,3 +204,44 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
         ("one", "o/n:train:0", "o/n"),
         ("", "o/n:train:1", "o/n"),
     ]
+
+
+HELD_OUT = [
+    ("absent.jsonl", "absent.jsonl: no such file"),
+    ("table.csv", "table.csv: not a .txt, .jsonl or .parquet file"),
+    ("titles.jsonl", "titles.jsonl:1: no field 'text' .data.text_key. and none of a chat"),
+    ("pictures.jsonl", "pictures.jsonl:1: 'images' beside 'messages'"),
+    ("train/b.jsonl", "train/b.jsonl is in data.train too"),
+    ("./train/../train/*.jsonl", "train/a.jsonl is in data.train too"),
+    ("train", "train/a.jsonl is in data.train too"),
+]
+
+
+@pytest.mark.parametrize("field", ["data.validation", "evaluation.texts"])
+@pytest.mark.parametrize(("uri", "message"), HELD_OUT, ids=[uri for uri, _ in HELD_OUT])
+def test_held_out_texts_that_cannot_serve_are_told_before_anything_is_read(tmp_path, monkeypatch, field, uri, message):
+    """They would end a step after the training, or measure the student on what it has seen."""
+    monkeypatch.chdir(tmp_path)
+    Path("train").mkdir()
+    lines = {"train/a": {"text": "a"}, "train/b": {"text": "b"}, "titles": {"title": "t"}, "good": {"text": "good"}}
+    for name, line in (lines | {"pictures": {"messages": [ASKED], "images": ["x.png"]}}).items():
+        Path(f"{name}.jsonl").write_text(json.dumps(line))
+    Path("table.csv").write_text("text\nx\n")
+    asked = {
+        "name": "n", "student": {"model": "m"}, "teachers": [{"id": "t", "model": "m"}], "output": {"uri": "out"},
+        "data": {"train": ["train/*.jsonl"], "validation": ["good.jsonl"]},
+    }  # fmt: skip
+    check_corpora(DistillationSpec.from_text(json.dumps(asked)))
+    with pytest.raises(InputError, match=f"^{field}: [^\n]*{message}[^\n]*$"):
+        check_corpora(DistillationSpec.from_text(json.dumps(asked), [f"{field}={uri}"]))
+
+
+def test_one_hub_data_set_by_two_names_is_one(monkeypatch):
+    monkeypatch.setattr(HubDataset, "records", lambda dataset: iter([(dataset.uri, {"text": "x"})]))
+    asked = {
+        "name": "n", "student": {"model": "m"}, "teachers": [{"id": "t", "model": "m"}], "output": {"uri": "out"},
+        "data": {"train": ["hf://o/n"], "validation": ["o/n:test"]},
+    }  # fmt: skip
+    check_corpora(DistillationSpec.from_text(json.dumps(asked)))
+    with pytest.raises(InputError, match="^data.validation: hf://o/n::train is in data.train too$"):
+        check_corpora(DistillationSpec.from_text(json.dumps(asked), ["data.validation=o/n:train"]))

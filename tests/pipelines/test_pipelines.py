@@ -400,6 +400,7 @@ def test_students_of_one_tokenizer_share_what_does_not_depend_on_them(run, overr
         ("teachers.other.model=/absent", "teachers.other.model: /absent: no such file or folder"),
         ("student.model=/absent.gguf", "student.model: /absent.gguf: no such file or folder"),
         ("data.train=[/absent.txt]", "data.train: /absent.txt: no such file"),
+        ("evaluation.texts=[pyproject.toml]", "pyproject.toml: not a .txt, .jsonl or .parquet file"),
         ("output.uri=/proc/none/out", "/proc/none/out: "),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from itertools import count
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from xtoken_core.data.hub import hub_dataset
+from xtoken_core.data.hub import HubDataset, hub_dataset
 from xtoken_core.data.records import (
     Content,
     MissingColumn,
@@ -22,9 +23,10 @@ from xtoken_core.data.records import (
     has_any,
     parsed_line,
 )
-from xtoken_core.errors import InputError
-from xtoken_core.spec import DataSpec
+from xtoken_core.errors import InputError, blamed
+from xtoken_core.spec import DataSpec, DistillationSpec
 from xtoken_core.storage import expand, filesystem
+from xtoken_core.uris import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,25 +84,56 @@ def _loaded(source: str, load: Callable[[], Content], first: bool) -> tuple[Cont
         return "", str(e)
 
 
-def _files(uris: Sequence[str], data: DataSpec) -> Iterator[tuple[int, str, Iterator[tuple[str, Callable[[], Content]]]]]:
-    """Which URI, corpus and records, file after file; a file that several URIs name comes once."""
-    readers = {".txt": _read_txt, ".jsonl": _read_lines, ".parquet": _read_parquet}
+def check_corpora(spec: DistillationSpec) -> None:
+    """Raises InputError, which names the field, for texts that would end a later step and for held-out ones that are trained on.
+
+    Looked at are the names of all files, and the first record of each URI.
+    """
+    trained = _checked("data.train", spec.data.train_uris, spec.data)
+    for field, uris in (("data.validation", spec.data.validation), ("evaluation.texts", spec.evaluation.texts)):
+        held_out = _checked(field, uris, spec.data)
+        if both := next((name for name in held_out if name in trained), None):
+            raise InputError(f"{field}: {both} is in data.train too")
+
+
+def _checked(field: str, uris: Sequence[str], data: DataSpec) -> dict[str, None]:
+    """The files and hub data sets that the URIs name, each under one name."""
+    with blamed(field):
+        places = [place for _, place in _places(uris, data)]
+        for uri in uris:
+            next(read_documents([uri], data), None)
+    return dict.fromkeys(
+        place.key if isinstance(place, HubDataset) else place if is_remote(place) else os.path.realpath(place) for place in places
+    )
+
+
+def _places(uris: Sequence[str], data: DataSpec) -> Iterator[tuple[int, HubDataset | str]]:
+    """Which URI, and the hub data set or the files behind it; a file that several URIs name comes once."""
     seen: set[str] = set()
     for part, uri in enumerate(uris):
         dataset = hub_dataset(uri)
         if dataset is not None:
-            yield part, dataset.name, ((source, partial(content_of_row, record, data)) for source, record in dataset.records())
+            yield part, dataset
             continue
         for file in expand([uri]):
-            path = PurePosixPath(file)
-            if file in seen:
-                continue
-            seen.add(file)
-            if path.suffix not in readers:
+            suffix = PurePosixPath(file).suffix
+            if suffix not in _READERS:
                 raise InputError(f"{file}: not a .txt, .jsonl or .parquet file")
-            if path.suffix == ".txt" and data.format == "messages":
+            if suffix == ".txt" and data.format == "messages":
                 raise InputError(f"{file}: chats (data.format: messages) come as .jsonl or .parquet")
-            yield part, path.parent.name if path.suffix == ".txt" else path.stem, readers[path.suffix](file, data)
+            if file not in seen:
+                yield part, file
+            seen.add(file)
+
+
+def _files(uris: Sequence[str], data: DataSpec) -> Iterator[tuple[int, str, Iterator[tuple[str, Callable[[], Content]]]]]:
+    """Which URI, corpus and records, file after file."""
+    for part, place in _places(uris, data):
+        if isinstance(place, HubDataset):
+            yield part, place.name, ((source, partial(content_of_row, record, data)) for source, record in place.records())
+        else:
+            path = PurePosixPath(place)
+            yield part, path.parent.name if path.suffix == ".txt" else path.stem, _READERS[path.suffix](place, data)
 
 
 def _line(line: bytes, data: DataSpec) -> Content:
@@ -159,6 +192,9 @@ def _read_parquet(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], 
                     yield source, partial(_row, batch, number, data)
         except pa.ArrowException as e:
             raise InputError(f"{uri}: cannot be read: {str(e).splitlines()[0]}") from None
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
 @contextmanager

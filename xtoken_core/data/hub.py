@@ -28,6 +28,11 @@ class HubDataset:
     config: str | None
     split: str
 
+    @property
+    def key(self) -> str:
+        """The same for all ways to name this split."""
+        return f"hf://{self.name}:{self.config or ''}:{self.split}"
+
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Streams (source, record) in the hub's order. Raises InputError where the hub, the data set or the split is not to be had."""
         import datasets

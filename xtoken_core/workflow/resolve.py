@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from xtoken_core import storage
 from xtoken_core.costs import GIB
+from xtoken_core.data.documents import check_corpora
 from xtoken_core.errors import InputError, blamed
 from xtoken_core.results.plan import Plan
 from xtoken_core.results.workflow import ReadInput
@@ -60,7 +61,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
     `shape` of the spec that was compiled, as JSON.
 
     Raises InputError for a bad spec or override, for an override that the compiled pipeline cannot follow, for rows that do
-    not divide over a cluster's GPUs, for models and data that are not there, and for an output that cannot be written or would
+    not divide over a cluster's GPUs, for models and data that are not there or of no known kind, and for an output that cannot be written or would
     take the place of something that is no run.
     """
     spec = DistillationSpec.from_text(spec_text, _split(overrides))
@@ -76,6 +77,7 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
     versions = Versions()
     views = _views(spec, versions)
+    check_corpora(spec)
     planned = _checked_plan(spec)  # last: what is not there at all has been told by then
     if any(not teacher.cross_tokenizer for teacher in _scored(spec)):
         views["score"] = views["score"].model_copy(update={"shared_rows": shared_rows(spec)})

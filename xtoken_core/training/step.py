@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from xtoken_core.data.batch import Batch
+from xtoken_core.finite import largest
 from xtoken_core.losses import StepTotals, batch_counts, dynamic_scale, loss_metrics
 from xtoken_core.results.training import TeacherLine
 from xtoken_core.spec import LossSpec
@@ -277,6 +279,12 @@ def over_ranks(sums: Tensor, device: torch.device) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def all_finite(tensors: Iterable[Tensor | None], device: torch.device) -> bool:
+    """Whether every number is finite, over all ranks, which all call this with their shares. Only floating-point tensors count."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    return float(over_ranks((~largest(local).isfinite()).double(), device)) == 0
 
 
 def _teacher_line(metrics: Mapping[str, float], index: int, seconds: float) -> TeacherLine:

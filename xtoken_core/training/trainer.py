@@ -28,13 +28,12 @@ from xtoken_core.models import save_model
 from xtoken_core.results.training import LogLine
 from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
-from xtoken_core.training.finite import all_finite, all_weights, gradients
 from xtoken_core.training.heard import hear
 from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
 from xtoken_core.training.saving import save_finished
 from xtoken_core.training.sharding import between_micro_batches, configure
-from xtoken_core.training.step import Clock, Step, StepResult, Teaching, begin_step
+from xtoken_core.training.step import Clock, Step, StepResult, Teaching, all_finite, begin_step
 from xtoken_core.training.student import Student
 from xtoken_core.training.validation import HeldOut, validate
 
@@ -143,7 +142,7 @@ class DistillationTrainer(Trainer):
     def check_step(self) -> None:
         """Before the optimizer's step: one whose numbers are not finite is skipped, or ends the run. Raises NonFiniteError."""
         assert self.step is not None
-        if all_finite([self.step.sums, *gradients(self.student)], self.args.device):
+        if all_finite([self.step.sums, *(p.grad for p in self.student.parameters())], self.args.device):
             return
         number, fault, progress = self.state.global_step + 1, self.step.fault(), self.record.progress
         progress.skipped += 1
@@ -247,7 +246,7 @@ class DistillationTrainer(Trainer):
         self.record.progress.seconds["save"] += time.monotonic() - started
 
     def _check_weights(self) -> None:
-        if not all_finite(all_weights(self.student), self.args.device):
+        if not all_finite((p.detach() for p in self.student.parameters()), self.args.device):
             raise self._not_finite(self.state.global_step, "student: its weights are not finite")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from pipelines.local import run_locally
 from xtoken_core import storage
-from xtoken_core.errors import InputError
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import Verdict, verdict
 from xtoken_core.spec import DistillationSpec
@@ -71,17 +70,8 @@ def run(spec: DistillationSpec | str | Path, runs: str | Path = "runs") -> Resul
 
 def load(uri: str) -> Result:
     """A run that has finished earlier, here or on a cluster; `uri`: what its output.uri said. Raises InputError."""
-    place = uri.rstrip("/") or uri
-    finished = finished_run(place)
+    place, finished = uri.rstrip("/"), Run.published(uri)
     return Result(DistillationSpec.from_yaml(storage.local_copy(f"{place}/spec.yaml"), [f"output.uri={place}"]), finished)
-
-
-def finished_run(uri: str) -> Run:
-    """The figures of a finished run's report; `uri`: as of `load`. Raises InputError."""
-    place = uri.rstrip("/") or uri
-    if not storage.is_remote(place) and not (Path(place) / storage.RUN_FILE).exists():
-        raise InputError(f"{uri}: no finished run lies there (a folder with {storage.RUN_FILE}); give what its output.uri said")
-    return Run.load(storage.local_copy(f"{place}/{storage.RUN_FILE}"))
 
 
 def _loaded(model: str, tokenizer: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -63,8 +63,8 @@ def compare(runs: tuple[str, ...], output: Path) -> None:
 
     RUN is what a spec's output.uri said.
     """
-    from pipelines.api import finished_run
     from xtoken_core.report.compare import write_comparison
+    from xtoken_core.report.run import Run
 
-    write_comparison([finished_run(run) for run in runs], output)
+    write_comparison([Run.published(run) for run in runs], output)
     click.echo(f"{output}: {len(runs)} runs compared")

@@ -72,11 +72,11 @@ def plan(spec: Path, overrides: tuple[str, ...], finished: str | None) -> None:
 
     Reads configurations and file sizes only.
     """
-    from pipelines.api import finished_run
     from xtoken_core.report.plan import plan_text
+    from xtoken_core.report.run import Run
     from xtoken_core.workflow.plan import plan as planned
 
-    measured = None if finished is None else finished_run(finished)
+    measured = None if finished is None else Run.published(finished)
     click.echo(plan_text(planned(DistillationSpec.from_yaml(spec, overrides), measured)))
 
 

@@ -63,7 +63,7 @@ def test_a_student_that_does_not_is_not(tmp_path):
 
 def test_an_earlier_run_can_be_the_one_to_beat(tmp_path):
     spec, run = made(tmp_path / "new", registry={"server": "http://none"}, promote_if={"better_than": str(tmp_path)})
-    with pytest.raises(InputError, match="output.promote_if.better_than: .*no such file"):
+    with pytest.raises(InputError, match="output.promote_if.better_than: .*no finished run lies there"):
         check_registry(spec.model_copy(update={"output": spec.output.model_copy(update={"registry": None})}))
     swapped(run).save(tmp_path / "run.json")
     assert promotion(spec, run)[0] and not promotion(spec, swapped(run))[0]

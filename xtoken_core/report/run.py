@@ -19,7 +19,7 @@ from xtoken_core.results.training import LogLine, TrainingSummary, read_log
 from xtoken_core.results.vocabulary import OverlapReport, ProjectionStats
 from xtoken_core.results.workflow import PipelineRun, Prepared, ReadInput, Task
 from xtoken_core.spec import DistillationSpec
-from xtoken_core.storage import RUN_FILE, local_copy
+from xtoken_core.storage import RUN_FILE, is_remote, local_copy, normalize
 
 FORMAT = 2
 """Version of run.json."""
@@ -99,8 +99,6 @@ class Run(Record):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Reads a run.json that `save` wrote. Raises InputError."""
-        if not Path(path).exists():
-            raise InputError(f"{path}: no such file: not a finished run?")
         text = text_of(path)
         try:
             written_as = json.loads(text).get("format")
@@ -114,7 +112,10 @@ class Run(Record):
     @classmethod
     def published(cls, uri: str) -> Self:
         """The run that is published at `uri`, a spec's `output.uri`. Raises InputError."""
-        return cls.load(local_copy(f"{uri.rstrip('/')}/{RUN_FILE}"))
+        place = uri.rstrip("/") or uri
+        if not is_remote(place) and not (Path(normalize(place)) / RUN_FILE).exists():
+            raise InputError(f"{uri}: no finished run lies there (a folder with {RUN_FILE}); give what its output.uri said")
+        return cls.load(local_copy(f"{place}/{RUN_FILE}"))
 
     def save(self, path: str | Path) -> None:
         """Writes run.json, from which `load` restores the run."""

@@ -54,8 +54,8 @@ class Result:
 
     def student_place(self, checkpoint: str | None = None) -> str:
         """Path or URI of the student's folder."""
-        chosen = checkpoint or ("best" if self.spec.data.validation else "last")
-        return f"{self.spec.output.uri.rstrip('/')}/student/{chosen}"
+        folder = f"student/{checkpoint}" if checkpoint else self.spec.published_student
+        return f"{self.spec.output.uri.rstrip('/')}/{folder}"
 
 
 def run(spec: DistillationSpec | str | Path, runs: str | Path = "runs") -> Result:

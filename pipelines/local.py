@@ -151,10 +151,9 @@ def answer(spec: DistillationSpec, run: Run) -> str:
     uri = spec.output.uri.rstrip("/")
     if run.summary is None:  # a pilot that nothing follows
         return answer_table(run, {"report": f"{uri}/report.html", "figures": f"{uri}/pilot.json"})
-    student = "student/best" if spec.data.validation else "student/last"
     places = {
         "report": f"{uri}/report.html",
-        "student": f"{uri}/{student}",
+        "student": f"{uri}/{spec.published_student}",
         "logs": f"{uri}/logs",
         "talk to it": f"xtoken chat {uri}",
     }

@@ -120,9 +120,8 @@ def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(run: Run) -> str:
-    """Where the student lies: of several checkpoints, the best; nothing before a training has ended."""
-    checkpoint = "best" if run.spec["data"]["validation"] else "last"
-    return f"{run.spec['output']['uri'].rstrip('/')}/student/{checkpoint}" if run.summary else ""
+    """Where the student lies; nothing before a training has ended."""
+    return f"{run.spec['output']['uri'].rstrip('/')}/{run.as_spec().published_student}" if run.summary else ""
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

@@ -170,6 +170,11 @@ class DistillationSpec(Section):
         """Whether bits per byte are measured: they are asked for, and there is held-out text."""
         return self.evaluation.bits_per_byte and bool(self.evaluation.texts or self.data.validation)
 
+    @property
+    def published_student(self) -> str:
+        """Where under `output.uri` the student that counts lies: of several checkpoints the best, where validation data choose it."""
+        return f"student/{'best' if self.data.validation else 'last'}"
+
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a spec file and applies `dotted.key=value` overrides. Raises InputError."""

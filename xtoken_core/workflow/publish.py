@@ -24,7 +24,6 @@ from xtoken_core.results.vocabulary import OverlapReport
 from xtoken_core.results.workflow import PipelineRun, Prepared, ReadInput, StepTimes, Task
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.workflow.evaluations import read_evaluations
-from xtoken_core.workflow.registry import student_folder
 from xtoken_core.workflow.serving import inference_service, vllm_line
 from xtoken_core.workflow.subjects import Group
 from xtoken_core.workflow.vocabularies import projection_stats
@@ -113,7 +112,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             encoding="utf-8",
         )
         if parts.run:
-            _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(student_folder(spec)).name}"))
+            _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(spec.published_student).name}"))
         for name, source in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(source.absolute())
@@ -145,7 +144,7 @@ def _with_card(student: Path, card: str) -> None:
 def _write_serving(spec: DistillationSpec, folder: Path, weights: int) -> None:
     """How the student is served: a line for vLLM, and KServe's resource where KServe can reach it."""
     folder.mkdir()
-    student = student_folder(spec)
+    student = spec.published_student
     (folder / "vllm.sh").write_text(f"{vllm_line(spec, student)}\n", encoding="utf-8")
     if service := inference_service(spec, student, weights):
         (folder / "inference-service.yaml").write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")

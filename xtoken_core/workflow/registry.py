@@ -52,7 +52,7 @@ def register(spec: DistillationSpec, run: Run) -> str:
     allowed, reason = promotion(spec, run)
     if not allowed:
         return reason
-    student, name = student_folder(spec), registry.name or spec.name
+    student, name = spec.published_student, registry.name or spec.name
     try:
         _connect(registry).register_model(
             name,
@@ -66,11 +66,6 @@ def register(spec: DistillationSpec, run: Run) -> str:
     except Exception as e:  # the client passes on what its server and its HTTP library raise
         raise InputError(f"output.registry: {registry.server}: {_line(e)}") from None
     return f"{reason} {name}, version {run.created}, at {registry.server}."
-
-
-def student_folder(spec: DistillationSpec) -> str:
-    """Where the student that counts lies in a published run."""
-    return "student/best" if spec.data.validation else "student/last"
 
 
 def lineage(run: Run) -> dict[str, str]:

@@ -56,14 +56,12 @@ def evaluate(
     """
     started = time.perf_counter()
     loaded, reference = load_for(spec, subject, checkpoint)
-    window = spec.evaluation.window or spec.data.max_length
-    stride = max(1, window // 2)
     result: dict[str, Any] = {}
     student = subject.role != "teacher"
     if spec.measures_bits:
         documents = held_out(spec)
         measured = time.perf_counter()
-        result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents, window, stride)
+        result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents)
         result["tokens_per_second"] = tokens / (time.perf_counter() - measured)
         result["samples"] = samples(loaded.model, loaded.tokenizer, documents)
     validation = rows and Path(rows) / "validation"
@@ -75,7 +73,8 @@ def evaluate(
         folder = reference if _as_it_lies(spec, subject, reference) else None
         result["tasks"] = run_tasks(spec.evaluation, loaded.model, loaded.tokenizer, folder)
     seconds = time.perf_counter() - started
-    return Evaluation(subject=subject, model=reference, window=window, stride=stride, seconds=seconds, **result)
+    about = {"subject": subject, "model": reference, "window": spec.context, "stride": stride_of(spec.context)}
+    return Evaluation(**about, seconds=seconds, **result)
 
 
 def load_for(spec: DistillationSpec, subject: Subject, checkpoint: str | Path | None) -> tuple[Loaded, str]:
@@ -114,13 +113,16 @@ def held_out(spec: DistillationSpec) -> list[Document]:
     return documents
 
 
-def measure_bits(
-    spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document], window: int, stride: int
-) -> tuple[BitsPerByte, int]:
+def stride_of(window: int) -> int:
+    """Tokens by which windows move on: half of one, so that a token has at least as many before it."""
+    return max(1, window // 2)
+
+
+def measure_bits(spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document]) -> tuple[BitsPerByte, int]:
     """The `bits_per_byte` of a result, and how many tokens it took."""
     tok = loaded.tokenizer
     ids, counted, sizes = _tokens(spec, tok, documents)
-    nats = token_nats(loaded.model, ids, opener_of(tok), row_bos(tok), window, stride)
+    nats = token_nats(loaded.model, ids, opener_of(tok), row_bos(tok), spec.context, stride_of(spec.context))
     bits = np.array([float(n[c].sum()) for n, c in zip(nats, counted)]) / np.log(2)
     corpora = np.array([document.corpus for document in documents])
     per_corpus = {

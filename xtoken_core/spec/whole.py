@@ -171,6 +171,11 @@ class DistillationSpec(Section):
         return self.evaluation.bits_per_byte and bool(self.evaluation.texts or self.data.validation)
 
     @property
+    def context(self) -> int:
+        """Tokens of context that bits per byte are measured with."""
+        return self.evaluation.window or self.data.max_length
+
+    @property
     def published_student(self) -> str:
         """Where under `output.uri` the student that counts lies: of several checkpoints the best, where validation data choose it."""
         return f"student/{'best' if self.data.validation else 'last'}"

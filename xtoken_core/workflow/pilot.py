@@ -57,8 +57,7 @@ def _measured(spec: View, place: Place, summary: TrainingSummary, folder: Path) 
     """What a trained student came to."""
     assert place.candidate is not None
     loaded, _ = load_for(spec, LAST, folder / "last")
-    window = spec.evaluation.window or spec.data.max_length
-    measured, _ = measure_bits(spec, loaded, held_out(spec), window, max(1, window // 2))
+    measured, _ = measure_bits(spec, loaded, held_out(spec))
     seconds = [line.seconds_step for line in read_log(folder / "log.jsonl") if line.seconds_step is not None]
     return Trial(
         candidate=place.candidate.name,

@@ -91,7 +91,7 @@ class Planned:
     def _measured(self, field: str) -> float | None:
         """GPU hours of a model's bits per byte."""
         read = None if self.held_out is None else WINDOWS * self.held_out
-        return self._forward(field, read, self.spec.evaluation.window or self.spec.data.max_length)
+        return self._forward(field, read, self.spec.context)
 
     def _forward(self, field: str, tokens: int | None, row: int) -> float | None:
         return None if tokens is None else self.speed.forward(self.sizes[field], tokens, row)

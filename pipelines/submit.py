@@ -18,7 +18,7 @@ import kfp
 import kfp_server_api
 import urllib3
 
-from pipelines.cluster import image_caution, output_caution, retry_caution, root_caution, size_caution
+from pipelines.cautions import image_caution, output_caution, retry_caution, root_caution, size_caution
 from pipelines.compiling import compile_spec, compile_sweep, documents
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity

@@ -22,7 +22,7 @@ def compile_(spec: Path | None, overrides: tuple[str, ...], output: Path | None,
     Without SPEC, brings pipelines/compiled up to date.
     """
     from pipelines import compiling
-    from pipelines.cluster import image_caution, output_caution, retry_caution, size_caution
+    from pipelines.cautions import image_caution, output_caution, retry_caution, size_caution
     from xtoken_core.workflow.shape import check_ranks
 
     if check and spec is not None:

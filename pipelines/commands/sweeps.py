@@ -46,7 +46,7 @@ def sweep(
 
     It is one workflow, which shares everything but training. Each run is published under its values at output.uri; one page puts them side by side. The trials of an OptimizationJob only train.
     """
-    from pipelines.cluster import size_caution
+    from pipelines.cautions import size_caution
     from pipelines.compiling import compile_sweep
     from pipelines.sweeps import optimization, variants
 

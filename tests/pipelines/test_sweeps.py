@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from pipelines.__main__ import cli
-from pipelines.cluster import size_caution
+from pipelines.cautions import size_caution
 from pipelines.compiling import compile_sweep, documents
 from pipelines.sweeps import variants
 from tests.support.tiny import tiny_run

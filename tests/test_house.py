@@ -22,7 +22,7 @@ FLOORS = (
     ("models", "layers", "configs"),
     ("losses", "data"),
     ("projection", "projection_files", "overlap", "alignment", "partition", "first_tokens", "same_vocabulary"),
-    ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "spec", "results", "costs"),
+    ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "modes", "spec", "results", "costs"),
     ("checksums",),
     ("storage", "uris", "errors", "forking", "preloading", "compilations", "finite", "processes", "identity", "bounded"),
 )

@@ -1,4 +1,4 @@
-"""Overlap of real vocabularies, the audit by class, and the mode it calls for."""
+"""Overlap of real vocabularies, the audit by class, and the mode of each teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.support import assets
 from tests.support.tiny import tiny_tokenizer
 from tests.test_alignment import make_table
 from xtoken_core.errors import InputError
-from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, resolve_mode, token_classes, vocabulary_overlap
+from xtoken_core.modes import mode_of
+from xtoken_core.overlap import CLASSES, Coverage, audit, overlap_matrix, token_classes, vocabulary_overlap
 from xtoken_core.report.overlap_figure import overlap_figure
 from xtoken_core.results.vocabulary import ClassCoverage, OverlapReport, TokenizerComparison
 from xtoken_core.same_vocabulary import check_same_vocabulary
@@ -78,10 +79,19 @@ def test_audit_counts_by_class() -> None:
     assert sum(coverage[name].tokens for name in partition) == 5
 
 
-def test_mode_of_a_teacher_whose_w_is_learned() -> None:
-    learned, fixed = ({"id": "t", "model": "m", "projection": {"learnable": flag}} for flag in (True, False))
-    assert resolve_mode(TeacherSpec.model_validate(learned))[0] == "p_kl"
-    assert resolve_mode(TeacherSpec.model_validate(fixed))[0] == "partition_kl"
+@pytest.mark.parametrize(
+    ("teacher", "asked", "mode"),
+    [
+        ({"projection": {"learnable": True}}, "auto", "p_kl"),
+        ({"projection": {}}, "auto", "partition_kl"),
+        ({"projection": {}}, "h_kl", "h_kl"),
+        ({"projection": {}, "mode": "gold"}, "auto", "gold"),
+        ({}, "h_kl", "same_vocabulary"),
+    ],
+)
+def test_the_mode_of_a_teacher_and_why(teacher, asked, mode) -> None:
+    found, reason = mode_of(TeacherSpec.model_validate({"id": "t", "model": "m"} | teacher), asked)
+    assert found == mode and ("worse than no distillation" in reason) == (mode in ("h_kl", "gold"))
 
 
 def spec(*teachers: dict) -> DistillationSpec:

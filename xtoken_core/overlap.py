@@ -1,4 +1,4 @@
-"""How much two vocabularies have in common, and which loss mode that calls for."""
+"""How much two vocabularies have in common, byte for byte."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xtoken_core.spec import TeacherSpec
-from xtoken_core.spec.teachers import Mode
 from xtoken_core.tokenization import TokenTable
 
 
@@ -84,30 +82,6 @@ def audit(student_table: TokenTable, teacher_table: TokenTable) -> Audit:
             tokens[name] += 1
             covered[name] += token in theirs
     return {name: Coverage(tokens[name], covered[name]) for name in CLASSES}
-
-
-WORSE_THAN_CE = ("h_kl", "gold")
-"""Modes that made a worse student than no distillation at all where they were measured (tests/benchmarks/results): the published methods
-are still offered, with a word about it."""
-
-NO_DISTANCES = ("h_kl", "gold")
-"""Modes whose value is a score: it leaves out or adds mass, can be negative, and is not zero where the models agree."""
-
-
-def resolve_mode(teacher: TeacherSpec) -> tuple[Mode, str]:
-    """What `mode: auto` means for a teacher with a projection, and why: what made the best student where it was measured."""
-    if teacher.projection is not None and teacher.projection.learnable:
-        return "p_kl", "the one mode that trains W"
-    return "partition_kl", "the best student of all modes where it was measured"
-
-
-def reason_for(mode: str) -> str:
-    """What is said of a mode that the spec sets."""
-    return (
-        f"set in the spec, and worse than no distillation where it was measured: {mode}"
-        if mode in WORSE_THAN_CE
-        else "set in the spec"
-    )
 
 
 def overlap_matrix(tables: Sequence[TokenTable]) -> np.ndarray:

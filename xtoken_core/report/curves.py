@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from xtoken_core.overlap import NO_DISTANCES
+from xtoken_core.modes import NO_DISTANCES
 from xtoken_core.report.charts import Bar, Chart, Series, Style, duration_bars, line_chart
 from xtoken_core.report.run import Run
 

@@ -25,7 +25,7 @@ from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
 from xtoken_core.forking import start_server
 from xtoken_core.models import Loaded
-from xtoken_core.overlap import NO_DISTANCES, WORSE_THAN_CE
+from xtoken_core.modes import NO_DISTANCES, WORSE_THAN_CE
 from xtoken_core.results.training import TrainingSummary
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy

@@ -10,7 +10,8 @@ from pathlib import Path
 from xtoken_core.data.rows import teacher_column
 from xtoken_core.errors import InputError
 from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokens, read_first_tokens
-from xtoken_core.overlap import audit, overlap_matrix, reason_for, resolve_mode, vocabulary_overlap
+from xtoken_core.modes import mode_of
+from xtoken_core.overlap import audit, overlap_matrix, vocabulary_overlap
 from xtoken_core.partition import join_cells, seen_together, share_apart
 from xtoken_core.projection import MadeProjection, make_projection
 from xtoken_core.report.overlap_figure import overlap_figure
@@ -45,13 +46,7 @@ def overlap_report(spec: DistillationSpec) -> OverlapReport:
         if not teacher.cross_tokenizer:
             check_same_vocabulary(student_tok, toks[teacher.id], f"teachers.{index} ({teacher.id})")
         coverage = audit(student, table)
-        chosen = teacher.mode or spec.loss.mode
-        if not teacher.cross_tokenizer:
-            mode, reason = "same_vocabulary", "every id that stands for text stands for the same as the student's"
-        elif chosen == "auto":
-            mode, reason = resolve_mode(teacher)
-        else:
-            mode, reason = chosen, reason_for(chosen)
+        mode, reason = mode_of(teacher, spec.loss.mode)
         overlap = vocabulary_overlap(student, table)
         teachers[teacher.id] = TeacherVocabulary(
             tokenizer=teacher.tokenizer or teacher.model,

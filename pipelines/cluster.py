@@ -39,8 +39,8 @@ def on_cluster(
     task: dsl.PipelineTask,
     resources: ResourcesSpec,
     amounts: tuple[str, Any],
-    gpus: int | None = None,
-    retried: bool = False,
+    gpus: int | None,
+    retried: bool,
 ) -> None:
     """Sets up one task.
 

@@ -31,6 +31,9 @@ FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_SECONDS = 5.0
 """Between two looks at a run that is waited for."""
 
+LISTED = 10
+"""Runs that `last_runs` tells of."""
+
 PATIENCE = 10
 """Failed looks at a run, one after the other, before waiting for it is given up."""
 
@@ -93,7 +96,7 @@ def submit(
 
 
 def submit_sweep(
-    path: Path, variants: Mapping[str, DistillationSpec], cluster: Cluster, say: Callable[[str], None] = print
+    path: Path, variants: Mapping[str, DistillationSpec], cluster: Cluster, say: Callable[[str], None]
 ) -> tuple[kfp.Client, str]:
     """Starts a sweep (see `pipelines.sweeps`) of the spec at `path`; returns the client and the run's id. Raises InputError."""
     first = next(iter(variants.values()))
@@ -141,7 +144,7 @@ def _start(
     return client, run.run_id
 
 
-def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str], None] = print) -> str:
+def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str], None]) -> str:
     """Waits for a run, says how its tasks fare, and returns its last state: SUCCEEDED, FAILED, CANCELED or SKIPPED."""
     told: dict[str, str] = {}
     failures = 0
@@ -168,11 +171,11 @@ def follow(client: kfp.Client, run_id: str, cluster: Cluster, say: Callable[[str
         time.sleep(POLL_SECONDS)
 
 
-def last_runs(cluster: Cluster, count: int = 10) -> list[str]:
+def last_runs(cluster: Cluster) -> list[str]:
     """A line for each of the last runs: its name, its state, and the tasks that are at work. Raises InputError."""
     client = cluster.client()
     with cluster.reported():
-        runs = client.list_runs(page_size=count, sort_by="created_at desc", namespace=cluster.namespace).runs or []
+        runs = client.list_runs(page_size=LISTED, sort_by="created_at desc", namespace=cluster.namespace).runs or []
         found = [client.get_run(run.run_id) for run in runs]
     lines = []
     for run in found:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from xtoken_core.data.documents import Document, domain_of_corpus, read_documents
 from xtoken_core.data.parallel import mapped
@@ -39,12 +39,13 @@ from xtoken_core.spec import DataSpec, DistillationSpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
-T = TypeVar("T")
-
 BATCH_DOCUMENTS = 64
 """Documents tokenized together, at most."""
 BATCH_CHARACTERS = 2**22
 """Of these documents, from which on no more join them: their tokens take some thirty times the memory of the text."""
+
+ROWS_AT_ONCE = 256
+"""Rows of one Arrow record batch."""
 
 
 def prepare_rows(
@@ -113,13 +114,6 @@ def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
 def _first(rows: Iterable[Row], data: DataSpec) -> Iterator[Row]:
     """The rows that `data.max_rows` leaves: with packing, as many tokens as would fill so many full rows."""
     used = 0
@@ -152,9 +146,9 @@ def _write(path: Path, rows: Iterable[Row], sides: Sequence[Side]) -> None:
     """Streams rows into an Arrow file."""
     import pyarrow as pa
 
-    schema = _schema(sides)
+    schema, iterator = _schema(sides), iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _batches(rows, 256):
+        while batch := list(islice(iterator, ROWS_AT_ONCE)):
             columns = [pa.array([row[field.name] for row in batch], field.type) for field in schema]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 

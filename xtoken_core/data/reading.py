@@ -45,7 +45,7 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str], check: Check | None =
 class StreamedRows:
     """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile."""
 
-    def __init__(self, shards: Sequence[str], counts: Sequence[int], check: Check | None = None):
+    def __init__(self, shards: Sequence[str], counts: Sequence[int], check: Check | None):
         """shards: paths or URIs; counts: rows in each; check: see `load_rows`."""
         self.shards, self.check = shards, check
         self.starts = np.concatenate([[0], np.cumsum(counts)])

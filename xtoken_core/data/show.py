@@ -18,7 +18,7 @@ _LOOKED_AT = 200
 """Documents of which rows are looked for."""
 
 
-def shown_rows(spec: DistillationSpec, count: int, colour: bool = True) -> Iterator[str]:
+def shown_rows(spec: DistillationSpec, count: int, colour: bool) -> Iterator[str]:
     """Yields the first `count` rows of the training data in every tokenization, as text, and between them what was left out.
 
     Targets are green, or stand in white brackets without colour; special tokens stand as their names. Raises InputError.

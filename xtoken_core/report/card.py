@@ -8,7 +8,7 @@ from pathlib import PurePath
 import yaml
 
 from xtoken_core.report.answer import answer_lines
-from xtoken_core.report.markup import block, code, plain
+from xtoken_core.report.markup import code, plain, yaml_block
 from xtoken_core.report.run import Run
 
 ASKED = {
@@ -61,7 +61,7 @@ def _body(run: Run, checkpoint: str) -> Iterator[str]:
     yield "\n## What the licences ask\n"
     yield from _asked(run)
     yield "\n## Spec\n"
-    yield block(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True), "yaml")
+    yield yaml_block(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
 
 
 def _licences(run: Run) -> dict[str, str | None]:

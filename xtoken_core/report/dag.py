@@ -15,6 +15,8 @@ from xtoken_core.results.workflow import Task
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 142, 54, 44, 12
 """Of the DAG's boxes, in pixels."""
+LONGEST_LINE = 21
+"""Characters of a line in a box."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,5 @@ def _task_lines(task: Task) -> list[str]:
     kind, _, rest = task.name.partition("-")
     time = [duration(task.seconds)] if task.seconds is not None else []
     words = {"done": [], "cached": ["from cache"]}.get(task.status, [task.status])
-    return [kind, *([_shortened(rest)] if rest else []), ", ".join([*words, *time]) or "done"]
-
-
-def _shortened(name: str, length: int = 21) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    shortened = rest if len(rest) <= LONGEST_LINE else rest[: LONGEST_LINE - 1] + "…"
+    return [kind, *([shortened] if rest else []), ", ".join([*words, *time]) or "done"]

@@ -16,7 +16,7 @@ def code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def block(text: str, language: str) -> str:
-    """A block of code, whose fence is longer than any in it."""
+def yaml_block(text: str) -> str:
+    """A block of YAML, whose fence is longer than any in it."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", text))])
-    return f"{fence}{language}\n{text}{fence}"
+    return f"{fence}yaml\n{text}{fence}"

@@ -22,6 +22,9 @@ SHOWN = tuple(
 )
 """Numbers, code and words that show how one vocabulary reads in another; those that the student lacks are left out."""
 
+BINS = (48, 64)
+"""Of `ProjectionStats.picture`: student ids down, teacher ids across."""
+
 
 def projection_summary(projection: Projection, student: TokenTable, teacher: TokenTable, **about: Any) -> ProjectionStats:
     """Figures of W: counts of rows by kind, `picture` (density), `block` and `examples` (known tokens); `about`: the other fields."""
@@ -77,13 +80,13 @@ def show_token(token: bytes) -> str:
     return visible.replace(" ", "␣")
 
 
-def _density(indices: np.ndarray, weights: np.ndarray, columns: int, shape: tuple[int, int] = (48, 64)) -> list[list[float]]:
+def _density(indices: np.ndarray, weights: np.ndarray, columns: int) -> list[list[float]]:
     """Sums of weight over equal bins of student ids (down) and teacher ids (across)."""
     row, slot = np.nonzero(indices >= 0)
     if not len(row):
-        return np.zeros(shape).tolist()
+        return np.zeros(BINS).tolist()
     sums, _, _ = np.histogram2d(
-        row, indices[row, slot], bins=shape, range=[(0, len(indices)), (0, columns)], weights=weights[row, slot]
+        row, indices[row, slot], bins=BINS, range=[(0, len(indices)), (0, columns)], weights=weights[row, slot]
     )
     return sums.round(4).tolist()
 

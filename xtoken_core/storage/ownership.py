@@ -72,14 +72,14 @@ def check_place(uri: str, name: str, replace: bool = False) -> None:
             fs.rm_file(probe)
 
 
-def check_space(uri: str, model: str, copies: int) -> None:
-    """Raises InputError where a local place has no room for so many copies of a local or remote model."""
+def check_space(uri: str, model: str) -> None:
+    """Raises InputError where a local place has no room for two copies of a local or remote model: the best student and the last."""
     if is_remote(uri):
         return
     _, target = filesystem(uri)
-    needed, free = copies * size(model), shutil.disk_usage(_existing(target)).free
+    needed, free = 2 * size(model), shutil.disk_usage(_existing(target)).free
     if needed > free:
-        raise InputError(f"{uri}: {free / 1e9:.1f} GB are free, and {copies} copies of the student need {needed / 1e9:.1f} GB")
+        raise InputError(f"{uri}: {free / 1e9:.1f} GB are free, and 2 copies of the student need {needed / 1e9:.1f} GB")
 
 
 def _existing(path: str) -> str:

@@ -36,7 +36,7 @@ class Weights:
     own, layer by layer; each layer's forward waits for its own copy alone, so copying overlaps with compute.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, stay: Sequence[nn.Parameter] = (), movable: bool = True):
+    def __init__(self, model: PreTrainedModel, device: torch.device, stay: Sequence[nn.Parameter], movable: bool):
         """`stay`: parameters that live on the device already and are left alone; none move on a CPU, or where they are sharded."""
         self.device = device
         self.host: list[list[Tensor]] | None = None

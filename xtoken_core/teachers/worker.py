@@ -194,7 +194,7 @@ def _padded_positions(positions: Tensor, length: int) -> Tensor:
     return torch.cat([positions, more.expand(len(positions), -1)], 1)
 
 
-def end_with(student: int) -> None:
+def exit_after(student: int) -> None:
     """Ends this process as soon as the student's, in whatever it is: a collective with the other ranks' teachers may never return."""
     with contextlib.suppress(ProcessLookupError):
         select.select([os.pidfd_open(student)], [], [])
@@ -213,7 +213,7 @@ def teacher_main(pipe: Connection, setup: TeacherSetup, student: int, environmen
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the student closes its teachers
     torch.set_num_threads(setup.threads)
     keep_compilations()
-    threading.Thread(target=end_with, args=(student,), daemon=True).start()
+    threading.Thread(target=exit_after, args=(student,), daemon=True).start()
     try:
         server = TeacherServer(setup, alive=lambda: pipe.send(("alive", None)))
         pipe.send(("done", _stamped(time.monotonic(), server.describe())))

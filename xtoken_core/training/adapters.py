@@ -22,8 +22,8 @@ def check_lora() -> None:
         raise InputError("student.lora: needs PEFT: pip install 'xtoken-pipelines[lora]'")
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraSpec, checkpoint: Path | None = None) -> None:
-    """Freezes the model and gives its linear layers adapters: new ones that change nothing, or those of a checkpoint.
+def add_adapters(model: PreTrainedModel, lora: LoraSpec, checkpoint: Path | None) -> None:
+    """Freezes the model and gives its linear layers adapters: new ones that change nothing, or those of a `checkpoint`.
 
     Raises InputError where the model has no layer of a name in `lora.targets`.
     """

@@ -20,7 +20,7 @@ def save_finished(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None,
 ) -> None:
     """Saves model and tokenizer so that `AutoModelForCausalLM` and `AutoTokenizer` load them from `folder`.
 
@@ -44,7 +44,7 @@ def save_finished(
 
 
 @torch.no_grad()
-def whole_weights(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
     """Yields every stored weight by the name that a plain model of this kind has for it; of tied ones the first."""
     state = model.state_dict() if weights is None else weights
     modules: dict[str, nn.Module] = dict(model.named_modules())

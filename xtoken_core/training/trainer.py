@@ -81,7 +81,7 @@ class DistillationTrainer(Trainer):
         data: TrainingData,
         teaching: Teaching,
         record: RunRecord,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback],
     ):
         """Puts a run together; `args` are transformers' settings, `callbacks` trackers."""
         rows = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size

@@ -136,7 +136,7 @@ def check_output(spec: DistillationSpec) -> None:
     place = storage.normalize(student.model)
     if student.keep_layers is None and (storage.is_remote(place) or os.path.isfile(place) or os.path.isdir(place)):
         with blamed("output.uri"):
-            storage.check_space(output.uri, student.model, copies=2)  # best and last
+            storage.check_space(output.uri, student.model)
 
 
 def _split(overrides: str) -> list[str]:

@@ -47,7 +47,7 @@ class Reads:
         return [*told, *(["--projections", self.projections] if self.projections else [])]
 
 
-def worker_command(reads: Reads, run_uri: str, baseline: bool = False, candidate: str = "") -> list[str]:
+def worker_command(reads: Reads, run_uri: str, baseline: bool, candidate: str) -> list[str]:
     """What every host runs. The spec comes as the variable XTOKEN_SPEC, since it may hold anything."""
     trained = ["--baseline"] if baseline else ["--candidate", candidate] if candidate else []
     return ["sh", "-c", _SCRIPT, "distill", "--run", run_uri, *reads.options, *trained]

@@ -164,10 +164,10 @@ def test_links_files_and_mount_points_are_no_places(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_for_the_students_is_said_before(tmp_path, monkeypatch):
     model = folder(tmp_path / "model", weights="0" * 1000)
-    storage.check_space(str(tmp_path / "a" / "out"), str(model), copies=2)
+    storage.check_space(str(tmp_path / "a" / "out"), str(model))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1999))
     with pytest.raises(InputError, match="out: 0.0 GB are free, and 2 copies of the student need 0.0 GB"):
-        storage.check_space(str(tmp_path / "a" / "out"), str(model), copies=2)
+        storage.check_space(str(tmp_path / "a" / "out"), str(model))
 
 
 def test_a_reader_never_sees_half(tmp_path, cache):

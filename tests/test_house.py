@@ -24,7 +24,19 @@ FLOORS = (
     ("projection", "projection_files", "overlap", "alignment", "partition", "first_tokens", "same_vocabulary"),
     ("tokenization", "tokenizer_parts", "tokenizer_checks", "token_hashes", "modes", "spec", "results", "costs"),
     ("checksums",),
-    ("storage", "uris", "errors", "forking", "preloading", "compilations", "finite", "processes", "identity", "bounded"),
+    (
+        "storage",
+        "uris",
+        "errors",
+        "forking",
+        "preloading",
+        "compilations",
+        "finite",
+        "processes",
+        "progress",
+        "identity",
+        "bounded",
+    ),
 )
 """Packages, and rooms of xtoken_core, from the top down: one imports its own floor and those below."""
 

@@ -22,7 +22,7 @@ from tests.support.cli import call
 from tests.support.tiny import texts, tiny_model, tiny_run
 from tests.support.training_run import losses, prepare, stands_still
 from tests.support.weed import KEYS, Weed
-from xtoken_core import storage
+from xtoken_core import progress, storage
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows, rows_of_shards
 from xtoken_core.errors import InputError
@@ -30,7 +30,7 @@ from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
 from xtoken_core.results.pilot import Pilot
 from xtoken_core.spec import CandidateSpec, DistillationSpec
-from xtoken_core.storage import claims, progress
+from xtoken_core.storage import claims
 from xtoken_core.teachers.handle import Teacher
 from xtoken_core.training.distill import distill
 from xtoken_core.training.inputs import TrainingInputs
@@ -93,7 +93,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def test_big_files_go_in_parts_and_come_in_ranges_with_progress(tmp_path, calls, capfd, monkeypatch):
-    monkeypatch.setattr(progress, "PROGRESS_DELAY", 0)
+    monkeypatch.setattr(progress, "DELAY", 0)
     source = model(tmp_path / "model", 40 * MIB)
     storage.publish(source, "s3://bucket/parts")
     methods = [method for method, _ in calls]

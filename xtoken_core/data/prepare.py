@@ -18,7 +18,6 @@ Beside the training rows lies how often two tokens began the same chunk (`first_
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -33,6 +32,7 @@ from xtoken_core.data.rows import Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
 from xtoken_core.data.tokenizing import DocumentTokenizer, outcomes_by
 from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokenCounter, first_of_chunks, write_first_tokens
+from xtoken_core.progress import bar
 from xtoken_core.results.rows import RowsRecord, RowStatistics
 from xtoken_core.spec import DataSpec, DistillationSpec
 
@@ -63,18 +63,15 @@ def prepare_rows(
     Validation documents are not sharded. `sides`: what `load_sides` gives of the spec, where it is at hand. Raises InputError
     for unreadable or empty input, and where a teacher has no chunk in common with the student.
     """
-    from tqdm import tqdm
-
     folder, started, began = Path(folder), time.time(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec) if sides is None else sides
     uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
     domains = [part.domain or "" for part in spec.data.parts] if split == "train" else None
     documents = read_documents(uris, spec.data, shard, shards)
-    interval = 0.5 if sys.stderr.isatty() else 15
     stats = Statistics(sides)
-    with tqdm(documents, f"preparing {split}", unit=" documents", mininterval=interval, delay=2) as progress:
-        rows = _rows(progress, sides, spec, domains, stats)
+    with bar(f"preparing {split}", iterable=documents, unit=" documents") as read:
+        rows = _rows(read, sides, spec, domains, stats)
         if split == "train":
             rows = _first_tokens_counted(_first(rows, spec.data), sides, folder / FIRST_TOKENS)
         _write(folder / "rows.arrow", stats.counted(rows), sides)

@@ -11,7 +11,6 @@ Rules that make models comparable on the same bytes:
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from xtoken_core.models import final_hidden, head_logits
+from xtoken_core.progress import bar
 from xtoken_core.tokenization import row_bos
 
 LOGIT_ROWS = 256
@@ -105,13 +105,10 @@ def _by_size(todo: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]
 
 
 def _progress(batches: Iterator[list[Window]], total: int) -> Iterator[list[Window]]:
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 15
-    with tqdm(total=total, desc="bits per byte", unit=" tokens", unit_scale=True, mininterval=interval, delay=2) as bar:
+    with bar("bits per byte", total=total, unit=" tokens", unit_scale=True) as shown:
         for batch in batches:
             yield batch
-            bar.update(sum(w.end - w.scored for w in batch))
+            shown.update(sum(w.end - w.scored for w in batch))
 
 
 def opener_of(tok: PreTrainedTokenizerFast) -> int | None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from fsspec.callbacks import Callback
-from tqdm import tqdm
 
-PROGRESS_DELAY = 1.0
-"""Seconds that a transfer must take before its progress is shown."""
+from xtoken_core.progress import bar as shown
 
 
 class _File(Callback):
@@ -39,8 +36,6 @@ class _Files(Callback):
 @contextlib.contextmanager
 def progress(verb: str, uri: str, size: int) -> Iterator[Callback]:
     """Yields what fsspec's `get` and `put` take as `callback`. `size` is in bytes."""
-    interval = 0.5 if sys.stderr.isatty() else 15
-    bar = tqdm(total=size, desc=f"{verb} {uri}", unit="B", unit_scale=True, mininterval=interval, delay=PROGRESS_DELAY)
-    with bar:
+    with shown(f"{verb} {uri}", total=size, unit="B", unit_scale=True) as bar:
         yield _Files(bar)
         bar.update(max(size - bar.n, 0))  # file systems that report nothing on the way

@@ -55,11 +55,11 @@ _KINDS: dict[str, Callable[[str], bool]] = {
     "letters": _is_all("L", "M"),
 }
 CLASSES = (*_KINDS, "other", "single_character", "two_digit_numbers", "three_digit_numbers")
-"""Every token is in one of the first five; the last three cut across. One leading space is no part of the text judged."""
+"""Every token is in one of the first five; the last three cut across. One leading space is left out of the text judged."""
 
 
 def token_classes(token: bytes) -> list[str]:
-    """The classes of a token, by its text without one leading space; bytes that are no text are `other`."""
+    """The classes of a token, by its text without one leading space; bytes that are not UTF-8 are `other`."""
     try:
         text = token.decode()
     except UnicodeDecodeError:

@@ -84,12 +84,12 @@ def byte_conventions(config: dict, name: str) -> tuple[bool, bool]:
     """(byte-level BPE, byte fallback), read off the decoder.
 
     Raises InputError for a tokenizer of another kind, and for one that marks in its tokens where words end or go on: CLIP's
-    `</w>` is no text.
+    `</w>` is not text.
     """
     for mark in ("end_of_word_suffix", "continuing_subword_prefix"):
         if config[mark]:
             raise InputError(
-                f"{name or 'tokenizer'}: its tokens carry the {mark} {config[mark]!r}, which is no text: not supported"
+                f"{name or 'tokenizer'}: its tokens carry the {mark} {config[mark]!r}, which is not text: not supported"
             )
     steps = _parts(config["decoder"])
     kinds = {step["type"] for step in steps}
@@ -149,7 +149,7 @@ def rendered(tok: PreTrainedTokenizerFast, messages: list[dict[str, Any]], tools
 
 def turn_end(tok: PreTrainedTokenizerFast, specials: dict[str, int]) -> int | None:
     """The id of the special token that the chat template puts behind what an assistant says last; None without one."""
-    answer = "\ufdd0"  # no character, so no template has it
+    answer = "\ufdd0"  # a noncharacter, which no template has
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     if not tok.chat_template:
         return None

@@ -182,7 +182,7 @@ def test_pipes_devices_and_links_are_no_files(tmp_path, fault):
         DistillationSpec.from_yaml(tmp_path / "pipe")  # that nobody writes to; `<(...)` of a shell is one that somebody does
     (tmp_path / "runs" / "x").mkdir(parents=True)
     os.mkfifo(tmp_path / "runs" / "x" / "status.json")
-    with pytest.raises(InputError, match=r"status\.json: is no file$") as told:
+    with pytest.raises(InputError, match=r"status\.json: is not a file$") as told:
         statuses(tmp_path / "runs")
     fault("a pipe for status.json", "one line", told.value)
 

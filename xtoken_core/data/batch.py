@@ -153,7 +153,7 @@ def _changed(thing: Any, change: Callable[[Tensor], Tensor], done: dict[int, Any
 class Collator:
     """Pads rows on the right into one `Batch`, as tensors on the CPU.
 
-    No row of logits predicts the first token of a document, so it is no target; a chunk that has no other token on a side is
+    No row of logits predicts the first token of a document, so it is not a target; a chunk that has no other token on a side is
     not valid.
 
     Items of a packed dataset are lists of rows. The batch is then that of all these rows one by one, as losses want it,

@@ -1,4 +1,4 @@
-"""Rows of several prepare tasks, streamed from the store: training begins when the first shard is there."""
+"""Prepared rows as training reads them: of one shard or many, packed, in the order of each epoch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str], check: Check | None =
 
 
 class StreamedRows:
-    """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile."""
+    """Map-style rows, shard after shard: one is fetched when it is first asked for, and the one that comes next meanwhile.
+
+    Training begins when the first shard is there.
+    """
 
     def __init__(self, shards: Sequence[str], counts: Sequence[int], check: Check | None):
         """shards: paths or URIs; counts: rows in each; check: see `load_rows`."""

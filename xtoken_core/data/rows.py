@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Row = dict[str, Any]
-"""Columns of a row, by name: see `dataset`."""
+"""Columns of a row, by name: see `data.prepare`."""
 
 Chunks = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Chunk ids of the student's tokens and of the teacher's (int32, -1 outside chunks), and exact (bool [C])."""
@@ -171,7 +171,7 @@ def with_eos(document: Tokenized, sides: Sequence[Side]) -> Tokenized:
 def text_widths(table: TokenTable, ids: np.ndarray, size: int) -> np.ndarray:
     """Bytes of text under each token of a text of `size` bytes (uint16).
 
-    The space that SentencePiece puts in front is no text; where the text has one of its own it may put none.
+    The space that SentencePiece puts in front is not text; where the text has one of its own it may put none.
     """
     widths = table.lengths[ids].astype(np.uint16)
     if table.dummy_prefix and len(ids) and table[ids[0]][:1] == b" " and widths.sum(dtype=np.int64) > size:
@@ -233,7 +233,7 @@ def document_rows(document: Tokenized, limits: Sequence[int], sides: Sequence[Si
             return NO_TARGET
         return f"{'no target' if whole else 'no chunk'} within data.max_length"
     rows = [make_row(document, span, sides) for span in found]
-    if not whole:  # an EOS that fits no more is no row, nor is what the student's vocabulary has no token for
+    if not whole:  # neither an EOS that no longer fits makes a row, nor what the student's vocabulary has no token for
         rows = [row for row in rows if row["num_bytes"]]
     return rows or NO_TEXT
 

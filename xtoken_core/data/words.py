@@ -10,7 +10,7 @@ from typing import Any
 from xtoken_core.data.records import Conversation, Message
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""No characters, by Unicode's own word: no text holds them."""
+"""Noncharacters of Unicode, which it keeps out of texts."""
 
 MARK = re.compile(f"{OPEN}(\\d+){CLOSE}")
 """A mark, with the number of the words behind it."""

@@ -56,7 +56,7 @@ def text_of(path: str | Path) -> str:
     """A file's text. Raises InputError."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device may never end
-            raise InputError(f"{path}: is no file")
+            raise InputError(f"{path}: is not a file")
         return Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None

@@ -143,7 +143,7 @@ class _Part:
 
     @classmethod
     def read(cls, path: Path) -> _Part:
-        """Raises InputError for what is no part, or has tensors of other shapes than its header tells."""
+        """Reads header and shapes. Raises InputError for what is not a part, or has tensors of other shapes than its header tells."""
         try:
             with safe_open(path, "pt") as file:
                 header, names = file.metadata() or {}, set(file.keys())

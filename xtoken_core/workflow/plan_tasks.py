@@ -74,7 +74,7 @@ class Planned:
                 yield run.model_copy(update={"gpu_hours": _sum([run.gpu_hours, self._measured("student.model")])})
 
     def _short(self, share: float) -> int | None:
-        """Steps of a short run; where the rows are only estimated too few are no error yet."""
+        """Steps of a short run; where the rows are only estimated too few are not an error yet."""
         try:
             return None if self.steps is None else short_steps(share, self.steps)
         except InputError:

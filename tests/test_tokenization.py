@@ -284,7 +284,7 @@ def test_saved_padding_and_truncation_change_nothing(tmp_path) -> None:
 def test_tokens_that_end_words_with_a_mark_are_refused() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
     backend.decoder = decoders.ByteLevel()
-    with pytest.raises(InputError, match="end_of_word_suffix '</w>', which is no text"):
+    with pytest.raises(InputError, match="end_of_word_suffix '</w>', which is not text"):
         TokenTable.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 

@@ -37,14 +37,11 @@ def distill(
     from xtoken_core.workflow.step import step
 
     with step("distill-baseline" if baseline else "distill", run):
-        import json
-
-        from xtoken_core.spec.pilot import CE
         from xtoken_core.storage import remove
         from xtoken_core.training.distill import distill
         from xtoken_core.training.inputs import TrainingInputs, by_teacher
         from xtoken_core.workflow.figures import log_figures, training_facts, training_figures
-        from xtoken_core.workflow.rungs import as_candidate, candidate_of
+        from xtoken_core.workflow.rungs import as_chosen
         from xtoken_core.workflow.versions import own_folder
         from xtoken_core.workflow.views import View
         from xtoken_core.workflow.vocabularies import matrices
@@ -52,10 +49,7 @@ def distill(
         parsed = View.from_text(spec)
         w = matrices(parsed, projections.path if projections else None)
         inputs = TrainingInputs((rows.path, *more_rows), modes, w, by_teacher(parsed, scores))
-        if candidate:
-            chosen = candidate_of(json.loads(candidate))
-            parsed, baseline = as_candidate(parsed, chosen), chosen.name == CE
-            print(f"as the pilot chose: {chosen.name}", flush=True)
+        parsed, baseline = as_chosen(parsed, candidate, baseline)
         own = own_folder(checkpoints, parsed, inputs, baseline, [rows.uri, projections.uri if projections else "", *scores])
         summary = distill(parsed, inputs, run.path, baseline, own)
         run.metadata |= training_facts(parsed, summary)

@@ -36,7 +36,7 @@ def verdict(
     from xtoken_core.workflow.step import step
 
     with step("verdict", pilot):
-        from xtoken_core.data.statistics import statistics_of
+        from xtoken_core.data.statistics import rows_in
         from xtoken_core.report.verdict import pilot_verdict
         from xtoken_core.results.pilot import Trial
         from xtoken_core.spec import DistillationSpec
@@ -45,8 +45,8 @@ def verdict(
         from xtoken_core.workflow.rungs import chosen_candidate
 
         parsed = DistillationSpec.from_text(spec)
-        counted = sum(statistics_of(f"{shard}/train").rows for shard in (rows.path, *shards))
-        found = judge(parsed, [Trial.from_parameter(result) for result in results], counted, audited)
+        trials = [Trial.from_parameter(result) for result in results]
+        found = judge(parsed, trials, rows_in((rows.path, *shards)), audited)
         found.write(pilot.path)
         print(pilot_verdict(found), flush=True)
         log_figures(metrics, pilot_figures(found))

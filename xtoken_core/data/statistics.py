@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from xtoken_core import storage
@@ -101,6 +102,11 @@ def statistics_of(folder: str) -> RowStatistics:
     """What `prepare_rows` counted when it wrote the rows of `folder` (a path or URI). Raises InputError."""
     path = f"{folder}/rows.json"
     return RowsRecord.parse(storage.open_text(path).read(), path).stats
+
+
+def rows_in(folders: Iterable[str | Path]) -> int:
+    """Training rows of all shards in `folders` (paths or URIs of what prepare wrote). Raises InputError."""
+    return sum(statistics_of(f"{folder}/train").rows for folder in folders)
 
 
 def all_shards(statistics: Sequence[RowStatistics]) -> RowStatistics:

@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 
 from xtoken_core.checksums import FILE as SEAL
-from xtoken_core.data.statistics import statistics_of
+from xtoken_core.data.statistics import rows_in
 from xtoken_core.errors import NonFiniteError
 from xtoken_core.evaluation.evaluate import held_out, load_for, measure_bits
 from xtoken_core.results.evaluation import BitsPerByte, Documents
@@ -38,8 +38,8 @@ def run_place(
     folder.mkdir(parents=True, exist_ok=True)
     if place.candidate is None:
         return Trial(candidate="", rung=place.rung)
-    name, rows = place.candidate.name, sum(statistics_of(f"{shard}/train").rows for shard in inputs.rows)
-    tried = trial_spec(spec, place.candidate, place.share, rows)
+    name = place.candidate.name
+    tried = trial_spec(spec, place.candidate, place.share, rows_in(inputs.rows))
     own = own_folder(checkpoints, tried, inputs, name == CE, uris)
     print(f"{name}: {tried.training.max_steps} steps", flush=True)
     try:

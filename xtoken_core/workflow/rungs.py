@@ -53,6 +53,18 @@ def as_candidate(spec: Spec, candidate: CandidateSpec) -> Spec:
     return spec if candidate.name == CE else spec.of_candidate(candidate)
 
 
+def as_chosen(spec: Spec, candidate: str, baseline: bool) -> tuple[Spec, bool]:
+    """The spec that is trained, and whether on cross-entropy only (`baseline`), once a pilot has chosen.
+
+    candidate: what `chosen_candidate` gave; empty: no pilot has chosen, and both stay as they are.
+    """
+    if not candidate:
+        return spec, baseline
+    chosen = candidate_of(json.loads(candidate))
+    print(f"as the pilot chose: {chosen.name}", flush=True)
+    return as_candidate(spec, chosen), chosen.name == CE
+
+
 def candidates_of(spec: DistillationSpec) -> dict[str, CandidateSpec]:
     """All candidates of a spec's pilot by name, the one without teachers too."""
     return {candidate.name: candidate for candidate in (WITHOUT_TEACHERS, *(spec.pilot.candidates if spec.pilot else ()))}

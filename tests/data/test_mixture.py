@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.support.tiny import tiny_tokenizer
+from xtoken_core.data.documents import check_corpora
 from xtoken_core.data.mixture import Mixture, draws
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import Shuffled, rows_of_shards
@@ -49,24 +50,55 @@ def test_a_mixture_is_the_same_from_wherever_it_is_entered():
         Mixture(["a"], np.array([0]), [1.0, 1.0])
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_prepared_parts_are_mixed(tmp_path, packing, shards):
-    tiny_tokenizer(300).save_pretrained(tmp_path / "student")
-    for name, count in (("web", 12), ("code", 4)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i} of it"}) + "\n" for i in range(count)))
-    parts = [{"uri": str(tmp_path / f"{n}.jsonl"), "weight": w, "domain": n} for n, w in (("web", 1), ("code", 3))]
-    spec = DistillationSpec.from_text(
+def write(folder, **counts):
+    for name, count in counts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i} of it"}) + "\n" for i in range(count)))
+
+
+def mixed(folder, parts, **data):
+    """A spec of these parts, each a domain of its own."""
+    tiny_tokenizer(300).save_pretrained(folder / "student")
+    train = [{"uri": str(folder / f"{name}.jsonl"), "domain": name, **options} for name, options in parts.items()]
+    return DistillationSpec.from_text(
         json.dumps(
             {
                 "name": "mixed",
-                "student": {"model": str(tmp_path / "student")},
-                "teachers": [{"id": "same", "model": str(tmp_path / "student")}],
-                "data": {"train": parts, "packing": packing, "shards": shards, "max_length": 40},
+                "student": {"model": str(folder / "student")},
+                "teachers": [{"id": "same", "model": str(folder / "student")}],
+                "data": {"train": train, "max_length": 40, **data},
                 "output": {"uri": "unused"},
             }
         )
     )
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_domain_without_rows_is_an_error(tmp_path, shards):
+    """Its teacher would teach nothing, in silence."""
+    write(tmp_path, web=6, code=1)
+    (tmp_path / "code.jsonl").write_text('{"text": ""}\n')
+    spec = mixed(tmp_path, {"web": {}, "code": {}}, shards=shards)
+    folders = [str(tmp_path / f"{shard}") for shard in range(shards)]
+    with pytest.raises(InputError, match="^data.train: no rows of the domain code$"):
+        for shard, folder in enumerate(folders):
+            prepare_rows(spec, f"{folder}/train", shard=shard)
+        rows_of_shards(spec.data, folders)
+    prepare_rows(mixed(tmp_path, {"web": {}, "code": {}}, max_rows=2), tmp_path / "first")  # the first rows are of the first part
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": 1}])
+def test_a_file_is_of_one_part_only(tmp_path, options):
+    write(tmp_path, web=3, code=3)
+    check_corpora(mixed(tmp_path, {"web": options, "code": options}))
+    with pytest.raises(InputError, match=r"^data.train.1: .*code.jsonl is in data.train.0 too, of another weight or domain$"):
+        check_corpora(mixed(tmp_path, {"*": options, "code": options}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_prepared_parts_are_mixed(tmp_path, packing, shards):
+    write(tmp_path, web=12, code=4)
+    spec = mixed(tmp_path, {"web": {"weight": 1}, "code": {"weight": 3}}, packing=packing, shards=shards)
     for shard in range(shards):
         prepare_rows(spec, tmp_path / f"{shard}" / "train", shard=shard)
     rows = rows_of_shards(spec.data, [str(tmp_path / f"{shard}") for shard in range(shards)])

@@ -89,7 +89,13 @@ def check_corpora(spec: DistillationSpec) -> None:
 
     Looked at are the names of all files, and the first record of each URI.
     """
-    trained = _checked("data.train", spec.data.train_uris, spec.data)
+    told_apart = any(part.weight is not None or part.domain is not None for part in spec.data.parts)
+    trained: dict[str, int] = {}
+    for number, uri in enumerate(spec.data.train_uris):
+        found = _checked("data.train", [uri], spec.data)
+        if told_apart and (both := next((name for name in found if name in trained), None)):
+            raise InputError(f"data.train.{number}: {both} is in data.train.{trained[both]} too, of another weight or domain")
+        trained |= dict.fromkeys(found, number)
     for field, uris in (("data.validation", spec.data.validation), ("evaluation.texts", spec.evaluation.texts)):
         held_out = _checked(field, uris, spec.data)
         if both := next((name for name in held_out if name in trained), None):

@@ -36,7 +36,7 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str], check: Check | None =
     """
     shards = [f"{folder}/train" for folder in folders]
     statistics = [statistics_of(shard) for shard in shards]
-    check_statistics(all_shards(statistics), "data.train")
+    check_statistics(all_shards(statistics), "data.train", domains=data.expected_domains)
     if len(shards) == 1 or data.max_rows is not None or data.packing or data.weighted:
         return training_rows(data, *(storage.local_copy(shard) for shard in shards), check=check)
     return StreamedRows(shards, [counted.rows for counted in statistics], check)

@@ -115,10 +115,12 @@ def all_shards(statistics: Sequence[RowStatistics]) -> RowStatistics:
     return RowStatistics(**total | {"started": min(part.started for part in statistics)})
 
 
-def check_statistics(statistics: RowStatistics, where: str, examples: Mapping[str, str] | None = None) -> None:
+def check_statistics(
+    statistics: RowStatistics, where: str, examples: Mapping[str, str] | None = None, domains: Iterable[str] = ()
+) -> None:
     """Raises InputError, with the field `where`, if what `prepare_rows` counted leaves nothing to learn from, or too little.
 
-    examples: a document for each reason to drop one.
+    examples: a document for each reason to drop one. domains: those that must have rows.
     """
     documents = statistics.documents
     if not documents:
@@ -129,6 +131,8 @@ def check_statistics(statistics: RowStatistics, where: str, examples: Mapping[st
         raise InputError(f"{where}: no rows: all {documents} documents dropped, {told}")
     if statistics.unusable_documents > UNUSABLE_SHARE * documents:
         raise InputError(f"{where}: {statistics.unusable_documents} of {documents} documents cannot be used, {told}")
+    if empty := [domain for domain in domains if domain not in statistics.domains]:
+        raise InputError(f"{where}: no rows of the domain {empty[0]}")
     for teacher, counts in statistics.teachers.items():
         if not counts.chunks:
             raise InputError(f"{where}: teacher {teacher} has no chunk in common with the student")

@@ -73,6 +73,11 @@ class DataSpec(Section):
         return tuple(part.uri for part in self.parts)
 
     @property
+    def expected_domains(self) -> tuple[str, ...]:
+        """The domains of which there must be rows: all, unless only the first rows are used."""
+        return () if self.max_rows is not None else tuple(part.domain for part in self.parts if part.domain)
+
+    @property
     def weighted(self) -> bool:
         """Whether rows are drawn by the parts' weights; otherwise each comes once an epoch."""
         return self.parts[0].weight is not None

@@ -13,7 +13,7 @@ from xtoken_core.forking import start_server
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: the kernels run in Triton's interpreter, if it is told before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ["tests.support.examples", "tests.support.faults", "tests.support.state"]
+pytest_plugins = ["tests.support.examples", "tests.support.faults", "tests.support.state", "tests.support.weed"]
 
 
 def pytest_collection() -> None:

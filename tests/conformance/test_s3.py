@@ -51,13 +51,6 @@ SECRETS = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory):
-    server = Weed(tmp_path_factory.mktemp("weed")).start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture(autouse=True)
 def s3(weed, tmp_path, monkeypatch):
     """The server's file system, a bucket in it, and this process set up as a user's would be."""
@@ -213,8 +206,12 @@ def test_config_goes_first_and_comes_last(students, s3, calls):
 
 @contextlib.contextmanager
 def interrupted(weed: Weed, method: str, then: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within, the server is killed when `method` is first asked of it; `then` is called beside the client's attempts."""
-    ask, after = s3fs.S3FileSystem._call_s3, threading.Thread(target=then)
+    """Within, the server is killed when `method` is first asked of it; `then` is called beside the client's attempts.
+
+    Between two of them the client waits as long as it likes, until `then` has been done.
+    """
+    ask, pause, done = s3fs.S3FileSystem._call_s3, asyncio.sleep, threading.Event()
+    after = threading.Thread(target=lambda: (then(), done.set()))
 
     async def strike(self, asked, *args, **kwargs):
         if asked == method and after.ident is None:
@@ -222,7 +219,13 @@ def interrupted(weed: Weed, method: str, then: Callable[[], object] = lambda: No
             after.start()
         return await ask(self, asked, *args, **kwargs)
 
-    with mock.patch.object(s3fs.S3FileSystem, "_call_s3", strike):
+    async def wait(seconds, *result):
+        until = time.monotonic() + seconds
+        while not done.is_set() and time.monotonic() < until:
+            await pause(0.05)
+        return await pause(0, *result)
+
+    with mock.patch.object(s3fs.S3FileSystem, "_call_s3", strike), mock.patch.object(asyncio, "sleep", wait):
         yield
     after.join()
 

@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.warm import fork
-from tests.support.weed import Weed
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.storage import claims, publishing, reading
 from xtoken_core.training.checkpoints import owned
-
-
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory):
-    server = Weed(tmp_path_factory.mktemp("weed")).start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -30,8 +22,8 @@ def root(request, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "REFRESH", 0.5)
     if request.param == "local":
         return str(tmp_path / "place")
-    request.getfixturevalue("weed").enter(monkeypatch, "bucket")
-    return f"s3://bucket/{tmp_path.name}"
+    request.getfixturevalue("weed").enter(monkeypatch, "claims")
+    return f"s3://claims/{tmp_path.name}"
 
 
 def folder(path: Path, text: str) -> Path:

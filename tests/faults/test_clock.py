@@ -13,7 +13,6 @@ import pytest
 from pipelines import status
 from pipelines.status import Status, statuses
 from tests.support.tiny import tiny_model
-from tests.support.weed import Weed
 from tests.teachers.test_teachers import micro_batches, setup
 from xtoken_core import storage
 from xtoken_core.errors import InputError
@@ -56,21 +55,14 @@ def name(seconds: float) -> str:
     return f"the clock is set a day {'forwards' if seconds > 0 else 'backwards'}"
 
 
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory):
-    server = Weed(tmp_path_factory.mktemp("weed")).start()
-    yield server
-    server.kill()
-
-
 @JUMPS
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_a_claim_is_held_over_a_jump(where, seconds, jump, request, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(claims, "REFRESH", 0.2)
     place = str(tmp_path / "place")
     if where == "s3":
-        request.getfixturevalue("weed").enter(monkeypatch, "bucket")
-        place = f"s3://bucket/{tmp_path.name}"
+        request.getfixturevalue("weed").enter(monkeypatch, "clock")
+        place = f"s3://clock/{tmp_path.name}"
     with storage.claimed(place, "works") as check:
         jump(seconds)
         with pytest.raises(InputError, match="another run works there just now") as told, storage.claimed(place, "works"):

@@ -12,7 +12,6 @@ import pytest
 
 from tests.support.faulty_store import FAULTS, FaultyStore, faulty
 from tests.support.training_run import FIVE_STEPS, losses, prepare, run
-from tests.support.weed import Weed
 from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.storage import claims, publishing
@@ -37,26 +36,19 @@ READING = {
 }
 
 
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory):
-    server = Weed(tmp_path_factory.mktemp("weed")).start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
 def store(weed, tmp_path, monkeypatch):
     """A store with faults, and a file system that goes past them; in the folder `root` of its bucket."""
     monkeypatch.setenv("XTOKEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(claims, "REFRESH", 0.2)
     monkeypatch.setattr(publishing, "_PART", 5 * MIB)
-    with faulty(weed, monkeypatch, "bucket") as both:
+    with faulty(weed, monkeypatch, "faults") as both:
         yield both
 
 
 @pytest.fixture
 def place(tmp_path) -> str:
-    return f"s3://bucket/{tmp_path.name}/place"
+    return f"s3://faults/{tmp_path.name}/place"
 
 
 def model(folder: Path, text: str, parts: bool = False) -> Path:
@@ -75,7 +67,7 @@ def beside(fs, place: str) -> list[str]:
     """What a publication has left beside its place: files, hidden ones too, and parts of files."""
     fs.invalidate_cache()
     root = place.removeprefix("s3://").rpartition("/")[0]
-    parts = [upload["Key"] for upload in fs.list_multipart_uploads("bucket")]
+    parts = [upload["Key"] for upload in fs.list_multipart_uploads("faults")]
     return [path for path in fs.find(root) if not path.startswith(f"{root}/place/")] + parts
 
 
@@ -149,7 +141,7 @@ def test_a_store_that_is_gone_for_a_while_ends_no_training(store, tmp_path, monk
     """The checkpoint of the first save is not kept there, the next one is."""
     faults, past = store
     monkeypatch.setattr(claims, "PATIENCE", 1.0)
-    uri = f"s3://bucket/{tmp_path.name}/kept"
+    uri = f"s3://faults/{tmp_path.name}/kept"
     values = prepare(tmp_path, teachers=1, training=FIVE_STEPS)
     saves = _Saves(faults)
     faults.fail(saves, "503", FOR_EVER)
@@ -159,7 +151,7 @@ def test_a_store_that_is_gone_for_a_while_ends_no_training(store, tmp_path, monk
     assert told.startswith("checkpoint-2 is not kept in the store (") and "ServiceUnavailable" in told
     faults.times = 0
     assert latest_checkpoint(tmp_path / "none", uri).name == "checkpoint-5" and len(losses(tmp_path / "out")) == 5
-    assert [path for path in past.find(f"bucket/{tmp_path.name}") if ".partial" in path or ".claim" in path] == []
+    assert [path for path in past.find(f"faults/{tmp_path.name}") if ".partial" in path or ".claim" in path] == []
     fault("the store fails while a checkpoint is kept", "said, the training goes on, the next one is kept", told)
 
 

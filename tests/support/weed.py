@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ class Weed:
         command = [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}", "-s3", *ports]
         command += [
             f"-s3.config={self.folder}/s3.json",
-            "-volume.max=20",
+            "-volume.max=100",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-master.electionTimeout=1s",
@@ -108,3 +109,11 @@ class Weed:
 
     def environment(self) -> dict[str, str]:
         return KEYS | {"AWS_ENDPOINT_URL": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2"}
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    """One server for all tests, since it takes seconds to start. A test file has a bucket of its own; whoever kills it starts it again."""
+    server = Weed(tmp_path_factory.mktemp("weed")).start()
+    yield server
+    server.kill()

@@ -20,7 +20,7 @@ import urllib3
 
 from pipelines.cautions import image_caution, output_caution, retry_caution, root_caution, size_caution
 from pipelines.compiling import compile_spec, compile_sweep, documents
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec, ResourcesSpec
 from xtoken_core.workflow.shape import check_ranks, shape
@@ -67,7 +67,7 @@ class Cluster:
             raise InputError(f"{where}: does not answer as Kubeflow Pipelines: {e}") from None
         except urllib3.exceptions.HTTPError as e:
             hint = "" if self.endpoint else " (--endpoint names another)"
-            raise InputError(f"{where}: cannot be reached{hint}: {' '.join(str(e).split())[:300]}") from None
+            raise InputError(f"{where}: cannot be reached{hint}: {in_one_line(e)}") from None
 
 
 def submit(

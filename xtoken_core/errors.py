@@ -15,6 +15,15 @@ ERROR_FILE = "XTOKEN_ERROR_FILE"
 """Environment variable: where a process that stops with one of these errors leaves its line, for the program that started it."""
 
 
+LONGEST_REASON = 300
+"""Characters of what a library says that stand in a line of ours."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, on one line, shortened, and without keys; its kind where it says nothing."""
+    return without_keys(" ".join(str(error).split()))[:LONGEST_REASON] or type(error).__name__
+
+
 def printable(text: str) -> str:
     """The text with what a terminal would obey (escapes, carriage returns, changes of direction) as Python writes it; lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

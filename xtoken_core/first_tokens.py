@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 
 FIRST_TOKENS = "first_tokens.safetensors"
 """The file's name."""
@@ -100,7 +100,7 @@ def read_first_tokens(path: Path, name: str) -> FirstTokens:
                 raise InputError(f"{path}: its {absent[0]} is missing")
             student, teacher, count = (file.get_tensor(part) for part in parts)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot read the first tokens: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path}: cannot read the first tokens: {in_one_line(e)}") from None
     columns = [column.astype(np.int64) for column in (student, teacher, count) if column.ndim == 1 and column.dtype.kind == "i"]
     if len(columns) < 3 or len({len(column) for column in columns}) > 1 or any((column < 0).any() for column in columns):
         raise InputError(f"{path}: {name}: not pairs of tokens with their counts")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 
 RUN = click.argument("run", metavar="RUN")
 CHECKPOINT = click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Default: best, if validation chose one.")
@@ -94,5 +94,5 @@ def push(run: str, repository: str, checkpoint: str | None, public: bool) -> Non
         login = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
         raise InputError(f"{repository}: the hub refuses ({status}): {why}{login}") from None
     except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as e:
-        raise InputError(f"{repository}: cannot be pushed: {' '.join(str(e).split())[:300]}") from None
+        raise InputError(f"{repository}: cannot be pushed: {in_one_line(e)}") from None
     click.echo(str(done))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 
 _NAME = re.compile(
     r"(?P<scheme>hf://)?(?P<name>(?!datasets/|buckets/|spaces/|\.)[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.-]+))?"
@@ -57,9 +57,8 @@ class HubDataset:
             raise self._unreachable(e) from None
 
     def _unreachable(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:200]
         return InputError(
-            f"{self.uri}: no such file or folder, and not to be had from the hub ({type(error).__name__}: {reason}); "
+            f"{self.uri}: no such file or folder, and not to be had from the hub ({type(error).__name__}: {in_one_line(error)}); "
             "where there is no hub, give files"
         )
 

@@ -16,7 +16,7 @@ from xtoken_core import storage
 from xtoken_core.data.mixture import Mixture
 from xtoken_core.data.rows import Row
 from xtoken_core.data.statistics import all_shards, check_statistics, statistics_of
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _read_arrow(path: Path) -> Dataset:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: no rows that prepare wrote") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError) as e:
-        raise InputError(f"{path}: rows that cannot be read: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path}: rows that cannot be read: {in_one_line(e)}") from None
     return rows
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.uris import has_keys, is_remote, normalize, without_keys
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
         try:
             fs, path = fsspec.core.url_to_fs(place, **_options(protocol))
         except (ImportError, ValueError) as e:
-            raise InputError(f"{uri}: {one_line(e)}") from None
+            raise InputError(f"{uri}: {in_one_line(e)}") from None
     if protocol != "memory" and not path.strip("/"):
         raise InputError(f"{uri}: names no bucket or host")
     return fs, path.rstrip("/")
@@ -70,15 +70,10 @@ def reported(uri: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{uri}: no such file or folder") from None
     except PermissionError as e:
-        raise InputError(f"{uri}: not allowed: {one_line(e)}") from None
+        raise InputError(f"{uri}: not allowed: {in_one_line(e)}") from None
     except OSError as e:
-        raise InputError(f"{uri}: {' '.join((e.strerror or one_line(e)).split())}") from None
+        raise InputError(f"{uri}: {' '.join((e.strerror or in_one_line(e)).split())}") from None
     except Exception as e:
         if type(e).__module__.split(".")[0] in LIBRARIES or (isinstance(e, ValueError) and is_remote(uri)):
-            raise InputError(f"{uri}: {one_line(e)}") from None
+            raise InputError(f"{uri}: {in_one_line(e)}") from None
         raise
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, on one line and without keys."""
-    return without_keys(" ".join(str(error).split())) or type(error).__name__

@@ -41,11 +41,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xtoken_core.checksums import is_noted, note
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.losses.cell_scores import CellScores
 from xtoken_core.losses.logits import TopKLogits
 from xtoken_core.results.record import Record
-from xtoken_core.storage.places import one_line
 
 FORMAT = "xtoken-scores-3"
 _ALWAYS = ("values", "indices", "realised")
@@ -153,7 +152,7 @@ class _Part:
                 starts = file.get_tensor("starts").numpy()
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in settings.tensors}
         except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: cannot read the scores: {one_line(e)}") from None
+            raise InputError(f"{path}: cannot read the scores: {in_one_line(e)}") from None
         if starts.ndim != 1 or starts.dtype != np.int64 or not len(starts) or starts[0] != 0 or (np.diff(starts) < 0).any():
             raise InputError(f"{path}: its starts are not where rows begin")
         for name, shape in shapes.items():

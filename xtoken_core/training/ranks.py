@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from xtoken_core.errors import RunError, leave_error
+from xtoken_core.errors import RunError, in_one_line, leave_error
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Watch:
             store.set(_key(self._rank), f"over\t{2**62}\tthe end\t")
         except RuntimeError as e:  # the store of another host; without it nothing is known of the others
             if not self._over.is_set():
-                logger.warning("the ranks' signs of life cannot be exchanged any more: %s", " ".join(str(e).split())[:200])
+                logger.warning("the ranks' signs of life cannot be exchanged any more: %s", in_one_line(e))
 
     def _fault(self, heard: dict[int, Heard]) -> str | None:
         """Which rank hangs, in words."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.spec import DistillationSpec
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _wandb(stack: contextlib.ExitStack, spec: DistillationSpec, out_dir: Path, t
     try:
         stack.enter_context(wandb.init(project=project, name=title, dir=place, config=_config(spec)))
     except wandb.errors.Error as e:
-        raise InputError(f"training.report_to: wandb: {_one_line(e)}") from e
+        raise InputError(f"training.report_to: wandb: {in_one_line(e)}") from e
     return WandbCallback()
 
 
@@ -111,9 +111,5 @@ def _mlflow(stack: contextlib.ExitStack, spec: DistillationSpec, out_dir: Path, 
     try:
         stack.enter_context(mlflow.start_run(run_name=name, tags={"spec": json.dumps(_config(spec))}))
     except (mlflow.exceptions.MlflowException, ImportError) as e:
-        raise InputError(f"training.report_to: mlflow: {_one_line(e)}") from e
+        raise InputError(f"training.report_to: mlflow: {in_one_line(e)}") from e
     return MLflowCallback()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,7 +7,7 @@ import tempfile
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from xtoken_core.configs import check_attention, empty_model, head_rows, positions, read_config
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.layers import prune_layers
 from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
@@ -73,7 +73,7 @@ def _check_saving(field: str, ref: str, part: PreTrainedConfig | PreTrainedToken
         try:
             part.save_pretrained(folder)
         except Exception as e:  # of a configuration that contradicts itself transformers raises many kinds
-            raise InputError(f"{field}: {ref}: cannot be saved after the training: {' '.join(str(e).split())[:300]}") from None
+            raise InputError(f"{field}: {ref}: cannot be saved after the training: {in_one_line(e)}") from None
 
 
 def _tokenizer(side: StudentSpec | TeacherSpec) -> PreTrainedTokenizerFast | None:

@@ -6,7 +6,7 @@ import importlib.util
 import warnings
 from typing import TYPE_CHECKING
 
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.report.answer import metrics
 from xtoken_core.report.run import Run
 from xtoken_core.report.verdict import bits_difference, interval
@@ -64,7 +64,7 @@ def register(spec: DistillationSpec, run: Run) -> str:
             metadata={**metrics(run), **lineage(run)},
         )
     except Exception as e:  # the client passes on what its server and its HTTP library raise
-        raise InputError(f"output.registry: {registry.server}: {_line(e)}") from None
+        raise InputError(f"output.registry: {registry.server}: {type(e).__name__}: {in_one_line(e)}") from None
     return f"{reason} {name}, version {run.created}, at {registry.server}."
 
 
@@ -106,8 +106,4 @@ def _connect(registry: RegistrySpec) -> ModelRegistry:
             warnings.simplefilter("ignore")  # that there is no token, which the server minds or does not
             return ModelRegistry(registry.server, author=registry.author)
     except Exception as e:
-        raise InputError(f"output.registry: {registry.server}: {_line(e)}") from None
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise InputError(f"output.registry: {registry.server}: {type(e).__name__}: {in_one_line(e)}") from None

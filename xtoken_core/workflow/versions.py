@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xtoken_core import storage
 from xtoken_core.data.hub import hub_dataset
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, in_one_line
 from xtoken_core.identity import identity
 from xtoken_core.results.workflow import ReadInput
 from xtoken_core.spec import StudentSpec, TeacherSpec
@@ -101,8 +101,8 @@ def model_version(ref: str) -> str:
         cached = huggingface_hub.try_to_load_from_cache(ref, "config.json")
         if isinstance(cached, str):
             return Path(cached).parent.name
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{ref}: no such folder, and not to be had from the hub ({type(e).__name__}: {reason})") from None
+        why = f"{type(e).__name__}: {in_one_line(e)}"
+        raise InputError(f"{ref}: no such folder, and not to be had from the hub ({why})") from None
 
 
 def corpus_version(uri: str) -> str:

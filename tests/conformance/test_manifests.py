@@ -177,7 +177,9 @@ def test_shipped_specs_keep_what_they_fetch_on_the_claim_of_the_overlays():
 
 
 def test_secret_templates_hold_no_secret():
-    for path in (MANIFESTS / "secrets").glob("*.yaml"):
+    templates = sorted((MANIFESTS / "secrets").glob("*.yaml"))
+    assert [path.stem for path in templates] == ["hub-token", "s3-credentials"]
+    for path in templates:
         secret = yaml.safe_load(path.read_text())
         check_core(secret)
         assert set(secret["stringData"].values()) <= {"REPLACE", "https://s3.example.org"}

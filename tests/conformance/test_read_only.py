@@ -36,6 +36,7 @@ def test_it_is_about_the_pods_of_steps(policies):
     selected = policies[0]["spec"]["matchConstraints"]["objectSelector"]["matchLabels"]
     spec = DistillationSpec.from_yaml(SPECS / "llama-1b-from-qwen.yaml")
     configs = documents(compile_spec(spec))[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    assert len(configs) > 5
     assert all(config["podMetadata"]["labels"].items() >= selected.items() for config in configs)
 
 

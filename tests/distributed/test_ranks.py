@@ -98,6 +98,7 @@ def test_bf16_is_the_same_however_the_student_is_spread(base, values):
         bf16 = {"precision": "bf16", "sharding": sharding, "max_steps": 2, "save_steps": None, "eval_steps": None}
         on_two_ranks(changed(values, training=bf16, data={"validation": []}), base, base / f"bf16-{sharding}")
         spread[sharding] = losses(base / f"bf16-{sharding}")
+    assert len(spread["ddp"]) == 2
     for ours, theirs in zip(spread["fsdp"], spread["ddp"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 

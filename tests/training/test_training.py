@@ -168,7 +168,7 @@ def test_a_run_resumes_elsewhere_from_kept_checkpoints(base, values):
 def test_the_loss_does_not_depend_on_the_micro_batches(base, values, unbroken):
     out = base / "split"
     run(changed(values, training={"micro_batch_size": 1}), base, out)
-    for ours, theirs in zip(losses(out)[:3], losses(unbroken[0])[:3]):
+    for ours, theirs in zip(losses(out)[:3], losses(unbroken[0])[:3], strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 
@@ -192,6 +192,7 @@ def test_options_of_memory_and_speed_change_nothing_else(base, values, baseline,
     out = base / "-".join(option)
     run(changed(values, training={"max_steps": 2, **option}), base, out, baseline=True)
     expected = {step: (loss, norm) for step, loss, norm in losses(baseline[0])}
+    assert losses(out)[-1][0] == 2
     for step, loss, norm in losses(out):
         assert (loss, norm) == pytest.approx(expected[step], rel=1e-4)
 

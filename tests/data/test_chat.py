@@ -14,16 +14,26 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from tests.support import assets
-from tests.support.chat_templates import CHATML, GENERATION, HARMONY, INST, LLAMA_TOOLS, NEWLINE_EOS, SHOUTING
+from tests.support.chat_templates import (
+    ARGUMENTS_AS_THEY_ARE,
+    CHATML,
+    GENERATION,
+    HARMONY,
+    INST,
+    LLAMA_TOOLS,
+    NEWLINE_EOS,
+    SHOUTING,
+    THINKING_PROMPT,
+)
 from tests.support.examples import examples
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.data.chat import ChatTokenizer
 from xtoken_core.data.prepare import prepare_rows
 from xtoken_core.data.reading import load_rows
-from xtoken_core.data.records import Conversation
+from xtoken_core.data.records import Conversation, content_of
 from xtoken_core.data.rows import NO_TARGET, Side, Tokenized, document_rows
 from xtoken_core.errors import InputError
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec import DataSpec, DistillationSpec
 
 PUBLISHED = ("qwen3-chat", "llama3.1-chat", "deepseek-v3-chat", "gemma3-chat", "nemo-chat", "smollm2")
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -197,6 +207,45 @@ def test_lists_of_text_parts_are_text(name):
     parts = [m | {"content": [{"type": "text", "text": m["content"].strip()}]} for m in PLAIN]
     text = [m | {"content": m["content"].strip()} for m in PLAIN]
     assert read(parts, side(name)).ids[0].tolist() == own_ids(side(name), text)
+
+
+def test_several_text_parts_are_one_text_for_a_template_that_takes_none():
+    parts = [m | {"content": [{"type": "text", "text": t} for t in ("So ", "be\n", "it.")]} for m in PLAIN]
+    sides = side("qwen3", CHATML), side("llama3.1-chat")
+    found = read(parts, *sides)
+    assert [of.tokenizer.decode(ids) for of, ids in zip(sides, found.ids)] == [
+        of.tokenizer.apply_chat_template([m | {"content": "So be\nit."} for m in PLAIN], tokenize=False) for of in sides
+    ]
+    assert learned(found, sides[0]) == "So be\nit.<|im_end|>" * 2 and len(found.chunks[0][2]) == 2 * 6
+
+
+CALLED = {
+    ("llama3", LLAMA_TOOLS): '"parameters": {"city": "Paris", "days": 3}}',
+    ("nemo-chat", None): '"arguments": {"city": "Paris", "days": 3}, "id"',
+    ("qwen3-chat", None): '"arguments": {"city": "Paris", "days": 3}}\n',
+    ("deepseek-v3-chat", None): 'weather\n```json\n{"city": "Paris", "days": 3}\n',
+    ("qwen3", ARGUMENTS_AS_THEY_ARE): 'weather({"city": "Paris", "days": 3})',
+}
+
+
+@pytest.mark.parametrize(("of", "written"), CALLED.items(), ids=[f"{name}{'' if t is None else '*'}" for name, t in CALLED])
+def test_arguments_are_written_alike_whether_they_come_as_an_object_or_as_json(of, written):
+    """OpenAI keeps them as JSON: most templates would write that as a text in quotes, with every quote in it escaped."""
+    found = []
+    for arguments in ({"city": "Paris", "days": 3}, '{"city":"Paris","days":3}'):
+        call = CALLS[0] | {"function": {"name": "weather", "arguments": arguments}}
+        chat = [CALLING[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *CALLING[2:]]
+        conversation = content_of({"messages": chat, "tools": TOOLS}, DataSpec(train=("unused",)))
+        [tokenized] = ChatTokenizer([side(*of)], True)([conversation])
+        found.append(learned(tokenized, side(*of)))
+    assert found[0] == found[1] and written in found[0]
+
+
+def test_what_the_prompt_of_an_answer_writes_is_no_target_where_the_turn_goes_on_otherwise():
+    """In an earlier turn there is no reasoning, but the role before the answer is still the template's."""
+    of = side("qwen3", THINKING_PROMPT)
+    found = read([*PLAIN[:2], *REASONED], of)
+    assert learned(found, of) == f"{PLAIN[1]['content']}<|im_end|>Two and two.\n</think>\n\nIt is 4.<|im_end|>"
 
 
 def test_names_of_special_tokens_in_a_message_stay_text():

@@ -47,3 +47,16 @@ NEWLINE_EOS = (
 
 SHOUTING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
 """Rewrites what is said."""
+
+THINKING_PROMPT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""The prompt opens the reasoning, which only the last turn keeps."""
+
+ARGUMENTS_AS_THEY_ARE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls is defined %}{% for call in m.tool_calls %}"
+    "{{ call.function.name }}({{ call.function.arguments }}){% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+"""Right for arguments that are JSON; an object comes out as Python prints it."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from xtoken_core.data.calls import with_object_arguments
 from xtoken_core.spec import DataSpec
 
 Message = dict[str, Any]
@@ -146,7 +147,7 @@ def _conversation(messages: Any, record: Mapping[str, Any], key: str) -> Convers
         raise Unusable(f"{key!r} is not a list of messages with a role")
     if len(messages) > MOST_MESSAGES:
         raise Unusable(f"more than {MOST_MESSAGES} messages in one chat")
-    cleaned = [{name: v for name, v in m.items() if v is not None or name == "content"} for m in messages]
+    cleaned = [{n: v for n, v in with_object_arguments(m).items() if v is not None or n == "content"} for m in messages]
     for message in cleaned:
         message.setdefault("content", None)
         if "function_call" in message:

@@ -8,7 +8,7 @@ its words went is seen from a second rendering, with a mark before each stretch 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from xtoken_core.bounded import Bounded, Overrun, Refused
+from xtoken_core.data.calls import with_json_arguments
 from xtoken_core.data.records import Conversation, Message, plain_text
 from xtoken_core.data.words import CLOSE, MARK, OPEN, Words, marked
 from xtoken_core.errors import InputError
@@ -26,6 +27,14 @@ _render: Any = chat_template_utils.render_jinja_template  # transformers has its
 
 MOST_OVERRUNS = 3
 """Conversations that may cost a template more time or memory than it has. They are left out; one more ends the run."""
+
+Content = Literal["left out", "null", "empty"]
+"""What becomes of a content of null."""
+
+Form = Callable[[Conversation], Conversation]
+"""A way to say a conversation. It may be said with marks in it, and has them in the same order."""
+
+_PROBE_USER: Message = {"role": "user", "content": "?"}
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -63,6 +72,7 @@ class Template:
         self._run = Bounded(partial(_run, tokenizer))
         self._overruns = 0
         self._takes_parts = self._understands_parts()
+        self._prints_objects = self._prints_arguments()
 
     def rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
         """The conversation with its words and the turns of `roles`.
@@ -72,7 +82,7 @@ class Template:
         refused: Unmapped | None = None
         for form in self._forms(conversation):
             try:
-                return self._rendering(form, words, roles)
+                return self._rendering(conversation, form, words, roles)
             except Unmapped as e:
                 refused = refused or e
         raise refused or Unmapped("it has no form")
@@ -97,38 +107,52 @@ class Template:
         except Refused as e:
             raise Unmapped(f"its chat template refuses it: {e}") from None
 
-    def _forms(self, conversation: Conversation) -> Iterator[Conversation]:
+    def _forms(self, conversation: Conversation) -> Iterator[Form]:
         """The ways to say it in which a template may know it, the first that it takes counts.
 
-        Lists of text parts are one text for a template that would print the list. A content of null is left out, as transformers
-        does; templates older than that want the null itself, or an empty text.
+        A content of null is left out, as transformers does; templates older than that want the null itself, or an empty text.
+        Arguments of calls are objects, and for templates that want it JSON.
         """
-        messages = conversation.messages
-        if not self._takes_parts:
-            messages = [m | {"content": plain_text(m["content"])} if isinstance(m.get("content"), list) else m for m in messages]
-        yield replace(conversation, messages=[{k: v for k, v in m.items() if v is not None} for m in messages])
-        if any(message.get("content", "") is None for message in messages):
-            yield replace(conversation, messages=messages)
-            yield replace(conversation, messages=[m | {"content": m.get("content") or ""} for m in messages])
+        contents: list[Content] = ["left out"]
+        if any(message.get("content", "") is None for message in conversation.messages):
+            contents += ["null", "empty"]
+        calls = any(message.get("tool_calls") for message in conversation.messages)
+        for as_json in [True] if self._prints_objects else [False, True] if calls else [False]:
+            for content in contents:
+                yield partial(self._said, content, as_json)
 
-    def _rendering(self, conversation: Conversation, words: list[Words], roles: tuple[str, ...]) -> Rendering:
-        text = self.render(conversation)
+    def _said(self, content: Content, as_json: bool, conversation: Conversation) -> Conversation:
+        """The conversation in one of these forms; lists of text parts are one text for a template that would print the list."""
+        messages = []
+        for message in conversation.messages:
+            if isinstance(message.get("content"), list) and not self._takes_parts:
+                message = message | {"content": plain_text(message["content"])}
+            if content == "left out":
+                message = {name: value for name, value in message.items() if value is not None}
+            elif content == "empty":
+                message = message | {"content": message.get("content") or ""}
+            messages.append(with_json_arguments(message) if as_json else message)
+        return replace(conversation, messages=messages)
+
+    def _rendering(self, conversation: Conversation, form: Form, words: list[Words], roles: tuple[str, ...]) -> Rendering:
+        said = form(conversation)
+        text = self.render(said)
         if OPEN in text or CLOSE in text:
             raise Unmapped("it holds characters that Unicode keeps out of texts")
-        places = self._places(conversation, words, text)
+        places = self._places(conversation, form, words, text)
         turns: list[Turn] = []
         floor = 0
-        for number, message in enumerate(conversation.messages):
+        for number, message in enumerate(said.messages):
             own = [i for i, each in enumerate(words) if each.message == number]
             spans = [(places[i], places[i] + len(words[i].text)) for i in own if i in places]
-            if message["role"] in roles and conversation.learned(number):
+            if message["role"] in roles and said.learned(number):
                 if any(words[i].needed and i not in places for i in own):
                     raise Unmapped(f"its chat template leaves out or rewrites what the {message['role']} says")
                 if spans:
-                    start = self._turn_start(conversation, number, text, floor, min(spans)[0])
-                    turns.append(Turn(number, start, self._turn_end(conversation, number, text, min(spans)[0], max(spans)[1])))
+                    start = self._turn_start(said, number, text, floor, min(spans)[0])
+                    turns.append(Turn(number, start, self._turn_end(said, number, text, min(spans)[0], max(spans)[1])))
             floor = max([floor, *(end for _, end in spans)])
-        return Rendering(text, places, self._as_the_template_says(conversation, text, turns))
+        return Rendering(text, places, self._as_the_template_says(said, text, turns))
 
     def _understands_parts(self) -> bool:
         probe = [{"role": "user", "content": [{"type": "text", "text": OPEN}]}]
@@ -138,10 +162,19 @@ class Template:
             return False
         return OPEN in text and "'text'" not in text and '"text"' not in text
 
-    def _places(self, conversation: Conversation, words: list[Words], text: str) -> dict[int, int]:
+    def _prints_arguments(self) -> bool:
+        """Whether it puts arguments that are an object down as Python would print them."""
+        call = {"id": "000000000", "type": "function", "function": {"name": "f", "arguments": {OPEN: 1}}}
+        probe: list[Message] = [_PROBE_USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            return repr({OPEN: 1}) in self.render(Conversation(probe))
+        except Unmapped:
+            return False
+
+    def _places(self, conversation: Conversation, form: Form, words: list[Words], text: str) -> dict[int, int]:
         """Where words stand in the text, verbatim: from a rendering with marks in all of them, else in those that are needed."""
         for chosen in (set(range(len(words))), {i for i, w in enumerate(words) if w.needed}):
-            rendered = self.render(marked(conversation, chosen))
+            rendered = self.render(form(marked(conversation, chosen)))
             if MARK.sub("", rendered) != text:
                 continue  # the template has looked at a mark
             places: dict[int, list[int]] = {}
@@ -169,8 +202,8 @@ class Template:
         header = prompt[len(before) :]  # what comes before has another form in the whole conversation
         for end in sorted({len(header), *(m.end() for m in self.specials.finditer(header))}, reverse=True):
             found = text.rfind(header[:end], floor, first)
-            if end and found >= 0:
-                return found + end
+            if end and found >= 0:  # the prompt may go on otherwise than the turn, with the reasoning's tag
+                return found + len(commonprefix([header, text[found:first]]))
         return first
 
     def _header(self, conversation: Conversation, number: int, prompt: str, opening: str) -> int:

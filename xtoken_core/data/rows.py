@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xtoken_core.alignment import align_rows
-from xtoken_core.spec import DistillationSpec
+from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, role_pairs, row_bos
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ class Side:
     table: TokenTable
     bos: int | None
     """The id that opens a row, if the tokenizer has its rows opened by one."""
+    teacher: str | None = None
+    """Id of the teacher."""
 
     @classmethod
-    def of(cls, name: str, column: str, tokenizer: PreTrainedTokenizerFast) -> Side:
+    def of(cls, name: str, column: str, tokenizer: PreTrainedTokenizerFast, teacher: str | None = None) -> Side:
         """The side of a loaded tokenizer."""
-        return cls(name, column, tokenizer, TokenTable.from_tokenizer(tokenizer), row_bos(tokenizer))
+        return cls(name, column, tokenizer, TokenTable.from_tokenizer(tokenizer), row_bos(tokenizer), teacher)
 
     @property
     def pad(self) -> int:
@@ -68,11 +70,16 @@ def teacher_column(teacher: str) -> str:
     return f"teacher_{teacher}"
 
 
+def read_column(teacher: TeacherSpec) -> str:
+    """Prefix of the columns that a teacher reads: its own, or with the student's vocabulary the student's."""
+    return teacher_column(teacher.id) if teacher.cross_tokenizer else "student"
+
+
 def load_sides(spec: DistillationSpec) -> list[Side]:
     """The student's side first, then those of the cross-tokenizer teachers in their order. Raises InputError."""
     student = Side.of("student", "student", load_tokenizer(spec.student.model, spec.student.tokenizer))
     return [student] + [
-        Side.of(f"teacher {teacher.id}", teacher_column(teacher.id), load_tokenizer(teacher.model, teacher.tokenizer))
+        Side.of(f"teacher {teacher.id}", teacher_column(teacher.id), load_tokenizer(teacher.model, teacher.tokenizer), teacher.id)
         for teacher in spec.teachers
         if teacher.cross_tokenizer
     ]

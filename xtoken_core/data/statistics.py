@@ -89,10 +89,11 @@ class Statistics:
             corpora={n: CorpusCounts(documents=count, bytes=self.corpus_bytes[n]) for n, count in self.corpora.items()},
             domains=dict(self.domains),
             teachers={
-                side.name.removeprefix("teacher "): TeacherCounts(
+                side.teacher: TeacherCounts(
                     tokens=self.tokens[side.name], chunks=self.chunks[side.name], exact_chunks=self.exact[side.name]
                 )
                 for side in self.sides[1:]
+                if side.teacher is not None
             },
             **about,
         )

@@ -144,8 +144,8 @@ def _cell(value: float | None, difference: Difference | None) -> Cell:
 
 
 def _curve(runs: Sequence[Run], title: str, unit: str, key: str) -> Chart | None:
-    validation = key.startswith("validation")
-    series = [Series(run.name, *run.steps(key), color, points=validation) for color, run in enumerate(runs)]
-    if unit.startswith("%"):
+    few = key == "validation_bits_per_byte"
+    series = [Series(run.name, *run.steps(key), color, points=few) for color, run in enumerate(runs)]
+    if key == "accuracy":
         series = [replace(one, values=[100 * value for value in one.values]) for one in series]
-    return line_chart(title, unit, series, Style(wide=validation))
+    return line_chart(title, unit, series, Style(wide=few))

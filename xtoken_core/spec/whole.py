@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -176,9 +176,14 @@ class DistillationSpec(Section):
         return self.evaluation.window or self.data.max_length
 
     @property
+    def checkpoint(self) -> Literal["best", "last"]:
+        """The student that counts: the best checkpoint, where validation data choose it."""
+        return "best" if self.data.validation else "last"
+
+    @property
     def published_student(self) -> str:
-        """Where under `output.uri` the student that counts lies: of several checkpoints the best, where validation data choose it."""
-        return f"student/{'best' if self.data.validation else 'last'}"
+        """Where under `output.uri` the student that counts lies."""
+        return f"student/{self.checkpoint}"
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -11,18 +11,13 @@ from typing import Any
 
 from xtoken_core.checksums import check_whole, damage
 from xtoken_core.data.reading import Check, load_rows
-from xtoken_core.data.rows import teacher_column
+from xtoken_core.data.rows import read_column
 from xtoken_core.errors import InputError, blamed
-from xtoken_core.spec import DistillationSpec, TeacherSpec
+from xtoken_core.spec import DistillationSpec
 from xtoken_core.storage import local_copy
 from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoredTeacher, Scores, rows_digest
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.training.teachers import ReadyTeacher
-
-
-def scored_column(teacher: TeacherSpec) -> str:
-    """The column of prepared rows that holds the tokens of a teacher."""
-    return f"{teacher_column(teacher.id)}_ids" if teacher.cross_tokenizer else "student_ids"
 
 
 def check_classes(spec: DistillationSpec, teachers: Sequence[ReadyTeacher], scored: Sequence[ScoredTeacher | None]) -> None:
@@ -58,7 +53,7 @@ def scored_teachers(spec: DistillationSpec, inputs: TrainingInputs) -> tuple[Sco
         places = (teacher.scores.uri,) if teacher.scores.uri is not None else inputs.scores.get(teacher.id, ())
         if len(places) != len(inputs.rows):
             raise InputError(f"{name}: {len(places)} were given for {len(inputs.rows)} shards of rows")
-        column = scored_column(teacher)
+        column = f"{read_column(teacher)}_ids"
         copies = [local_copy(str(place)) for place in places]
         if os.environ.get("LOCAL_RANK", "0") == "0":  # which reads every byte: of a host's ranks one does
             for copy in copies:

@@ -112,7 +112,7 @@ def finish(spec: DistillationSpec, parts: Parts, page: str | Path) -> Run:
             encoding="utf-8",
         )
         if parts.run:
-            _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{Path(spec.published_student).name}"))
+            _write_serving(spec, folder / "serving", storage.size(f"{parts.run.path}/{spec.checkpoint}"))
         for name, source in _kept(parts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(source.absolute())

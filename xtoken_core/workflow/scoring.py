@@ -14,6 +14,7 @@ from torch import Tensor
 from xtoken_core.checksums import note
 from xtoken_core.configs import compute_dtype
 from xtoken_core.data.reading import load_rows
+from xtoken_core.data.rows import read_column
 from xtoken_core.errors import InputError
 from xtoken_core.losses import CellCut
 from xtoken_core.models import load_model, vocabulary_rows
@@ -23,7 +24,6 @@ from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.teachers.scores import MEASURED, MeasuredRows, ScoreSettings, rows_digest
 from xtoken_core.teachers.scoring import Cut, likeliest_cells, likeliest_tokens, measure_rows, score_rows
 from xtoken_core.tokenization import TokenTable, load_tokenizer
-from xtoken_core.training.scored import scored_column
 from xtoken_core.workflow.model_checks import shared_rows
 from xtoken_core.workflow.versions import model_version
 from xtoken_core.workflow.views import View
@@ -41,7 +41,7 @@ def score_teacher(
     if teacher is None or teacher.scores is None:
         known = [t.id for t in spec.teachers if t.scores is not None]
         raise InputError(f"teacher: {teacher_id}: one of {', '.join(known) or 'none'} has scores in the spec")
-    student, column = _table(spec.student), scored_column(teacher)
+    student, column = _table(spec.student), read_column(teacher)
     train, dtype = load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
     told = spec.shared_rows if isinstance(spec, View) else None
     domains = json.dumps(sorted(teacher.domains)) if teacher.domains else ""
@@ -49,7 +49,7 @@ def score_teacher(
     cells = _cells(student, table, projection) if teacher.cross_tokenizer else None
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
-        rows=rows_digest(train, column, domains),
+        rows=rows_digest(train, f"{column}_ids", domains),
         num_rows=len(train),
         top_k=0,
         vocab_size=len(table) if teacher.cross_tokenizer else min(len(student), told or shared_rows(spec)),
@@ -62,7 +62,7 @@ def score_teacher(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     settings, cut = _classes(settings, teacher.scores.top_k, cells.to(device) if cells else None)
-    tokens = score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
+    tokens = score_rows(model, _Column(train, f"{column}_ids", teacher.domains), Path(folder), settings, cut)
     if (Path(rows) / "validation").exists():
         _measure(model, load_rows(Path(rows) / "validation"), teacher, settings, Path(folder))
     return tokens
@@ -70,10 +70,10 @@ def score_teacher(
 
 def _measure(model: Any, rows: Any, teacher: TeacherSpec, settings: ScoreSettings, folder: Path) -> None:
     """Writes beside the scores how well the teacher knows the validation rows of the domains that it teaches."""
-    column = scored_column(teacher)
+    column = read_column(teacher)
     own = (row for row in rows if teacher.domains is None or row["domain"] in teacher.domains)
-    found = measure_rows(model, own, column.removesuffix("_ids"), settings.vocab_size)
-    MeasuredRows(rows=rows_digest(rows, column), domains=found).write(folder / MEASURED)
+    found = measure_rows(model, own, column, settings.vocab_size)
+    MeasuredRows(rows=rows_digest(rows, f"{column}_ids"), domains=found).write(folder / MEASURED)
     note(folder / MEASURED)
 
 

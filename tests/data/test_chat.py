@@ -241,6 +241,28 @@ def test_arguments_are_written_alike_whether_they_come_as_an_object_or_as_json(o
     assert found[0] == found[1] and written in found[0]
 
 
+def test_what_only_some_side_reads_is_told_once(tmp_path, two_tokenizers, capsys):
+    """A template may know neither a role nor tools: the student would learn answers to what it is not told."""
+    obeying = [{"role": "developer", "content": "Be brief."}, *PLAIN[:2]]
+    knowing = side("qwen3", CHATML.replace("{% for", "{{ tools }}{% for", 1))
+    deaf = side("qwen3", CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}"))
+    found = read(obeying, knowing, deaf, tools=TOOLS)
+    assert found.left_out == tuple(f"qwen3: its chat template leaves out {w}" for w in ("what the developer says", "the tools"))
+    instructed = [{"role": "system", "content": " Be brief.\n"}, *THINKING]
+    for of, chat, tools in (
+        ("qwen3-chat", CALLING, TOOLS),
+        ("gemma3-chat", instructed, None),
+        ("llama3.1-chat", instructed, None),
+    ):
+        assert read(chat, side(of), tools=tools).left_out == ()  # escaped, moved or without its blanks it is there
+    nemo = read(instructed, side("nemo-chat")).left_out  # it puts the system prompt into a last question only
+    assert nemo == ("nemo-chat: its chat template leaves out what the system says",)
+    prepare_rows(two_tokenizers([{"messages": PLAIN, "tools": TOOLS}] * 3), tmp_path / "rows")
+    told = [line for line in capsys.readouterr().err.splitlines() if "leaves out" in line]
+    file, both = tmp_path / "chats.jsonl", ("student", "teacher other")
+    assert told == [f"warning: {file}:1: {name}: its chat template leaves out the tools" for name in both]
+
+
 def test_what_the_prompt_of_an_answer_writes_is_no_target_where_the_turn_goes_on_otherwise():
     """In an earlier turn there is no reasoning, but the role before the answer is still the template's."""
     of = side("qwen3", THINKING_PROMPT)

@@ -90,6 +90,7 @@ class ChatTokenizer:
             [_targets(rendering, spelling) for rendering, spelling in zip(renderings, spellings)],
             chunks,
             _cuts(words, shared, renderings, spellings),
+            tuple(f"{side.name}: {what}" for side, r in zip(self.sides, renderings) for what in r.left_out),
         )
 
     def _chunks(

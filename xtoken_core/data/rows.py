@@ -99,6 +99,8 @@ class Tokenized:
     """Of each side but the student's."""
     cuts: np.ndarray
     """int64 [K, sides], ascending from zeros: token counts at which every side stands at the same place in the text."""
+    left_out: tuple[str, ...] = ()
+    """What of a chat a side does not read, in words."""
 
     @property
     def sizes(self) -> np.ndarray:

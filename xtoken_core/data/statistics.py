@@ -32,6 +32,7 @@ class Statistics:
         self.documents = self.rows = self.bytes = self.cut = self.unusable = 0
         self.examples: dict[str, str] = {}
         """Of each reason the first document that was dropped for it."""
+        self._told: set[str] = set()
         self.dropped: Counter[str] = Counter()
         self.corpora: Counter[str] = Counter()
         self.corpus_bytes: Counter[str] = Counter()
@@ -61,6 +62,13 @@ class Statistics:
         if unusable and reason not in self.examples:
             print(printable(f"warning: {document.source}: left out: {reason}"), file=sys.stderr)
         self.examples.setdefault(reason, document.source)
+
+    def tell(self, document: Document, left_out: Iterable[str]) -> None:
+        """Tells on stderr what some tokenizer does not read of a document that has rows; of each kind, the first."""
+        for what in left_out:
+            if what not in self._told and len(self._told) < MOST_REASONS:
+                self._told.add(what)
+                print(printable(f"warning: {document.source}: {what}"[:LONGEST_REASON]), file=sys.stderr)
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Counts the rows that pass through."""

@@ -60,6 +60,8 @@ class Rendering:
     places: dict[int, int]
     """Where each stretch of words begins, by its number; those that are not there as they are have no place."""
     turns: list[Turn]
+    left_out: list[str]
+    """What the conversation holds and the text does not, in words."""
 
 
 class Template:
@@ -139,7 +141,7 @@ class Template:
         text = self.render(said)
         if OPEN in text or CLOSE in text:
             raise Unmapped("it holds characters that Unicode keeps out of texts")
-        places = self._places(conversation, form, words, text)
+        places, there = self._places(conversation, form, words, text)
         turns: list[Turn] = []
         floor = 0
         for number, message in enumerate(said.messages):
@@ -152,7 +154,17 @@ class Template:
                     start = self._turn_start(said, number, text, floor, min(spans)[0])
                     turns.append(Turn(number, start, self._turn_end(said, number, text, min(spans)[0], max(spans)[1])))
             floor = max([floor, *(end for _, end in spans)])
-        return Rendering(text, places, self._as_the_template_says(said, text, turns))
+        return Rendering(text, places, self._as_the_template_says(said, text, turns), self._left_out(said, words, there, text))
+
+    def _left_out(self, said: Conversation, words: list[Words], there: set[int], text: str) -> list[str]:
+        """What is context only and not in the text: the tools, or all that a message of some role says."""
+        missing = {said.messages[w.message]["role"] for i, w in enumerate(words) if w.needed and i not in there}
+        found = [f"its chat template leaves out what the {role} says" for role in sorted(missing)]
+        try:
+            without_tools = said.tools is not None and self.render(replace(said, tools=None)) == text
+        except Unmapped:  # it asks for them
+            without_tools = False
+        return found + ["its chat template leaves out the tools"] * without_tools
 
     def _understands_parts(self) -> bool:
         probe = [{"role": "user", "content": [{"type": "text", "text": OPEN}]}]
@@ -171,8 +183,11 @@ class Template:
         except Unmapped:
             return False
 
-    def _places(self, conversation: Conversation, form: Form, words: list[Words], text: str) -> dict[int, int]:
-        """Where words stand in the text, verbatim: from a rendering with marks in all of them, else in those that are needed."""
+    def _places(self, conversation: Conversation, form: Form, words: list[Words], text: str) -> tuple[dict[int, int], set[int]]:
+        """Where words stand in the text, verbatim: from a rendering with marks in all of them, else in those that are needed.
+
+        And which are there at all, be it escaped: all where nothing is known.
+        """
         for chosen in (set(range(len(words))), {i for i, w in enumerate(words) if w.needed}):
             rendered = self.render(form(marked(conversation, chosen)))
             if MARK.sub("", rendered) != text:
@@ -182,8 +197,9 @@ class Template:
             for mark in MARK.finditer(rendered):
                 places.setdefault(int(mark[1]), []).append(mark.start() - removed)
                 removed += len(mark[0])
-            return {i: p[0] for i, p in places.items() if len(p) == 1 and text.startswith(words[i].text, p[0])}
-        return {}
+            verbatim = {i: p[0] for i, p in places.items() if len(p) == 1 and text.startswith(words[i].text, p[0])}
+            return verbatim, set(places)
+        return {}, set(range(len(words)))
 
     def _turn_start(self, conversation: Conversation, number: int, text: str, floor: int, first: int) -> int:
         """Where the prompt for this answer ends: between the words before it, which end at `floor`, and its own at `first`."""

@@ -24,6 +24,8 @@ class Outcome:
     """It has none because it cannot be read or tokenized, not because nothing is in it."""
     cut: bool = False
     """Its only row holds less than all of it."""
+    left_out: Sequence[str] = ()
+    """What of it some side does not read, in words."""
 
 
 class DocumentTokenizer:
@@ -64,7 +66,8 @@ class DocumentTokenizer:
         rows = self.rows(document, found)
         if isinstance(rows, str):
             return Outcome(dropped=rows)
-        return Outcome(rows, cut=len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0]))
+        cut = len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0])
+        return Outcome(rows, cut=cut, left_out=found.left_out)
 
     def rows(self, document: Document, tokenized: Tokenized) -> list[Row] | str:
         """The rows of a document, or why it has none. Of a chat only the first is kept: the rest would stand without its template."""

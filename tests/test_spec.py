@@ -345,7 +345,7 @@ def test_is_immutable():
         load().name = "other"
 
 
-@pytest.mark.parametrize("path", sorted(Path("pipelines/specs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path("pipelines/specs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_specs_of_this_repository_are_valid(path):
     spec = DistillationSpec.from_yaml(path)
     assert spec.name == path.stem

@@ -133,14 +133,14 @@ def _start(
     with cluster.reported():
         version = _version(client, spec.name, f"{spec.name}-{digest}", compiled, cluster.namespace, say)
         found = client.create_experiment(experiment or spec.name, namespace=cluster.namespace)
-        run = client.run_pipeline(
+        run = client.run_pipeline(  # which prints a link to the run
             experiment_id=found.experiment_id,
             job_name=f"{spec.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
             pipeline_id=version.pipeline_id,
             version_id=version.pipeline_version_id,
             service_account=spec.resources.service_account,
             **options,
-        )  # prints a link to the run
+        )
     return client, run.run_id
 
 

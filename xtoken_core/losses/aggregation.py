@@ -75,9 +75,8 @@ def distillation_loss(
     Raises:
         InputError (a ValueError): teachers and spec contradict each other, `mode` is `auto`, or a sample counts by a fraction.
     """
-    if (
-        totals is None or sample_mask.device.type == "cpu"
-    ):  # in training on a GPU the host would wait, and masks are the collator's
+    # in training on a GPU the host would wait, and masks are the collator's
+    if totals is None or sample_mask.device.type == "cpu":
         check_sample_mask(sample_mask)
     student = StudentBatch.of(student_logits, input_ids, token_mask, sample_mask)
     teachers = resolve_teachers(teachers, input_ids, token_mask, spec)

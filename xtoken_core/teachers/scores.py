@@ -225,9 +225,8 @@ class ScoredTeacher:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> TopKLogits | CellScores:
         """What stands for the logits of rows that know their `shard` and `row`, padded on the right."""
         found = [self.shards[int(row["shard"])].row(int(row["row"])) for row in rows]
-        width = max(
-            len(row[self.column]) for row in rows
-        )  # more than a scored row's, where the longest is of no domain of the teacher's
+        # a row that is of no domain of the teacher's has no scores, and may be the longest
+        width = max(len(row[self.column]) for row in rows)
         of = {name: _padded([row[name] for row in found], width) for name in found[0]}
         if of["indices"].numel() and not 0 <= of["indices"].min() <= of["indices"].max() < self.settings.classes:
             raise InputError(f"{self.shards[0].folder}: a score is of a class that is none of {self.settings.classes}")
@@ -235,13 +234,8 @@ class ScoredTeacher:
         if not self.settings.cells:
             return TopKLogits(values + of["log_sum"][..., None], of["indices"], self.settings.vocab_size)
         values[..., 0] = of["own"]
-        rest, total, realised, sizes = (
-            of["rest"],
-            of["total"],
-            of["realised"],
-            (self.settings.num_cells, self.settings.vocab_size),
-        )
-        return CellScores(values, of["indices"], rest, total, realised, *sizes)
+        sizes = self.settings.num_cells, self.settings.vocab_size
+        return CellScores(values, of["indices"], of["rest"], of["total"], of["realised"], *sizes)
 
 
 def _padded(rows: list[Tensor], width: int) -> Tensor:

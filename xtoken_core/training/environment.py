@@ -33,10 +33,9 @@ def commit() -> str | None:
     """Commit of the code: of the checkout it lies in, or of the image's build (environment variable XTOKEN_COMMIT)."""
     here = Path(__file__)
     try:
+        # a checkout around the environment, of other code, does not track this file
         tracked = ["git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name]
-        subprocess.run(
-            tracked, capture_output=True, timeout=10, check=True
-        )  # else a checkout around the environment, of other code
+        subprocess.run(tracked, capture_output=True, timeout=10, check=True)
         describe = ["git", "-C", str(here.parent), "describe", "--always", "--dirty=+"]
         return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -258,10 +258,8 @@ def _rehearse(batches: Sequence[Batch], teaching: Teaching, student: Student) ->
     devices = [device] if device.type == "cuda" else []
     shapes = [batch.student.model_inputs()["input_ids"].shape for batch in batches]
     another = next((n for n, shape in enumerate(shapes) if shape != shapes[0]), 0)  # for which code is made that suits all
-    with (
-        torch.random.fork_rng(devices),
-        contextlib.suppress(RuntimeError),
-    ):  # cuBLAS and Triton have no name for too little memory
+    # RuntimeError: cuBLAS and Triton have no name for too little memory
+    with torch.random.fork_rng(devices), contextlib.suppress(RuntimeError):
         for n in sorted({0, another}):
             taught = teaching.rehearsal(batches[n], student.loss)
             heard = list(taught.micro_batches[0].teachers.values())

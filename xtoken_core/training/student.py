@@ -51,9 +51,7 @@ class Student(nn.Module):
         """The micro-batch's share of the step's loss (0-dim, differentiable) and its `LossOutput.sums`; the sums alone without `with_loss`."""
         side = micro_batch.batch.student
         hidden = side.unpacked(final_hidden(self.model, **side.model_inputs()))
-        if torch.is_autocast_enabled(
-            hidden.device.type
-        ):  # hidden states leave the norm in float32, a Linear would take them in bf16
+        if torch.is_autocast_enabled(hidden.device.type):  # they leave the norm in float32, a Linear would take them in bf16
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         logits = head_logits(self.model, hidden, self.rows)
         masks = micro_batch.batch.masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,18 +20,21 @@ def end_with(pid: int) -> None:
     threading.Thread(target=_watch, args=(pid,), name=f"watch of {pid}", daemon=True).start()
 
 
-def _watch(pid: int) -> None:
-    try:
+def wait_for_end(pid: int) -> None:
+    """Returns when process `pid`, which need not be a child, is gone."""
+    with contextlib.suppress(ProcessLookupError):
         if hasattr(os, "pidfd_open"):
             watched = poll()
             watched.register(os.pidfd_open(pid))
             watched.poll()
-        else:
+        else:  # no Linux
             while True:
                 os.kill(pid, 0)
                 time.sleep(1)
-    except ProcessLookupError:
-        pass
+
+
+def _watch(pid: int) -> None:
+    wait_for_end(pid)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

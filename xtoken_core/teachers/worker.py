@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import select
 import signal
 import threading
 import time
@@ -27,6 +26,7 @@ from xtoken_core.layers import decoder_layers, first_layers
 from xtoken_core.losses import teacher_scores
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.models import final_hidden, head_logits, load_model, vocabulary_rows
+from xtoken_core.processes import wait_for_end
 from xtoken_core.teachers.fp8 import to_fp8
 from xtoken_core.teachers.setup import Inputs, TeacherSetup
 from xtoken_core.teachers.transport import Outbox, Shape, remove_traces
@@ -196,8 +196,7 @@ def _padded_positions(positions: Tensor, length: int) -> Tensor:
 
 def exit_after(student: int) -> None:
     """Ends this process as soon as the student's, in whatever it is: a collective with the other ranks' teachers may never return."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(student)], [], [])
+    wait_for_end(student)
     for process in (student, os.getpid()):
         remove_traces(process)  # the student is gone and cannot
     os._exit(0)

@@ -32,7 +32,7 @@ class Result:
     @property
     def report(self) -> str:
         """Path or URI of the HTML report."""
-        return f"{self.spec.output.uri.rstrip('/')}/report.html"
+        return self.spec.output.under("report.html")
 
     def student(self, checkpoint: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The student and its tokenizer, as transformers load them.
@@ -55,7 +55,7 @@ class Result:
     def student_place(self, checkpoint: str | None = None) -> str:
         """Path or URI of the student's folder."""
         folder = f"student/{checkpoint}" if checkpoint else self.spec.published_student
-        return f"{self.spec.output.uri.rstrip('/')}/{folder}"
+        return self.spec.output.under(folder)
 
 
 def run(spec: DistillationSpec | str | Path, runs: str | Path = "runs") -> Result:

@@ -148,14 +148,14 @@ def kept(spec: DistillationSpec) -> str:
 
 def answer(spec: DistillationSpec, run: Run) -> str:
     """Did it help? The table that ends a run, and where things lie."""
-    uri = spec.output.uri.rstrip("/")
+    under = spec.output.under
     if run.summary is None:  # a pilot that nothing follows
-        return answer_table(run, {"report": f"{uri}/report.html", "figures": f"{uri}/pilot.json"})
+        return answer_table(run, {"report": under("report.html"), "figures": under("pilot.json")})
     places = {
-        "report": f"{uri}/report.html",
-        "student": f"{uri}/{spec.published_student}",
-        "logs": f"{uri}/logs",
-        "talk to it": f"xtoken chat {uri}",
+        "report": under("report.html"),
+        "student": under(spec.published_student),
+        "logs": under("logs"),
+        "talk to it": f"xtoken chat {spec.output.uri}",
     }
     return answer_table(run, places)
 

@@ -37,7 +37,7 @@ def variants(path: Path, overrides: Sequence[str], over: Sequence[str]) -> dict[
         changes = [f"{key}={json.dumps(value)}" for (key, _), value in zip(axes, values)]
         label = _label([key for key, _ in axes], values)
         spec = DistillationSpec.from_yaml(path, [*overrides, *changes])
-        uri = f"{spec.output.uri.rstrip('/')}/{label}"
+        uri = spec.output.under(label)
         if label in found:
             raise InputError(f"--over: {label}: stands for two of its combinations")
         found[label] = DistillationSpec.from_yaml(path, [*overrides, *changes, f"output.uri={uri}"])

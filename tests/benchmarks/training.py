@@ -44,13 +44,14 @@ from transformers.utils import logging as transformers_logging
 
 import xtoken_core.training.student
 from tests.benchmarks.loss import chunk_ids, made_up_projection, rates
+from xtoken_core.costs import GIB
 from xtoken_core.data.batch import Collator
 from xtoken_core.forking import start_server
 from xtoken_core.models import Loaded
 from xtoken_core.spec import DistillationSpec
 from xtoken_core.spec.student import LoraSpec
 from xtoken_core.teachers.handle import TEACHERS_IMPORT
-from xtoken_core.teachers.pool import GIB, TeacherPool
+from xtoken_core.teachers.pool import TeacherPool
 from xtoken_core.teachers.setup import Shards, TeacherSetup
 from xtoken_core.training.adapters import add_adapters
 from xtoken_core.training.launch import on_every_gpu

@@ -121,7 +121,8 @@ def _teacher(run: Run, teacher: dict[str, Any]) -> dict[str, Any]:
 
 def _published(run: Run) -> str:
     """Where the student lies; nothing before a training has ended."""
-    return f"{run.spec['output']['uri'].rstrip('/')}/{run.as_spec().published_student}" if run.summary else ""
+    spec = run.as_spec()
+    return spec.output.under(spec.published_student) if run.summary else ""
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

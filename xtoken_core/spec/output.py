@@ -51,3 +51,7 @@ class OutputSpec(Section):
         description="what the student must beat in bits per byte, beyond the noise, to be registered: itself before, its twin trained "
         "on cross-entropy only, or an earlier run's; default: nothing",
     )
+
+    def under(self, name: str) -> str:
+        """Path or URI of a file or folder of the published run."""
+        return f"{self.uri.rstrip('/')}/{name}"

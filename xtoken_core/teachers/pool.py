@@ -9,12 +9,12 @@ from typing import Any, Self
 
 import torch
 
+from xtoken_core.costs import GIB
 from xtoken_core.teachers.handle import Teacher
 from xtoken_core.teachers.setup import Inputs, Logits, TeacherSetup
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 HEADROOM = 0.03
 """Share of the GPU's memory that `auto` leaves free: fragmentation, and rows longer than those of the first step."""
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from xtoken_core.costs import GIB
 from xtoken_core.data.batch import Batch
 from xtoken_core.data.reading import Shuffled
 from xtoken_core.errors import NonFiniteError
 from xtoken_core.models import save_model
 from xtoken_core.results.training import LogLine
-from xtoken_core.teachers.pool import GIB
 from xtoken_core.training.checkpoints import LEARNABLE_FILE, Progress, complete_checkpoint, newest_checkpoint
 from xtoken_core.training.heard import hear
 from xtoken_core.training.log import RunLog

@@ -56,7 +56,7 @@ def register(spec: DistillationSpec, run: Run) -> str:
     try:
         _connect(registry).register_model(
             name,
-            f"{spec.output.uri.rstrip('/')}/{student}",
+            spec.output.under(student),
             version=run.created,
             model_format_name="safetensors",
             model_format_version="1",

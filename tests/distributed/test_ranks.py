@@ -13,6 +13,7 @@ from tests.support.training_run import changed, losses, prepare, run, start_rank
 from xtoken_core.errors import InputError
 from xtoken_core.models import load_model
 from xtoken_core.projection import Projection
+from xtoken_core.training.sharding import check_optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +113,23 @@ def test_two_ranks_resume(base, values, spread, tmp_path):
     on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2
     assert losses(out) == losses(unbroken)
+
+
+def test_another_number_of_processes_goes_on_or_says_why_not(base, values, alone, spread, tmp_path):
+    """An optimizer under fsdp has another form than one in one process; accelerate would end in a traceback at every rerun."""
+    sharding, unbroken = spread
+    out, given = shutil.copytree(unbroken, tmp_path / "out"), changed(values, training={"sharding": sharding})
+    (out / "checkpoints" / "checkpoint-3" / "checksums.json").unlink()
+    if sharding == "ddp":
+        assert run(given, base, out).resumed_from == 2
+        assert losses(out)[-1] == pytest.approx(losses(unbroken)[-1], rel=1e-5)
+        return
+    with pytest.raises(
+        InputError, match=r"/checkpoint-2: was saved by several processes under fsdp, and this training has one; "
+    ):
+        run(given, base, out)
+    with pytest.raises(InputError, match=r"/checkpoint-2: was saved by one process, and this training has several; "):
+        check_optimizer(alone[0] / "checkpoints" / "checkpoint-2", sharded=True)
 
 
 def test_distill_starts_a_process_per_gpu_by_itself(base, values, alone, monkeypatch):

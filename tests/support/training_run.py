@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+
 from pipelines.warm import fork
 from tests.support.ports import free_ports
 from tests.support.tiny import tiny_model, tiny_run
@@ -118,7 +121,25 @@ def start_ranks(values: dict[str, Any], folder: Path, out: Path, size: int = 2) 
     """The same on several ranks of one machine, which meet as torchrun would have them."""
     [port] = free_ports(1)
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return [start(values, folder, out, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(size)]
+    started = []
+    for rank in range(size):
+        with mock.patch.dict(os.environ, {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}):
+            started.append(Started(*fork(run_with_fsdp_on_cpu, values, folder, out)))
+    return started
+
+
+def run_with_fsdp_on_cpu(values: dict[str, Any], folder: Path, out: Path) -> None:
+    """`run`, where accelerate shards the student on a CPU as on GPUs: by itself it takes fsdp for DDP there, without a word."""
+    make = AcceleratorState.__init__
+
+    def made(state: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        make(state, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with mock.patch.object(AcceleratorState, "__init__", made):
+        run(values, folder, out)
 
 
 def steps(out: Path) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ from xtoken_core.training.log import RunLog
 from xtoken_core.training.ranks import Watch
 from xtoken_core.training.scored import check_classes, rows_check, scored_teachers, with_measurements
 from xtoken_core.training.settings import rank_timeout, training_arguments, training_loss
+from xtoken_core.training.sharding import check_optimizer
 from xtoken_core.training.step import Teaching
 from xtoken_core.training.student import Student, student_model
 from xtoken_core.training.teachers import ReadyTeacher, ready_teachers
@@ -156,6 +157,8 @@ def _train(
         skip = spec.training.skip_nonfinite
         record = RunRecord(out_dir, progress, log, checkpoint_uri, stored_dtype(spec.student.model), skip, watch)
         trainer = DistillationTrainer(student, args, data, Teaching(teachers, pool), record, callbacks)
+        if checkpoint is not None:
+            check_optimizer(checkpoint, trainer.is_fsdp_enabled)
         progress.seconds["setup"] = time.monotonic() - started
         with _plainly():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.trainer import OPTIMIZER_NAME
+
+from xtoken_core.errors import InputError
 
 WHOLE_SHARE = 0.25
 """Of a GPU's memory: FSDP keeps weights and gradients whole from one micro-batch of a step to the next while they take less."""
@@ -30,6 +34,15 @@ def configure(accelerator: Accelerator, model: nn.Module) -> None:
     plugin.reshard_after_forward = not fits_whole(model, accelerator.device)
     if plugin.reshard_after_forward:  # whole gradients would not fit either: each micro-batch's are summed over ranks at once
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def check_optimizer(checkpoint: Path, sharded: bool) -> None:
+    """Raises InputError for a checkpoint whose optimizer has the form of a student that is not spread as this one is."""
+    if (checkpoint / OPTIMIZER_NAME).exists() == sharded:
+        was, now = ("by one process", "several") if sharded else ("by several processes under fsdp", "one")
+        raise InputError(
+            f"{checkpoint}: was saved {was}, and this training has {now}; go on with as many, or remove its checkpoints"
+        )
 
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:

@@ -39,12 +39,12 @@ def dynamic_scale(sums: Tensor, totals: StepTotals, spec: LossSpec) -> Tensor:
         return torch.ones_like(ce)
     taught = ce - sums[-1] / totals.tokens.clamp(min=1)
     without = 1.0 if totals.scale is None else torch.where(totals.kd_counts.sum() == 0, totals.scale, 1.0)
-    return torch.where(kd != 0, float(spec.dynamic_scaling) * taught.abs() / kd.abs(), without)
+    return torch.where(kd != 0, spec.share * taught.abs() / kd.abs(), without)
 
 
 def untaught_factor(totals: StepTotals, spec: LossSpec) -> float:
     """What the CE of a sample without a teacher gets beside the factor of all CE: what KD has of a sample that is taught."""
-    return totals.course * (float(spec.dynamic_scaling) if spec.dynamic_scaling else spec.kd_weight)
+    return totals.course * (spec.share if spec.dynamic_scaling else spec.kd_weight)
 
 
 def loss_metrics(sums: Tensor, totals: StepTotals, spec: LossSpec) -> dict[str, Tensor | float]:

@@ -121,11 +121,11 @@ def distillation_loss(
 
     scale = 1.0
     if spec.dynamic_scaling:
-        scale = float(spec.dynamic_scaling) * abs((ce - rest).item() / kd.item()) if kd.item() != 0 else 1.0
+        scale = spec.share * abs((ce - rest).item() / kd.item()) if kd.item() != 0 else 1.0
         loss = scale * kd + ce
     else:
         loss = spec.kd_weight * kd + spec.ce_weight * ce
-    loss = loss + (float(spec.dynamic_scaling) if spec.dynamic_scaling else spec.kd_weight) * rest
+    loss = loss + (spec.share if spec.dynamic_scaling else spec.kd_weight) * rest
     metrics |= {"loss": loss, "kl_loss": kd, "kl_loss_scale": scale}
     return ReferenceOutput(loss, {name: torch.as_tensor(value, dtype=torch.float64).item() for name, value in metrics.items()})
 

@@ -29,8 +29,11 @@ class LossSpec(Section):
     exact_match_only: bool = Field(False, description="p_kl: only chunks whose text is equal on both sides")
     kd_weight: NonNegativeFloat = Field(1.0, description="factor of KD without dynamic scaling")
     ce_weight: NonNegativeFloat = Field(0.1, description="factor of CE without dynamic scaling")
-    dynamic_scaling: bool | PositiveFloat = Field(
-        True, description="rescale KD to this share of CE (true: 1); kd_weight and ce_weight are then unused", examples=[0.3]
+    dynamic_scaling: Literal["auto"] | bool | PositiveFloat = Field(
+        "auto",
+        description="rescale KD to this share of CE (true: 1; auto: 1, or 0.3 where every teacher has the student's vocabulary); kd_weight and "
+        "ce_weight are then unused",
+        examples=[0.3],
     )
     kd_course: Literal["linear", "constant"] = Field(
         "linear", description="KD's factor over the run: falling evenly from all of it to none, or all of it throughout"
@@ -47,6 +50,11 @@ class LossSpec(Section):
     def separate_terms(self) -> bool:
         """Whether each teacher's KD is a term of its own, with a fixed weight."""
         return self.aggregation == "sum" and self.weight_metric is None
+
+    @property
+    def share(self) -> float:
+        """KD as a share of CE; 0 without dynamic scaling. Which vocabularies there are a loss does not know: `auto` is 1 here."""
+        return 1.0 if self.dynamic_scaling == "auto" else float(self.dynamic_scaling)
 
     def contradictions(self) -> Iterator[str]:
         """Yields what of the section does not go together."""

@@ -13,12 +13,19 @@ from xtoken_core.configs import compute_dtype
 from xtoken_core.spec import DistillationSpec, LossSpec, TrainingSpec
 from xtoken_core.training.checkpoints import KEPT
 
+ONE_VOCABULARY_SHARE = 0.3
+"""KD's share of CE under teachers of the student's vocabulary: at the rate at which CE alone is at its best, a share of 1 was worse than CE there,
+and this one better (`tests/benchmarks/results/2026-11-27-quality-more.md`)."""
+
 
 def training_loss(spec: DistillationSpec, baseline: bool) -> LossSpec:
     """The loss with `auto` out of the way (each teacher has its mode); the baseline's is CE, of weight 1."""
     if baseline:
         return LossSpec(mode="p_kl", dynamic_scaling=True)
-    return spec.loss.model_copy(update={"mode": "p_kl"}) if spec.loss.mode == "auto" else spec.loss
+    chosen: dict[str, object] = {"mode": "p_kl"} if spec.loss.mode == "auto" else {}
+    if spec.loss.dynamic_scaling == "auto":
+        chosen["dynamic_scaling"] = True if any(teacher.cross_tokenizer for teacher in spec.teachers) else ONE_VOCABULARY_SHARE
+    return spec.loss.model_copy(update=chosen)
 
 
 def training_arguments(spec: DistillationSpec, out_dir: Path, rows: int) -> TrainingArguments:

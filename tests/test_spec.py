@@ -90,6 +90,19 @@ REJECTED = {
         ["resources.pvc=[{name: a, mount_path: /data}, {name: b, mount_path: /data/}]"],
         "resources.pvc.1.mount_path: /data is an earlier claim's",
     ),
+    "a loss of nothing": (["loss={dynamic_scaling: false, kd_weight: 0, ce_weight: 0}"], "loss.ce_weight: with kd_weight 0 too"),
+    "a place for weights that are not loaded": (
+        ["teachers.big.scores={}", "teachers.big.residency=resident"],
+        "teachers.0.scores: no process runs in the training, so that residency: resident",
+    ),
+    "a part without weight": (
+        ["data.train=[{uri: a, weight: 0}, {uri: b, weight: 1}]"],
+        "data.train.0.weight: should be greater than 0",
+    ),
+    "a run to beat that is no URI": (
+        ["output.promote_if={better_than: 7}"],
+        "output.promote_if.better_than: should be a valid string",
+    ),
     "NaN": (["training.learning_rate=.nan"], "training.learning_rate"),
     "infinity": (["loss.alpha=.inf", "loss.weight_metric=ce"], "loss.alpha"),
     "an unknown section": (["trainings.max_steps=3"], "trainings: no such field"),
@@ -213,6 +226,15 @@ def test_all_complaints_come_at_once_and_say_what_was_meant():
         "spec: training.max_step: no such field; did you mean max_steps?",
         "spec: max_steps: no such field; did you mean training.max_steps?",
         "spec: zzz: no such field; there are name, student, teachers, loss, data, training, pilot, evaluation, output, resources",
+    ]
+
+
+def test_fields_of_a_part_are_named():
+    with pytest.raises(InputError) as caught:
+        load("data.train=[{urii: a}, b]")
+    assert str(caught.value).splitlines() == [
+        "spec: data.train.0.uri: required",
+        "spec: data.train.0.urii: no such field; did you mean uri?",
     ]
 
 

@@ -29,7 +29,7 @@ def complaints(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     """Every complaint of pydantic about `data`, each as one line that begins with its dotted field, in the spec's order."""
     by_path: dict[tuple[int | str, ...], list[Any]] = {}
     for e in error.errors(include_url=False):
-        by_path.setdefault(_path(e["loc"], data), []).append(e)
+        by_path.setdefault(_path(e["loc"], data, e["type"]), []).append(e)
     sections = {path[:depth] for path in by_path for depth in range(len(path))}
     lines: list[str] = []
     for path, errors in by_path.items():
@@ -41,11 +41,13 @@ def complaints(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     return lines
 
 
-def _path(loc: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
-    """The field's place in `data`: pydantic's, without the branches of its unions."""
+def _path(loc: tuple[int | str, ...], data: Any, kind: str) -> tuple[int | str, ...]:
+    """The field's place in `data`: pydantic's, without the branches of its unions, which are no keys of it. kind: of the error."""
     path: list[int | str] = []
-    for key in loc:
+    for place, key in enumerate(loc, 1):
         if isinstance(data, dict) and isinstance(key, str):
+            if key not in data and not (kind == "missing" and place == len(loc)):
+                continue
             path.append(key)
             data = data.get(key)
         elif isinstance(data, list) and isinstance(key, int):

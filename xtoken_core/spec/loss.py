@@ -68,6 +68,8 @@ class LossSpec(Section):
             yield "alpha: only used with weight_metric"
         if self.score_unit == "byte" and not (self.aggregation == "select_teacher" or self.weight_metric == "ce"):
             yield "score_unit: byte only applies to select_teacher and to weight_metric: ce"
+        if not self.dynamic_scaling and not self.kd_weight and not self.ce_weight:
+            yield "ce_weight: with kd_weight 0 too nothing is learned"
         for field in ("kd_weight", "ce_weight"):
             if self.dynamic_scaling and self.changed(field):
                 yield f"{field}: not used with dynamic_scaling"

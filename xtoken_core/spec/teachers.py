@@ -115,5 +115,7 @@ class TeacherSpec(Section):
             yield f"scores: no process hands anything over, so that transport: {self.transport} means nothing"
         if self.scores is not None and self.precision != "auto":
             yield f"scores: no process runs in the training, so that precision: {self.precision} means nothing"
+        if self.scores is not None and self.residency != "auto":
+            yield f"scores: no process runs in the training, so that residency: {self.residency} means nothing"
         if self.mode is not None and not self.cross_tokenizer:
             yield "mode: only means something for a teacher with a projection"

@@ -154,6 +154,27 @@ def test_a_hiccup_of_the_api_ends_no_launcher(cluster, capfd, monkeypatch):
     assert "xtoken-distill-2" in cluster.jobs  # the step's next try follows it
 
 
+def test_a_job_that_is_being_deleted_is_made_again(cluster, capfd, monkeypatch):
+    """As the next try of a step finds it whose launcher was cancelled: to follow it is to fail when it is gone."""
+    monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.05)
+    place = {"group": GROUP, "version": VERSION, "namespace": "default", "plural": trainjob.PLURAL}
+    job = manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["true"])
+    for lingers in (3, 1000):
+        cluster.lingers = 0
+        trainjob.run_job(job)
+        cluster.lingers = lingers
+        kubernetes.client.CustomObjectsApi().delete_namespaced_custom_object(**place, name="xtoken-distill-1")
+        if lingers == 3:
+            trainjob.run_job(job)
+            assert (
+                "waiting until the job before is gone\nxtoken-distill-1: had been deleted; created again"
+                in capfd.readouterr().out
+            )
+    monkeypatch.setattr(trainjob, "PATIENCE", 3)
+    with pytest.raises(trainjob.TrainJobError, match="xtoken-distill-1: the one before has been deleted and does not go"):
+        trainjob.run_job(job)
+
+
 def test_a_job_that_another_has_deleted_is_told(cluster):
     place = {"group": GROUP, "version": VERSION, "namespace": "default", "plural": trainjob.PLURAL}
     job = manifest("xtoken-distill-1", "{}", ResourcesSpec(nodes=2, gpus_per_node=0), ["sleep", "100"])

@@ -38,6 +38,8 @@ class FakeKubernetes:
         """(verb, resource) of every request, as RBAC names them."""
         self.hiccups = 0
         """So many of the next looks at something are answered with 503."""
+        self.lingers = 0
+        """So many looks find a job that has been deleted, which only then is gone."""
         self.progress: dict[str, dict[str, Any]] = {}
         """What the trainer of each job says of itself, as Trainer's gate TrainJobRuntimeStatus has it."""
         self.states: list[dict[str, Any]] = []
@@ -166,6 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         if url.path.startswith(f"{JOBS}/"):
             server.asked.add(("get", "trainjobs"))
             name = url.path.removeprefix(f"{JOBS}/")
+            if name in server.jobs and "deletionTimestamp" in server.jobs[name]["metadata"]:
+                server.lingers -= 1
+                if server.lingers < 0:
+                    del server.jobs[name]
             return self._send(200, server.state(name)) if name in server.jobs else self._refuse(404, f"{name} not found")
         if found := re.fullmatch(f"{PODS}/([^/]+)/log", url.path):
             server.asked.add(("get", "pods/log"))
@@ -181,5 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         server, name = self.kubernetes, urlsplit(self.path).path.removeprefix(f"{JOBS}/")
         server.asked.add(("delete", "trainjobs"))
         server.stop(name)
-        del server.jobs[name]
+        if server.lingers:
+            server.jobs[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        else:
+            del server.jobs[name]
         self._send(200, {"kind": "Status", "status": "Success"})

@@ -101,24 +101,41 @@ def _create(jobs: Any, place: dict[str, str], job: Mapping[str, Any], api_except
     except api_exception as e:
         if getattr(e, "status", None) != 409:
             raise InputError(f"TrainJob {name}: {getattr(e, 'status', '')} {_message(e)}") from None
-        if _ended(jobs.get_namespaced_custom_object(**place, name=name)) == "Failed":
-            jobs.delete_namespaced_custom_object(**place, name=name)
-            _until_gone(jobs, place, name, api_exception)
-            jobs.create_namespaced_custom_object(**place, body=job)
-            print(f"{name}: had failed; created again", flush=True)
-        else:
+        found = _found(jobs, place, name, api_exception)
+        if found is not None and _ended(found) != "Failed" and not _going(found):
             print(f"{name}: is there already; followed", flush=True)
+            return
+        if found is not None and not _going(found):
+            jobs.delete_namespaced_custom_object(**place, name=name)
+        _wait_until_gone(jobs, place, name, api_exception)
+        jobs.create_namespaced_custom_object(**place, body=job)
+        print(f"{name}: had {'failed' if found and not _going(found) else 'been deleted'}; created again", flush=True)
 
 
-def _until_gone(jobs: Any, place: dict[str, str], name: str, api_exception: type[Exception]) -> None:
-    while True:
-        try:
-            jobs.get_namespaced_custom_object(**place, name=name)
-        except api_exception as e:
-            if getattr(e, "status", None) == 404:
-                return
-            raise
+def _found(jobs: Any, place: dict[str, str], name: str, api_exception: type[Exception]) -> dict[str, Any] | None:
+    """The job of this name; None where there is none."""
+    try:
+        job: dict[str, Any] = jobs.get_namespaced_custom_object(**place, name=name)
+        return job
+    except api_exception as e:
+        if getattr(e, "status", None) == 404:
+            return None
+        raise
+
+
+def _going(job: Mapping[str, Any]) -> bool:
+    """Whether it has been deleted, as by a launcher that was cancelled, and is there until its pods have ended."""
+    return "deletionTimestamp" in job["metadata"]
+
+
+def _wait_until_gone(jobs: Any, place: dict[str, str], name: str, api_exception: type[Exception]) -> None:
+    for look in range(PATIENCE):
+        if _found(jobs, place, name, api_exception) is None:
+            return
+        if look == 0:
+            print(f"{name}: waiting until the job before is gone", flush=True)
         time.sleep(POLL_SECONDS)
+    raise TrainJobError(f"TrainJob {name}: the one before has been deleted and does not go; kubectl describe tells what holds it")
 
 
 def _follow(jobs: Any, pods: Any, place: dict[str, str], name: str, trouble: tuple[type[Exception], ...]) -> None:

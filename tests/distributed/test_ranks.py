@@ -109,6 +109,8 @@ def test_two_ranks_resume(base, values, spread, tmp_path):
     sharding, unbroken = spread
     out = tmp_path / "killed"
     shutil.copytree(unbroken, out)
+    weights = [path for path in (out / "checkpoints" / "checkpoint-2").iterdir() if "model" in path.name]
+    assert [path.name for path in weights] == ["model.safetensors"]  # once, however it is spread
     (out / "checkpoints" / "checkpoint-3" / "checksums.json").unlink()
     on_two_ranks(changed(values, training={"sharding": sharding}), base, out)
     assert json.loads((out / "summary.json").read_text())["resumed_from"] == 2

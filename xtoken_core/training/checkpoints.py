@@ -187,6 +187,8 @@ def complete_checkpoint(folder: Path, out_dir: Path, progress: Progress, uri: st
 
     A store that is out of reach for a while ends no training: the log says that this one is not kept there.
     """
+    for second in folder.glob("pytorch_model_fsdp*"):  # accelerate's copy of the weights, which nothing reads
+        remove(str(second))
     best, log = out_dir / "best", out_dir / "log.jsonl"
     if best.exists():  # with the checkpoint, in case the run goes on elsewhere
         twin_of(best, folder / "best")

@@ -146,10 +146,6 @@ class ModelSize:
         shape = StepShape(rows=max(1, FORWARD_TOKENS // length), length=length)
         return self.teacher_bytes(shape, width) + _LOGITS_COPIES * SCORED_LOGITS * 4
 
-    def checkpoint_bytes(self, trained: int) -> int:
-        """A checkpoint on disk."""
-        return trained * _CHECKPOINT_BYTES
-
 
 @dataclass(frozen=True)
 class StepSeconds:
@@ -201,6 +197,11 @@ def host_bytes(models: Sequence[ModelSize], gpu: bool, row: int) -> int:
     """
     loading = max(size.parameters for size in models) * (2 if gpu else 4)
     return STEP_BYTES + loading + (loading if gpu else evaluation_bytes(models, 4, row))
+
+
+def checkpoint_bytes(trained: int) -> int:
+    """A checkpoint on disk, of so many trained weights."""
+    return trained * _CHECKPOINT_BYTES
 
 
 def score_bytes(top_k: int, precision: str) -> int:

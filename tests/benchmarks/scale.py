@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.benchmarks.training import LLAMA_1B, LLAMA_3B, LLAMA_7B, PHI_4_MINI, QWEN_4B, QWEN_7B
-from xtoken_core.costs import GIB, ModelSize, StepShape, row_bytes, step_seconds
+from xtoken_core.costs import GIB, ModelSize, StepShape, checkpoint_bytes, row_bytes, step_seconds
 
 LENGTH, MICRO_BATCH = 2048, 4
 ROWS_OF_A_STEP = 2048
@@ -141,11 +141,7 @@ def main() -> None:
     lines = growth(student, [size(t) for t in (PHI_4_MINI, LLAMA_3B)])
     for line in lines:
         print(json.dumps(line))
-    print(
-        json.dumps(
-            {"bytes_of_rows_per_token": row_bytes(1, 1), "checkpoint_gb": student.checkpoint_bytes(student.parameters) / 1e9}
-        )
-    )
+    print(json.dumps({"bytes_of_rows_per_token": row_bytes(1, 1), "checkpoint_gb": checkpoint_bytes(student.parameters) / 1e9}))
     if options.plot:
         plot(lines, options.plot)
 

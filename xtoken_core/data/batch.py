@@ -198,7 +198,7 @@ class Collator:
         groups = [item for item in items if isinstance(item, list)]
         rows = [row for item in items for row in (item if isinstance(item, list) else [item])]
         student = self._side(rows, groups, "student")
-        teachers = [student if c is None else self._side(rows, groups, c, self._chunks(rows, c)) for c in self.columns]
+        teachers = [student if c is None else self._side(rows, groups, c, _chunks(rows, c)) for c in self.columns]
         known = "row" in rows[0]  # validation rows are not scored
         scored = tuple(read and read(rows) for read in self.scored) if known else ()
         taught = tuple(map(partial(_taught, rows), self.domains))
@@ -254,14 +254,15 @@ class Collator:
             gather=_tensor(_padded(gather, 0)),
         )
 
-    def _chunks(self, rows: list[Row], column: str) -> Chunks:
-        """How one teacher's tokens and the student's meet."""
-        students = _padded([row[f"{column}_student_chunk_id"] for row in rows], -1)
-        teachers = _padded([row[f"{column}_teacher_chunk_id"] for row in rows], -1)
-        exact = _padded([row[f"{column}_chunk_exact"] for row in rows], False, bool)
-        counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
-        valid = _padded([_valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
-        return Chunks(*map(_tensor, (students, teachers, valid, exact)))
+
+def _chunks(rows: list[Row], column: str) -> Chunks:
+    """How one teacher's tokens and the student's meet."""
+    students = _padded([row[f"{column}_student_chunk_id"] for row in rows], -1)
+    teachers = _padded([row[f"{column}_teacher_chunk_id"] for row in rows], -1)
+    exact = _padded([row[f"{column}_chunk_exact"] for row in rows], False, bool)
+    counts = [len(row[f"{column}_chunk_exact"]) for row in rows]
+    valid = _padded([_valid(s, t, n) for s, t, n in zip(students, teachers, counts)], False, bool)
+    return Chunks(*map(_tensor, (students, teachers, valid, exact)))
 
 
 def _taught(rows: list[Row], domains: Collection[str] | None) -> Tensor | None:

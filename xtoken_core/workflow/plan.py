@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from xtoken_core import storage
 from xtoken_core.configs import stored_dtype
-from xtoken_core.costs import BYTES_PER_TOKEN, STEP_BYTES, ModelSize, evaluation_bytes, host_bytes, row_bytes, score_bytes
+from xtoken_core.costs import (
+    BYTES_PER_TOKEN,
+    STEP_BYTES,
+    ModelSize,
+    checkpoint_bytes,
+    evaluation_bytes,
+    host_bytes,
+    row_bytes,
+    score_bytes,
+)
 from xtoken_core.errors import InputError
 from xtoken_core.report.run import Run
 from xtoken_core.results.plan import Plan, PlannedModel, PlannedTask
@@ -191,7 +200,7 @@ def _disk(spec: DistillationSpec, sizes: Sizes, tokens: int) -> dict[str, int]:
     weights = student.parameters * stored_dtype(spec.student.model).itemsize
     cross = sum(t.cross_tokenizer for t in spec.teachers)
     kept = 0 if spec.training.save_steps is None else 2  # the one being written, and the one before
-    checkpoints = kept * student.checkpoint_bytes(trained_weights(spec, student))
+    checkpoints = kept * checkpoint_bytes(trained_weights(spec, student))
     return {
         "rows": row_bytes(tokens, cross),
         "scores": sum(

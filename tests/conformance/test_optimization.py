@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.conformance.test_manifests import MANIFESTS
+from tests.conformance.test_manifests import MANIFESTS, SPECS
 from tests.conformance.test_trainjob import cluster  # noqa: F401 - a fixture
 from tests.support.cli import call
 from tests.support.schemas import check_resource
@@ -60,8 +60,14 @@ def test_the_command_writes_a_grid_of_trials(run):
     assert job["spec"]["trainJobTemplate"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
 
 
-def test_the_shipped_example_is_valid():
-    check_job(yaml.safe_load((MANIFESTS / "examples" / "optimization-job.yaml").read_text()))
+def test_the_shipped_example_is_valid_and_what_would_be_written_now():
+    example = yaml.safe_load((MANIFESTS / "examples" / "optimization-job.yaml").read_text())
+    check_job(example)
+    image = example["spec"]["trainJobTemplate"]["spec"]["trainer"]["image"]
+    changes = ["loss.dynamic_scaling=false", f"resources.image={image}"]
+    spec = DistillationSpec.from_yaml(SPECS / "llama-1b-from-qwen.yaml", changes)
+    prepared = Prepared(rows=["s3://steps/prepare/rows"], projections="s3://steps/projections/matrices")
+    assert optimization_job(spec, {"loss.kd_weight": [0.5, 1, 2]}, Run.collect(spec, prepared=prepared)) == example
 
 
 @pytest.mark.parametrize(

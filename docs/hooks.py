@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
 from mkdocs.structure.files import File, Files
 
 from xtoken_core.report.dag import BOX_HEIGHT, BOX_WIDTH, dag_picture
@@ -23,20 +26,8 @@ def on_files(files: Files, config) -> Files:  # type: ignore[no-untyped-def]
     return files
 
 
-WORKFLOW = {
-    "resolve": [],
-    "overlap": ["resolve"],
-    "prepare": ["overlap"],
-    "projections": ["prepare"],
-    "distill": ["projections", "prepare"],
-    "distill-baseline": ["prepare"],
-    "evaluate-teachers": ["overlap"],
-    "evaluate-student-before": ["projections", "prepare"],
-    "evaluate-student-after": ["distill"],
-    "evaluate-baseline": ["distill-baseline"],
-    "report": ["evaluate-teachers", "evaluate-student-before", "evaluate-student-after", "evaluate-baseline"],
-}
-"""The steps of a run with a twin, and what each waits for."""
+COMPILED = Path(__file__).parents[1] / "pipelines" / "compiled" / "demo.yaml"
+"""A run with a twin, whose steps the picture shows."""
 
 _BOX = '<rect width="{w}" height="{h}" rx="7" fill="none" stroke="currentColor"/>'
 _TEXT = '<text x="{x}" y="{y}" text-anchor="middle" font-size="13" fill="currentColor">{text}</text>'
@@ -48,7 +39,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def _picture() -> str:
-    dag = dag_picture([Task(name=name, after=after) for name, after in WORKFLOW.items()])
+    compiled = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))["root"]["dag"]["tasks"]
+    dag = dag_picture([Task(name=name, after=task.get("dependentTasks", [])) for name, task in compiled.items()])
     assert dag is not None
     parts = [f'<path d="{edge}" fill="none" stroke="currentColor" opacity=".5"/>' for edge in dag.edges]
     for box in dag.boxes:

@@ -62,7 +62,6 @@ def schema(output: Path | None) -> None:
 @SET
 @click.option(
     "--from",
-    "--run",
     "finished",
     metavar="RUN",
     help="A finished run, whose speed is taken, and of the same data its rows and tokens; RUN is what its output.uri said.",

@@ -84,6 +84,7 @@ def test_every_field_has_its_values_and_a_default():
     assert found["loss.mode"].kind.startswith("partition_kl | ") and found["loss.temperature"].default == "1.0"
     assert found["teachers[].projection.top_k"].kind == "integer, above 0, at most 64"
     assert found["student.model"].default == "required" and found["training"].section
+    assert found["resources.labels"].default == "{}"
 
 
 def test_pages_in_the_menu_are_those_that_exist():

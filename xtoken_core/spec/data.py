@@ -35,15 +35,15 @@ class DataSpec(Section):
         description="parts of the training data: files, folders, globs or hub data sets, each with a weight if it needs one",
         examples=[["s3://bucket/text/*.jsonl", "more/"]],
     )
-    validation: Uris = Field((), description="same; chooses the best checkpoint")
+    validation: Uris = Field((), description="held-out documents, named as in train; they choose the best checkpoint")
     format: Literal["auto", "text", "messages"] = Field(
         "auto",
-        description="of each record: text, or a chat that goes through the models' chat templates; auto: what it looks like",
+        description="what each record is: text, or a chat that goes through the models' chat templates; auto: what it looks like",
     )
     text_key: str = Field("text", description="column of the text in .jsonl and .parquet")
     messages_key: str = Field("messages", description="column of the chat in .jsonl and .parquet")
-    assistant_only: bool = Field(True, description="of chats: KD and CE only on assistant turns")
-    eos: bool = Field(True, description="of texts: an EOS, to be learned, where a document ends; false: the text has its own")
+    assistant_only: bool = Field(True, description="in chats, KD and CE only on assistant turns")
+    eos: bool = Field(True, description="end every text with an EOS, which is learned; false: the text has its own")
     max_length: Annotated[int, Field(ge=8, le=2**20)] = Field(2048, description="tokens of a row, on every side")
     max_rows: PositiveInt | None = Field(None, description="use only the first rows of the training data")
     packing: bool = Field(False, description="several documents a row, attention kept within each")

@@ -12,7 +12,7 @@ from xtoken_core.spec.section import NonNegativeInt, PositiveInt, Section, Strin
 class EvaluationSpec(Section):
     """What the student, its former self and the teachers are measured on."""
 
-    bits_per_byte: bool = Field(True, description="where there is held-out text")
+    bits_per_byte: bool = Field(True, description="measure bits per byte, where there is held-out text")
     texts: Uris = Field((), description="held-out documents for bits per byte; default: data.validation")
     window: Annotated[int, Field(ge=8, le=2**20)] | None = Field(None, description="context in tokens; default: data.max_length")
     tasks: Strings = Field(

@@ -19,7 +19,9 @@ class LossSpec(Section):
     chunk_distribution: Literal["mean", "first"] = Field(
         "mean", description="p_kl, h_kl, gold: mean over a chunk's rows, or its first row renormalised"
     )
-    topk_scope: Literal["sequence", "batch"] = Field("sequence", description="over what the teacher columns are chosen")
+    topk_scope: Literal["sequence", "batch"] = Field(
+        "sequence", description="whether the teacher columns are chosen for each sequence or for the whole batch"
+    )
     vocab_topk: PositiveInt = Field(8192, description="teacher columns that p_kl and the same-vocabulary KL compare")
     uncommon_topk: PositiveInt = Field(8192, description="sorted uncommon probabilities that gold and h_kl compare")
     temperature: Annotated[float, Field(gt=0, le=1000)] = Field(
@@ -44,7 +46,7 @@ class LossSpec(Section):
     weight_metric: Literal["ce", "entropy", "max_prob"] | None = Field(None, description="weight teachers by their confidence")
     alpha: float = Field(1.0, description="sharpness of weight_metric's softmax")
     normalize_by_vocab: bool = Field(False, description="scale each KD (and score) by log V_i / log min V")
-    score_unit: Literal["token", "byte"] = Field("token", description="of the CE that weights or selects teachers")
+    score_unit: Literal["token", "byte"] = Field("token", description="unit of the CE that weights or selects teachers")
 
     @property
     def separate_terms(self) -> bool:

@@ -114,10 +114,11 @@ class ResourcesSpec(Section):
         "16Gi", pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", description="size of the in-memory /dev/shm"
     )
     retries: Annotated[int, Field(ge=0, le=100)] = Field(
-        2, description="of training, which goes on from its last checkpoint (see training.save_steps), and of every step after it"
+        2,
+        description="times that training, which goes on from its last checkpoint (training.save_steps), and later steps are tried again",
     )
     node_selector: dict[Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
-        default_factory=dict, description="labels that a node must have", examples=[{"pool": "h100"}]
+        {}, description="labels that a node must have", examples=[{"pool": "h100"}]
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False, max_length=100)] = Field(
         (), description="taints that the GPU steps tolerate"
@@ -138,10 +139,10 @@ class ResourcesSpec(Section):
         (), description="secrets for the image's registry", examples=[["registry-credentials"]]
     )
     labels: dict[Annotated[str, Field(pattern=LABEL)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
-        default_factory=dict, description="labels of every pod and TrainJob", examples=[{"team": "nlp"}]
+        {}, description="labels of every pod and TrainJob", examples=[{"team": "nlp"}]
     )
     annotations: dict[Annotated[str, Field(pattern=LABEL)], str] = Field(
-        default_factory=dict,
+        {},
         description="annotations of every pod and TrainJob",
         examples=[{"sidecar.istio.io/inject": "false"}],
     )
@@ -152,7 +153,7 @@ class ResourcesSpec(Section):
         None, description="when a finished run's pods are deleted", examples=[604800]
     )
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
-        default_factory=dict, description="environment variables of every step", examples=[{"HF_HOME": "/models/huggingface"}]
+        {}, description="environment variables of every step", examples=[{"HF_HOME": "/models/huggingface"}]
     )
     secrets: Annotated[tuple[SecretEnv, ...], Field(strict=False, max_length=100)] = Field(
         (), description="environment variables of every step from Kubernetes secrets"

@@ -23,7 +23,7 @@ class ProjectionSpec(Section):
     top_k: Annotated[int, Field(gt=0, le=64)] = Field(4, description="entries kept per student token")
     reverse_pass: bool = Field(False, description="also map the teacher's tokens back through the student's tokenizer")
     learnable: bool = Field(False, description="train the weights of W's nonzeros with the student")
-    learning_rate: PositiveFloat = Field(1e-2, description="of W's weights, when learnable")
+    learning_rate: PositiveFloat = Field(1e-2, description="learning rate of W's weights, when learnable")
 
     def contradictions(self) -> Iterator[str]:
         """Yields what of the section does not go together."""
@@ -75,7 +75,8 @@ class TeacherSpec(Section):
         "auto", description="whether its weights stay on the GPU between steps"
     )
     precision: Literal["auto", "bf16", "fp8"] = Field(
-        "auto", description="of its weights and products; auto: as training.precision; fp8: the layers' products in 8 bits"
+        "auto",
+        description="number format of its weights and products; auto: as training.precision; fp8: the layers' products in 8 bits",
     )
     domains: Strings | None = Field(
         None, min_length=1, description="domains of data.train that it teaches; default: all", examples=[["code", "maths"]]

@@ -36,16 +36,16 @@ class TrainingSpec(Section):
         "cosine", description="how the learning rate falls after the warm-up"
     )
     warmup_steps: NonNegativeInt = Field(0, description="steps in which the learning rate rises from zero")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's")
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay of AdamW")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients of a larger norm are scaled down to it")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of the order of the rows, dropout and new weights")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of the order of the rows, dropout and new weights")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16: autocast over float32 weights; auto: bf16 where GPU or CPU has instructions for it, else fp32"
     )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward pass, to save memory")
     compile: bool = Field(False, description="torch.compile the layers of the student, and on a GPU of the teachers")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="of student and teachers; auto: sdpa for each model that has it, else eager"
+        "auto", description="attention of student and teachers; auto: sdpa for each model that has it, else eager"
     )
     sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how the student spreads over several GPUs")
     log_steps: PositiveInt = Field(1, description="log this often")

@@ -74,9 +74,12 @@ def plan(spec: Path, overrides: tuple[str, ...], finished: str | None) -> None:
     from xtoken_core.report.plan import plan_text
     from xtoken_core.report.run import Run
     from xtoken_core.workflow.plan import plan as planned
+    from xtoken_core.workflow.versions import check_models_are_there
 
+    parsed = DistillationSpec.from_yaml(spec, overrides)
     measured = None if finished is None else Run.published(finished)
-    click.echo(plan_text(planned(DistillationSpec.from_yaml(spec, overrides), measured)))
+    check_models_are_there(parsed)
+    click.echo(plan_text(planned(parsed, measured)))
 
 
 @click.command(epilog="For example: xtoken show spec.yaml --rows 5")
@@ -89,9 +92,11 @@ def show(spec: Path, overrides: tuple[str, ...], rows: int) -> None:
     What is to be learned is in colour, or with $NO_COLOR in brackets.
     """
     from xtoken_core.data.show import shown_rows
+    from xtoken_core.workflow.versions import check_models_are_there
 
-    colour = not os.environ.get("NO_COLOR")
-    for text in shown_rows(DistillationSpec.from_yaml(spec, overrides), rows, colour):
+    parsed, colour = DistillationSpec.from_yaml(spec, overrides), not os.environ.get("NO_COLOR")
+    check_models_are_there(parsed)
+    for text in shown_rows(parsed, rows, colour):
         click.echo(f"{text}\n", color=colour)
 
 

@@ -278,6 +278,16 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, words):
     assert wrong.stderr.startswith(f"{tmp_path}/none: no finished run lies there")
 
 
+@pytest.mark.parametrize("command", ["plan", "show"])
+def test_a_model_that_is_not_there_is_one_line_at_once(tmp_path, command, monkeypatch):
+    """transformers would tell of each of its attempts, for a minute."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tiny_run(tmp_path, teachers=1)))
+    wrong = call("pipelines", command, tmp_path / "spec.yaml", "--set", "teachers.other.model=me/none")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("teachers.other.model: me/none: no such folder, and not to be had")
+    assert wrong.stderr.count("\n") == 1
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line(finished, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_TOKEN", "t")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from xtoken_core import storage
 from xtoken_core.data.hub import hub_dataset
-from xtoken_core.errors import InputError, in_one_line
+from xtoken_core.errors import InputError, blamed, in_one_line
 from xtoken_core.identity import identity
 from xtoken_core.results.workflow import ReadInput
-from xtoken_core.spec import StudentSpec, TeacherSpec
+from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.training.checkpoints import training_identity
 from xtoken_core.training.inputs import TrainingInputs
 from xtoken_core.workflow.licences import licence_of
@@ -70,6 +70,19 @@ class Versions:
         if entry not in self.known:
             self.known.append(entry)
         return found
+
+
+def check_models_are_there(spec: DistillationSpec) -> None:
+    """Raises InputError, which names the field, for a model or tokenizer that is not to be had.
+
+    transformers finds that out too, after a minute of attempts.
+    """
+    models: tuple[StudentSpec | TeacherSpec, ...] = (spec.student, *spec.teachers)
+    for model in models:
+        for name, ref in (("model", model.model), ("tokenizer", model.tokenizer)):
+            if ref is not None:
+                with blamed(f"{_field(model)}.{name}"):
+                    model_version(ref)
 
 
 def stored_matrices(models: Iterable[StudentSpec | TeacherSpec]) -> list[tuple[str, str]]:

@@ -247,15 +247,15 @@ def test_what_only_some_side_reads_is_told_once(tmp_path, two_tokenizers, capsys
     knowing = side("qwen3", CHATML.replace("{% for", "{{ tools }}{% for", 1))
     deaf = side("qwen3", CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'developer' %}"))
     found = read(obeying, knowing, deaf, tools=TOOLS)
-    assert found.left_out == tuple(f"qwen3: its chat template leaves out {w}" for w in ("what the developer says", "the tools"))
+    assert found.remarks == tuple(f"qwen3: its chat template leaves out {w}" for w in ("what the developer says", "the tools"))
     instructed = [{"role": "system", "content": " Be brief.\n"}, *THINKING]
     for of, chat, tools in (
         ("qwen3-chat", CALLING, TOOLS),
         ("gemma3-chat", instructed, None),
         ("llama3.1-chat", instructed, None),
     ):
-        assert read(chat, side(of), tools=tools).left_out == ()  # escaped, moved or without its blanks it is there
-    nemo = read(instructed, side("nemo-chat")).left_out  # it puts the system prompt into a last question only
+        assert read(chat, side(of), tools=tools).remarks == ()  # escaped, moved or without its blanks it is there
+    nemo = read(instructed, side("nemo-chat")).remarks  # it puts the system prompt into a last question only
     assert nemo == ("nemo-chat: its chat template leaves out what the system says",)
     prepare_rows(two_tokenizers([{"messages": PLAIN, "tools": TOOLS}] * 3), tmp_path / "rows")
     told = [line for line in capsys.readouterr().err.splitlines() if "leaves out" in line]

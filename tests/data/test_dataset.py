@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import assets
@@ -130,6 +130,35 @@ def test_a_text_of_which_no_character_has_a_token_is_no_text():
     assert len(foreign.ids[0]) and document_rows(with_eos(foreign, [student]), [9], [student], whole=False) == "no text"
     [row] = document_rows(some, [9], [student], whole=False)
     assert row["num_bytes"] == 1
+
+
+def test_a_chat_that_was_rendered_into_a_text_is_told_of(tmp_path, capsys):
+    """Its names of special tokens are text, not the tokens that the model knows."""
+    tiny_tokenizer(300).save_pretrained(tmp_path / "student")
+    lines = ["a text", "User: hi<eos>\nBot: ho<eos>", "<eos> again", "a <br> b"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    spec = {
+        "name": "n", "student": {"model": str(tmp_path / "student")}, "output": {"uri": "out"},
+        "teachers": [{"id": "t", "model": "unread"}], "data": {"train": [str(tmp_path / "texts.jsonl")]},
+    }  # fmt: skip
+    prepare_rows(DistillationSpec.from_text(json.dumps(spec)), tmp_path / "rows")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    said = "student: '<eos>' in a text is read as text; chats come as messages"
+    assert told == [f"warning: {tmp_path}/texts.jsonl:2: {said}"]
+    last = load_rows(tmp_path / "rows")[1]["student_ids"]
+    assert (last == tiny_tokenizer(300).eos_token_id).sum() == 1  # the document's own end
+
+
+def test_one_text_that_the_normalisers_cannot_settle_is_left_out():
+    """One composes characters, the other takes them apart."""
+    sides = []
+    for name, normalizer in (("student", normalizers.NFC()), ("teacher t", normalizers.NFD())):
+        tok = tiny_tokenizer(300)
+        tok.backend_tokenizer.normalizer = normalizer
+        sides.append(Side.of(name, name, tok))
+    first, second, third = tokenize_texts(["even", "ödd", "even"], sides)
+    assert second.startswith("tokenizers: their normalisers undo each other on ")
+    assert first.ids[0].tolist() == third.ids[0].tolist() == sides[0].encode(["even"])[0].tolist()
 
 
 def test_a_document_ends_with_every_sides_eos():

@@ -94,7 +94,7 @@ def _rows(
                 stats.drop(document, outcome.dropped, unusable=outcome.unusable)
                 continue
             stats.add(document, cut=outcome.cut)
-            stats.tell(document, outcome.left_out)
+            stats.tell(document, outcome.remarks)
             domain = domain_of_corpus(document.corpus) if domains is None else domains[document.part]
             place = {"document": document.index, "part": document.part, "domain": domain}
             yield from (place | row for row in outcome.rows)

@@ -8,13 +8,14 @@ it no longer fits the limit, and the student would train on tokens that no text 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xtoken_core.alignment import align_rows
+from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec, TeacherSpec
 from xtoken_core.tokenization import TokenTable, encode, load_tokenizer, normalize_for, role_pairs, row_bos
 
@@ -54,6 +55,14 @@ class Side:
     def of(cls, name: str, column: str, tokenizer: PreTrainedTokenizerFast, teacher: str | None = None) -> Side:
         """The side of a loaded tokenizer."""
         return cls(name, column, tokenizer, TokenTable.from_tokenizer(tokenizer), row_bos(tokenizer), teacher)
+
+    @cached_property
+    def controls(self) -> list[str]:
+        """Names of the special tokens that people write into texts: those of roles, and of the chat template."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        roles = set(self.tokenizer.convert_ids_to_tokens(list(self.table.roles.values())))
+        template = str(self.tokenizer.chat_template or "")
+        return [name for name in special if len(name.strip()) > 2 and (name in roles or name in template)]
 
     @property
     def pad(self) -> int:
@@ -99,8 +108,8 @@ class Tokenized:
     """Of each side but the student's."""
     cuts: np.ndarray
     """int64 [K, sides], ascending from zeros: token counts at which every side stands at the same place in the text."""
-    left_out: tuple[str, ...] = ()
-    """What of a chat a side does not read, in words."""
+    remarks: tuple[str, ...] = ()
+    """What of the document some side reads in another way than one may think, in words."""
 
     @property
     def sizes(self) -> np.ndarray:
@@ -114,14 +123,20 @@ def tokenize_texts(texts: Sequence[str], sides: Sequence[Side]) -> list[Tokenize
     Texts are first brought to where every normaliser leaves them alone. Characters that a vocabulary cannot spell make
     inexact chunks.
     """
-    normal = [normalize_for(text, [side.table for side in sides]) for text in texts]
+    normal, unsettled = [], {}
+    for i, text in enumerate(texts):
+        try:
+            normal.append(normalize_for(text, [side.table for side in sides]))
+        except InputError as e:
+            normal.append("")
+            unsettled[i] = str(e)
     encoded = [side.encode(normal) for side in sides]
     aligned = [_aligned(encoded[0], ids, sides[0], side) for side, ids in zip(sides[1:], encoded[1:])]
     found: list[Tokenized | str] = []
     for i, text in enumerate(normal):
         chunks = [teacher[i] for teacher in aligned]
         usable = [chunk for chunk in chunks if not isinstance(chunk, str)]
-        reasons = [chunk for chunk in chunks if isinstance(chunk, str)]
+        reasons = [reason for reason in (unsettled.get(i), *chunks) if isinstance(reason, str)]
         ids = [side[i] for side in encoded]
         found.append(reasons[0] if reasons else _tokenized(ids, usable, len(text.encode()), sides))
     return found
@@ -174,7 +189,14 @@ def with_eos(document: Tokenized, sides: Sequence[Side]) -> Tokenized:
             )
         )
     sizes = np.array([[len(tokens) for tokens in ids]])
-    return Tokenized(ids, widths, targets, chunks, np.unique(np.concatenate([document.cuts, sizes]), axis=0))
+    return replace(
+        document,
+        ids=ids,
+        widths=widths,
+        targets=targets,
+        chunks=chunks,
+        cuts=np.unique(np.concatenate([document.cuts, sizes]), axis=0),
+    )
 
 
 def text_widths(table: TokenTable, ids: np.ndarray, size: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def shown_rows(spec: DistillationSpec, count: int, colour: bool) -> Iterator[str
             break
         [found] = tokenize([document])
         rows = found if isinstance(found, str) else tokenize.rows(document, found)
-        yield from () if isinstance(found, str) else (f"{document.source}: {what}" for what in found.left_out)
+        yield from () if isinstance(found, str) else (f"{document.source}: {remark}" for remark in found.remarks)
         if isinstance(rows, str):
             yield f"{document.source}: left out: {rows}"
             continue

@@ -63,12 +63,12 @@ class Statistics:
             print(printable(f"warning: {document.source}: left out: {reason}"), file=sys.stderr)
         self.examples.setdefault(reason, document.source)
 
-    def tell(self, document: Document, left_out: Iterable[str]) -> None:
-        """Tells on stderr what some tokenizer does not read of a document that has rows; of each kind, the first."""
-        for what in left_out:
-            if what not in self._told and len(self._told) < MOST_REASONS:
-                self._told.add(what)
-                print(printable(f"warning: {document.source}: {what}"[:LONGEST_REASON]), file=sys.stderr)
+    def tell(self, document: Document, remarks: Iterable[str]) -> None:
+        """Tells on stderr what there is to say of a document that has rows; of each kind, the first."""
+        for remark in remarks:
+            if remark not in self._told and len(self._told) < MOST_REASONS:
+                self._told.add(remark)
+                print(printable(f"warning: {document.source}: {remark[:LONGEST_REASON]}"), file=sys.stderr)
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Counts the rows that pass through."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from xtoken_core.data.chat import ChatTokenizer
@@ -24,8 +24,8 @@ class Outcome:
     """It has none because it cannot be read or tokenized, not because nothing is in it."""
     cut: bool = False
     """Its only row holds less than all of it."""
-    left_out: Sequence[str] = ()
-    """What of it some side does not read, in words."""
+    remarks: Sequence[str] = ()
+    """Of how it is read: see `Tokenized`."""
 
 
 class DocumentTokenizer:
@@ -53,8 +53,14 @@ class DocumentTokenizer:
                 found.append(next(read))
             else:
                 text = next(texts)
-                found.append(text if isinstance(text, str) or not self.data.eos else with_eos(text, self.sides))
+                found.append(text if isinstance(text, str) else self._finished(text, document.content))
         return found
+
+    def _finished(self, text: Tokenized, content: str) -> Tokenized:
+        """A text with its end, and with a remark on names of special tokens: a chat may have been rendered into it."""
+        written = [(side.name, next((name for name in side.controls if name in content), None)) for side in self.sides]
+        remarks = tuple(f"{side}: {name!r} in a text is read as text; chats come as messages" for side, name in written if name)
+        return replace(with_eos(text, self.sides) if self.data.eos else text, remarks=remarks)
 
     def outcomes(self, documents: Sequence[Document]) -> list[Outcome]:
         """What becomes of each document."""
@@ -67,7 +73,7 @@ class DocumentTokenizer:
         if isinstance(rows, str):
             return Outcome(dropped=rows)
         cut = len(rows) == 1 and len(rows[0]["student_ids"]) < len(found.ids[0])
-        return Outcome(rows, cut=cut, left_out=found.left_out)
+        return Outcome(rows, cut=cut, remarks=found.remarks)
 
     def rows(self, document: Document, tokenized: Tokenized) -> list[Row] | str:
         """The rows of a document, or why it has none. Of a chat only the first is kept: the rest would stand without its template."""

@@ -13,6 +13,9 @@ import pytest
 from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
 from xtoken_core import storage
 from xtoken_core.checksums import damage
+from xtoken_core.data.prepare import prepare_rows
+from xtoken_core.errors import InputError
+from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.checkpoints import check_inputs, clean_up, latest_checkpoint, restore
 
 
@@ -122,3 +125,22 @@ def test_a_file_system_without_hard_links(base, values, tmp_path, monkeypatch, f
         len(losses(out)) == 5 and damage(out) is None and (out / "checkpoints" / "checkpoint-4" / "best" / "config.json").exists()
     )
     fault("the volume has no hard links", "trains", "copied")
+
+
+def test_checkpoints_of_other_rows_are_not_gone_on_from(base, values, finished, tmp_path, fault):
+    """The same spec and the same folders, in which another corpus was prepared meanwhile: one of as many documents and bytes."""
+    there = shutil.copytree(base / "train", tmp_path / "there")
+    spec = changed(values, data={"train": [str(there)]})
+    rows, out = tmp_path / "rows", tmp_path / "out"
+
+    def trained() -> int | None:
+        for split in ("train", "validation"):
+            prepare_rows(DistillationSpec.model_validate(spec), rows / split, split)
+        return run(spec, tmp_path, out, baseline=True).resumed_from
+
+    assert (trained(), trained()) == (None, 5)
+    text = there / "0.txt"
+    text.write_text(text.read_text().swapcase())
+    with pytest.raises(InputError, match=f"^{out}/checkpoints: holds checkpoints of another spec or of other rows") as told:
+        trained()
+    fault("the rows were prepared from another text, its checkpoints are there", "not resumed, named, not removed", told.value)

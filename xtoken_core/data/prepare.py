@@ -18,6 +18,7 @@ Beside the training rows lies how often two tokens began the same chunk (`first_
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -79,7 +80,9 @@ def prepare_rows(
     if shards == 1:  # one of several shards may be left without rows; all together may not, see `rows_of_shards`
         expected = spec.data.expected_domains if split == "train" else ()
         check_statistics(result, f"data.{split}", stats.examples, expected)
-    RowsRecord(pads={side.column: side.pad for side in sides}, stats=result).write(folder / "rows.json")
+    with (folder / "rows.arrow").open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()[:16]
+    RowsRecord(pads={side.column: side.pad for side in sides}, stats=result, digest=digest).write(folder / "rows.json")
     return result
 
 

@@ -109,8 +109,17 @@ class Statistics:
 
 def statistics_of(folder: str) -> RowStatistics:
     """What `prepare_rows` counted when it wrote the rows of `folder` (a path or URI). Raises InputError."""
+    return _record(folder).stats
+
+
+def rows_identity(folder: str) -> str:
+    """What changes when the rows of `folder` (a path or URI) do, wherever they lie. Raises InputError."""
+    return _record(folder).digest
+
+
+def _record(folder: str) -> RowsRecord:
     path = f"{folder}/rows.json"
-    return RowsRecord.parse(storage.open_text(path).read(), path).stats
+    return RowsRecord.parse(storage.open_text(path).read(), path)
 
 
 def rows_in(folders: Iterable[str | Path]) -> int:

@@ -47,3 +47,5 @@ class RowsRecord(Record):
 
     pads: dict[str, int]
     stats: RowStatistics
+    digest: str = ""
+    """Of rows.arrow."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from xtoken_core.checksums import FILE as CHECKSUMS
 from xtoken_core.checksums import damage, seal, write_whole
+from xtoken_core.data.statistics import rows_identity
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
 from xtoken_core.spec import DistillationSpec
@@ -69,17 +70,20 @@ NEUTRAL = {"timeout", "skip_nonfinite", "log_steps", "save_steps", "report_to"}
 
 
 def training_identity(spec: DistillationSpec, inputs: TrainingInputs, baseline: bool) -> str:
-    """What a training's checkpoints are made with: the part of the spec that it reads, and the loss modes."""
+    """What a training's checkpoints are made with: the part of the spec that it reads, its rows, and the loss modes. Raises InputError."""
     fields = spec.model_dump(mode="json", include={"student", "teachers", "loss", "data", "training"})
     fields["training"] = {name: value for name, value in fields["training"].items() if name not in NEUTRAL}
-    return identity(fields, dict(inputs.modes), baseline)
+    rows = [rows_identity(f"{shard}/train") for shard in inputs.rows]
+    return identity(fields, rows, dict(inputs.modes), baseline)
 
 
 def check_inputs(folder: Path, own: str) -> None:
     """Notes in `folder` the identity of its checkpoints. Raises InputError if it holds some of another training."""
     note = folder / "identity"
     if any(folder.glob(f"checkpoint-*/{CHECKSUMS}")) and note.exists() and note.read_text() != own:
-        raise InputError(f"{folder}: holds checkpoints of another spec; remove them, or choose another folder for the run")
+        raise InputError(
+            f"{folder}: holds checkpoints of another spec or of other rows; remove them, or choose another folder for the run"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(note, own)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from tests.support.architectures import tiny_config
+from tests.support.chat_templates import CHATML
 from tests.support.tiny import tiny_tokenizer
 from xtoken_core.errors import InputError
 from xtoken_core.spec import DistillationSpec
@@ -64,3 +67,54 @@ def test_models_that_fit_pass(folders, student, teacher, sections):
 def test_a_contradiction_names_field_and_model(folders, student, teacher, sections, message):
     with pytest.raises(InputError, match=f"^{message}[^\n]*$"):
         check_models(spec_of(folders, student, teacher, **sections))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "sections", "chats", "refused"),
+    [
+        (
+            "llama",
+            "talking",
+            {},
+            ["data.train"],
+            r"student\.model: .*llama: .* no chat template, which the chats of data\.train need; stu",
+        ),
+        (
+            "talking",
+            "llama",
+            {"projection": {}},
+            ["data.validation"],
+            r"teachers\.t\.model: .* of data\.validation need; teachers\.t\.tok",
+        ),
+        ("talking", "llama", {}, ["data.train"], None),  # which reads the student's rows
+        (
+            "talking",
+            "llama",
+            {},
+            ["data.validation"],
+            r"teachers\.t\.model: .* of data\.validation need",
+        ),  # it is measured on them
+        ("talking", "llama", {"texts": ["y"]}, ["data.validation"], None),
+        ("talking", "llama", {"texts": ["y"]}, ["evaluation.texts"], r"teachers\.t\.model: .* of evaluation\.texts need"),
+        ("talking", "llama", {"tokenizer": "talking", "texts": ["y"]}, ["data.train", "evaluation.texts"], None),
+        ("llama", "llama", {"texts": ["y"], "bits_per_byte": False}, ["evaluation.texts"], None),
+    ],
+)
+def test_chats_need_a_template_of_whoever_reads_them(folders, student, teacher, sections, chats, refused):
+    """Else the evaluation after the training ends the run."""
+    talking = tiny_tokenizer(300)
+    talking.chat_template = CHATML
+    tiny_config("llama", vocab_size=300).save_pretrained(folders / "talking")
+    talking.save_pretrained(folders / "talking")
+    own = {name: sections[name] for name in ("projection", "tokenizer") if name in sections}
+    own |= {"tokenizer": str(folders / own["tokenizer"])} if "tokenizer" in own else {}
+    spec = spec_of(
+        folders,
+        student,
+        teacher,
+        teachers=[{"id": "t", "model": str(folders / teacher), **own}],
+        data={"validation": ["v"]},
+        evaluation={name: sections[name] for name in ("texts", "bits_per_byte") if name in sections},
+    )
+    with nullcontext() if refused is None else pytest.raises(InputError, match=f"^{refused}[^\n]*$"):
+        check_models(spec, chats)

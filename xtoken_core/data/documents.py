@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 from xtoken_core.data.hub import HubDataset, hub_dataset
 from xtoken_core.data.records import (
     Content,
+    Conversation,
     MissingColumn,
     Refused,
     Unusable,
@@ -84,30 +85,35 @@ def _loaded(source: str, load: Callable[[], Content], first: bool) -> tuple[Cont
         return "", str(e)
 
 
-def check_corpora(spec: DistillationSpec) -> None:
-    """Raises InputError, which names the field, for texts that would end a later step and for held-out ones that are trained on.
+def check_corpora(spec: DistillationSpec) -> list[str]:
+    """Which of the fields `data.train`, `data.validation` and `evaluation.texts` hold chats.
 
-    Looked at are the names of all files, and the first record of each URI.
+    Looked at are the names of all files, and the first record of each URI. Raises InputError, which names the field, for texts
+    that would end a later step and for held-out ones that are trained on.
     """
+    chats: dict[str, None] = {}
     told_apart = any(part.weight is not None or part.domain is not None for part in spec.data.parts)
     trained: dict[str, int] = {}
     for number, uri in enumerate(spec.data.train_uris):
-        found = _checked("data.train", [uri], spec.data)
+        found = _checked("data.train", [uri], spec.data, chats)
         if told_apart and (both := next((name for name in found if name in trained), None)):
             raise InputError(f"data.train.{number}: {both} is in data.train.{trained[both]} too, of another weight or domain")
         trained |= dict.fromkeys(found, number)
     for field, uris in (("data.validation", spec.data.validation), ("evaluation.texts", spec.evaluation.texts)):
-        held_out = _checked(field, uris, spec.data)
+        held_out = _checked(field, uris, spec.data, chats)
         if both := next((name for name in held_out if name in trained), None):
             raise InputError(f"{field}: {both} is in data.train too")
+    return list(chats)
 
 
-def _checked(field: str, uris: Sequence[str], data: DataSpec) -> dict[str, None]:
-    """The files and hub data sets that the URIs name, each under one name."""
+def _checked(field: str, uris: Sequence[str], data: DataSpec, chats: dict[str, None]) -> dict[str, None]:
+    """The files and hub data sets that the URIs name, each under one name; `chats` gets the field if a first record is one."""
     with blamed(field):
         places = [place for _, place in _places(uris, data)]
         for uri in uris:
-            next(read_documents([uri], data), None)
+            first = next(read_documents([uri], data), None)
+            if first is not None and isinstance(first.content, Conversation):
+                chats[field] = None
     return dict.fromkeys(
         place.key if isinstance(place, HubDataset) else place if is_remote(place) else os.path.realpath(place) for place in places
     )

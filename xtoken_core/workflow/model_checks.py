@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -13,11 +14,13 @@ from xtoken_core.same_vocabulary import check_same_vocabulary
 from xtoken_core.spec import DistillationSpec, StudentSpec, TeacherSpec
 from xtoken_core.tokenization import TokenTable, load_tokenizer
 
+_ROWS = ("data.train", "data.validation")
 
-def check_models(spec: DistillationSpec) -> None:
+
+def check_models(spec: DistillationSpec, chats: Collection[str] = ()) -> None:
     """Reads every model's configuration, builds its shapes, prunes the student's and loads the tokenizers.
 
-    Raises InputError, which names the field, for a model that will not load, rows longer than a model has positions, an
+    chats: fields of texts that are chats. Raises InputError, which names the field, for a model that will not load, rows longer than a model has positions, an
     attention that a model lacks, layers that the student cannot do without, what could not be saved in the end, and a tokenizer that does not fit.
     """
     refs = {"student.model": spec.student.model} | {f"teachers.{t.id}.model": t.model for t in spec.teachers}
@@ -38,7 +41,7 @@ def check_models(spec: DistillationSpec) -> None:
             if spec.student.keep_layers is not None:
                 prune_layers(model, spec.student.keep_layers)
             _check_saving(field, ref, model.config)
-    _check_tokenizers(spec, known)
+    _check_tokenizers(spec, known, chats)
 
 
 def shared_rows(spec: DistillationSpec) -> int:
@@ -48,16 +51,19 @@ def shared_rows(spec: DistillationSpec) -> int:
     return min(heads if tokenizer is None else [len(TokenTable.from_tokenizer(tokenizer)), *heads])
 
 
-def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:
-    """Raises InputError for an lm_head with fewer rows than its tokenizer has ids, and for a teacher of another vocabulary.
+def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int], chats: Collection[str]) -> None:
+    """Raises InputError for an lm_head with fewer rows than its tokenizer has ids, for a teacher of another vocabulary, and for chats
+    without a template.
 
     rows: of the lm_head of the model that each field names. A tokenizer at a URI is left to the overlap step, since the whole
     model is downloaded with it.
     """
+    measured = {"evaluation.texts" if spec.evaluation.texts else "data.validation"} if spec.measures_bits else set()
     student = _tokenizer(spec.student)
     if student is not None:
         _check_saving("student.model", spec.student.model, student)
         _check_rows("student.model", spec.student.model, rows, student)
+        _check_template("student", spec.student, student, {*_ROWS, *measured}.intersection(chats))
     for index, teacher in enumerate(spec.teachers):
         tok = _tokenizer(teacher)
         if not teacher.cross_tokenizer and student is not None and tok is not None:
@@ -65,6 +71,9 @@ def _check_tokenizers(spec: DistillationSpec, rows: dict[str, int]) -> None:
         read = tok if teacher.cross_tokenizer else student  # a teacher of the student's vocabulary is fed the student's ids
         if read is not None:
             _check_rows(f"teachers.{teacher.id}.model", teacher.model, rows, read)
+        if tok is not None:
+            own = {*_ROWS, *measured} if teacher.cross_tokenizer else measured  # the others' rows are the student's
+            _check_template(f"teachers.{teacher.id}", teacher, tok, own.intersection(chats))
 
 
 def _check_saving(field: str, ref: str, part: PreTrainedConfig | PreTrainedTokenizerFast) -> None:
@@ -74,6 +83,15 @@ def _check_saving(field: str, ref: str, part: PreTrainedConfig | PreTrainedToken
             part.save_pretrained(folder)
         except Exception as e:  # of a configuration that contradicts itself transformers raises many kinds
             raise InputError(f"{field}: {ref}: cannot be saved after the training: {in_one_line(e)}") from None
+
+
+def _check_template(field: str, side: StudentSpec | TeacherSpec, tok: PreTrainedTokenizerFast, chats: Collection[str]) -> None:
+    """Raises InputError for chats, in one of the fields `chats`, that the tokenizer has no template for."""
+    if chats and not tok.chat_template:
+        raise InputError(
+            f"{field}.model: {side.tokenizer or side.model}: its tokenizer has no chat template, which the chats of {min(chats)} need; "
+            f"{field}.tokenizer may name one that has"
+        )
 
 
 def _tokenizer(side: StudentSpec | TeacherSpec) -> PreTrainedTokenizerFast | None:

@@ -77,8 +77,8 @@ def resolve(spec_text: str, overrides: str = "", compiled: str = "") -> Resolved
         plan_tasks(spec.evaluation.tasks)  # a misspelt task shows now, and not after the training
     versions = Versions()
     views = _views(spec, versions)
-    check_corpora(spec)
-    planned = _checked_plan(spec)  # last: what is not there at all has been told by then
+    chats = check_corpora(spec)
+    planned = _checked_plan(spec, chats)  # last: what is not there at all has been told by then
     if any(not teacher.cross_tokenizer for teacher in _scored(spec)):
         views["score"] = views["score"].model_copy(update={"shared_rows": shared_rows(spec)})
     return Resolved(
@@ -117,9 +117,9 @@ def _scored(spec: DistillationSpec) -> list[TeacherSpec]:
     return [teacher for teacher in spec.teachers if teacher.computes_scores]
 
 
-def _checked_plan(spec: DistillationSpec) -> Plan:
-    """The plan of a run whose models fit the spec. Raises InputError where they do not."""
-    check_models(spec)
+def _checked_plan(spec: DistillationSpec, chats: list[str]) -> Plan:
+    """The plan of a run whose models fit the spec and its texts, of which some fields hold chats. Raises InputError where they do not."""
+    check_models(spec, chats)
     return plan(spec)
 
 

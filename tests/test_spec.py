@@ -229,6 +229,16 @@ def test_all_complaints_come_at_once_and_say_what_was_meant():
     ]
 
 
+def test_what_is_wrong_with_the_run_is_not_said_of_every_candidate():
+    candidates = "[{name: plain}, {name: other, set: [loss.exact_match_only=true]}]"
+    with pytest.raises(InputError) as caught:
+        load(f"pilot.candidates={candidates}", "data.validation=[train.txt]")
+    assert str(caught.value).splitlines() == [
+        "spec: data.validation: train.txt is in data.train too",
+        "spec: pilot.candidates.1: other: loss.exact_match_only: only with mode: p_kl",
+    ]
+
+
 def test_fields_of_a_part_are_named():
     with pytest.raises(InputError) as caught:
         load("data.train=[{urii: a}, b]")

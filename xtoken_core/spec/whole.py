@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -54,6 +54,12 @@ class DistillationSpec(Section):
 
     def contradictions(self) -> Iterator[str]:
         """Yields what does not go together between sections, each as `dotted.field: why`."""
+        own = list(self._run_contradictions())
+        yield from own
+        yield from (f"pilot.{why}" for why in self._pilot_contradictions(own))
+
+    def _run_contradictions(self) -> Iterator[str]:
+        """What does not go together but for the pilot."""
         for index, teacher in enumerate(self.teachers):
             if teacher.id in [t.id for t in self.teachers[:index]]:
                 yield f"teachers.{index} ({teacher.id}): id: used by an earlier teacher"
@@ -69,7 +75,6 @@ class DistillationSpec(Section):
         yield from (f"output.promote_if: {why}" for why in self._promotion_contradictions())
         if self.student.lora is not None and self.training.sharding == "fsdp":
             yield "student.lora: trains with sharding: ddp only"
-        yield from (f"pilot.{why}" for why in self._pilot_contradictions())
         if self.training.attention == "flash_attention_2":
             if self.training.precision == "fp32":
                 yield "training.precision: fp32 has no flash_attention_2"
@@ -88,8 +93,8 @@ class DistillationSpec(Section):
         if self.output.promote_if == "better_than_ce" and not self.evaluation.ce_baseline:
             yield "better_than_ce needs evaluation.ce_baseline"
 
-    def _pilot_contradictions(self) -> Iterator[str]:
-        """What of the run a pilot cannot be made of."""
+    def _pilot_contradictions(self, told: Sequence[str]) -> Iterator[str]:
+        """What of the run a pilot cannot be made of. told: what every candidate has of the run itself."""
         if self.pilot is None:
             return
         if not self.measures_bits:
@@ -101,7 +106,8 @@ class DistillationSpec(Section):
             try:
                 tried = self.of_candidate(candidate)
             except InputError as e:
-                yield from (f"candidates.{index}: {line}" for line in str(e).splitlines())
+                lines = [line for line in str(e).splitlines() if line.removeprefix(f"{candidate.name}: ") not in told]
+                yield from (f"candidates.{index}: {line}" for line in lines)
             else:
                 if scored and tried.loss.temperature != self.loss.temperature:
                     yield f"candidates.{index}: {candidate.name}: loss.temperature: the scores, which all share, are made at one"

@@ -57,16 +57,19 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """A training whose numbers are no longer finite; the message says whose, at which step, and what it can go on from."""
+    """Numbers that are not finite, which nothing may go on with.
+
+    The message says whose: of a training, at which step, and what it can go on from; of a model, on which text.
+    """
 
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """Puts the field at fault in front of the line of an InputError."""
+    """Puts the field or model at fault in front of the line of an InputError or a NonFiniteError."""
     try:
         yield
-    except InputError as e:
-        raise InputError(f"{field}: {e}") from None
+    except (InputError, NonFiniteError) as e:
+        raise _kind(e)(f"{field}: {e}") from None
 
 
 EXIT_CODES: dict[type[Exception], int] = {InputError: 2, RunError: 1}

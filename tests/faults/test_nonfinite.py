@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.support.training_run import FIVE_STEPS, changed, prepare, run, steps
 from xtoken_core.data.reading import load_rows
 from xtoken_core.errors import InputError, NonFiniteError
 from xtoken_core.models import final_hidden, load_model
+from xtoken_core.spec import DistillationSpec
 from xtoken_core.training.trainer import DistillationTrainer
+from xtoken_core.workflow.evaluations import evaluate_group
+from xtoken_core.workflow.scoring import score_teacher
+from xtoken_core.workflow.subjects import Group
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,36 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(base, values, tmp_path, 
     run(changed(values, training={"skip_nonfinite": 1, "max_steps": 3}), base, tmp_path, baseline=True)
     before, after = (load_file(tmp_path / "checkpoints" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3))
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.fixture(scope="module")
+def overflowing(base, values):
+    """A model of the student's vocabulary that is finite but for texts with one token, as of a width that overflows there."""
+    tokens = [set(load_rows(base / "rows" / split)[0]["student_ids"].tolist()) for split in ("train", "validation")]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(tie_word_embeddings=False, **sizes))
+    model.transformer.wte.weight.data[max(tokens[0] & tokens[1])] = 3e38
+    folder = shutil.copytree(base / "same", base / "overflowing")
+    model.save_pretrained(folder)
+    load_model(str(folder))  # nothing is found when it is loaded
+    return folder
+
+
+def test_an_evaluation_that_is_not_finite_is_no_result(base, values, overflowing, tmp_path, fault):
+    spec = DistillationSpec.model_validate(changed(values, student={"model": str(overflowing)}))
+    with pytest.raises(
+        NonFiniteError, match=r"^student_before: its cross-entropy of \S+/held-out.jsonl:1 is not finite$"
+    ) as told:
+        evaluate_group(spec, Group.BEFORE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    fault("a model overflows on a held-out text", "the evaluation fails by name", told.value)
+
+
+def test_scores_that_are_not_finite_are_not_stored(base, values, overflowing, tmp_path, fault):
+    teacher = {"id": "same", "model": str(overflowing), "scores": {"top_k": 8}}
+    spec = DistillationSpec.model_validate(values | {"teachers": [teacher]})
+    with pytest.raises(NonFiniteError, match=r"^teachers\.same: its outputs for row 0 are not finite$") as told:
+        score_teacher(spec, "same", base / "rows", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    fault("a teacher overflows on a training row", "scoring fails by name, nothing is stored", told.value)

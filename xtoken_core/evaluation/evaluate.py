@@ -21,7 +21,7 @@ from xtoken_core.data.documents import Document, read_documents
 from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Side, empty
 from xtoken_core.data.tokenizing import DocumentTokenizer
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, NonFiniteError, blamed
 from xtoken_core.evaluation.agreement import agreement
 from xtoken_core.evaluation.bits_per_byte import opener_of, token_nats
 from xtoken_core.evaluation.intervals import ratio_interval
@@ -52,7 +52,7 @@ def evaluate(
         projections: file of W by teacher id, for the agreement.
         modes: loss mode by teacher id, for the agreement.
 
-    Raises InputError.
+    Raises InputError, and NonFiniteError for a model whose cross-entropy of a text is not finite.
     """
     started = time.perf_counter()
     loaded, reference = load_for(spec, subject, checkpoint)
@@ -61,7 +61,8 @@ def evaluate(
     if spec.measures_bits:
         documents = held_out(spec)
         measured = time.perf_counter()
-        result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents)
+        with blamed(subject.key):
+            result["bits_per_byte"], tokens = measure_bits(spec, loaded, documents)
         result["tokens_per_second"] = tokens / (time.perf_counter() - measured)
         result["samples"] = samples(loaded.model, loaded.tokenizer, documents)
     validation = rows and Path(rows) / "validation"
@@ -119,11 +120,13 @@ def stride_of(window: int) -> int:
 
 
 def measure_bits(spec: DistillationSpec, loaded: Loaded, documents: Sequence[Document]) -> tuple[BitsPerByte, int]:
-    """The `bits_per_byte` of a result, and how many tokens it took."""
+    """The `bits_per_byte` of a result, and how many tokens it took. Raises NonFiniteError."""
     tok = loaded.tokenizer
     ids, counted, sizes = _tokens(spec, tok, documents)
     nats = token_nats(loaded.model, ids, opener_of(tok), row_bos(tok), spec.context, stride_of(spec.context))
     bits = np.array([float(n[c].sum()) for n, c in zip(nats, counted)]) / np.log(2)
+    if not np.isfinite(bits).all():
+        raise NonFiniteError(f"its cross-entropy of {documents[int(np.isfinite(bits).argmin())].source} is not finite")
     corpora = np.array([document.corpus for document in documents])
     per_corpus = {
         name: CorpusBits(documents=int(here.sum()), bytes=int(sizes[here].sum()), **bits_interval(bits[here], sizes[here]))

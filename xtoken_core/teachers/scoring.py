@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xtoken_core.costs import FORWARD_TOKENS, SCORED_LOGITS
 from xtoken_core.data.rows import Row
+from xtoken_core.errors import NonFiniteError
 from xtoken_core.losses.cell_scores import CellCut
 from xtoken_core.losses.logits import HiddenLogits
 from xtoken_core.losses.scores import BITS, teacher_scores
@@ -37,6 +39,7 @@ def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: Score
     """Writes what a model says of rows of its tokens to parts in `folder`; parts that are there whole are left. The tokens scored.
 
     rows: in their order, int64 [T] each, without tokens where they are not to be scored; read when they are scored. The model stays where it is.
+    Raises NonFiniteError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scored = 0
@@ -46,11 +49,20 @@ def score_rows(model: Any, rows: Sequence[Tensor], folder: Path, settings: Score
             continue
         started = time.monotonic()
         tensors = _score_part(model, [rows[i] for i in range(first, min(first + PART_ROWS, len(rows)))], settings, cut)
+        _check_finite(tensors, first)
         write_part(path, tensors, settings, first)
         tokens = len(tensors["realised"])
         scored += tokens
         log.info("%s: %d tokens, %.0f tokens/s", path.name, tokens, tokens / (time.monotonic() - started))
     return scored
+
+
+def _check_finite(tensors: dict[str, Tensor], first: int) -> None:
+    """Raises NonFiniteError for a part in which a mass is no number; a log of nothing is one."""
+    bad = ~(tensors["values"] < math.inf).all(1)  # true of NaN too
+    if bad.any():
+        row = torch.searchsorted(tensors["starts"], bad.int().argmax(), right=True) - 1
+        raise NonFiniteError(f"its outputs for row {first + int(row)} are not finite")
 
 
 def _score_part(model: Any, ids: list[Tensor], settings: ScoreSettings, cut: Cut) -> dict[str, Tensor]:

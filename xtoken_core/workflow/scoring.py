@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from xtoken_core.checksums import note
 from xtoken_core.configs import compute_dtype
 from xtoken_core.data.reading import load_rows
 from xtoken_core.data.rows import read_column
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, blamed
 from xtoken_core.losses import CellCut
 from xtoken_core.models import load_model, vocabulary_rows
 from xtoken_core.partition import Partition, build_partition
@@ -62,7 +63,8 @@ def score_teacher(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     settings, cut = _classes(settings, teacher.scores.top_k, cells.to(device) if cells else None)
-    tokens = score_rows(model, _Column(train, f"{column}_ids", teacher.domains), Path(folder), settings, cut)
+    with blamed(f"teachers.{teacher.id}"):
+        tokens = score_rows(model, _Column(train, f"{column}_ids", teacher.domains), Path(folder), settings, cut)
     if (Path(rows) / "validation").exists():
         _measure(model, load_rows(Path(rows) / "validation"), teacher, settings, Path(folder))
     return tokens
@@ -73,6 +75,7 @@ def _measure(model: Any, rows: Any, teacher: TeacherSpec, settings: ScoreSetting
     column = read_column(teacher)
     own = (row for row in rows if teacher.domains is None or row["domain"] in teacher.domains)
     found = measure_rows(model, own, column, settings.vocab_size)
+    found = {domain: sums for domain, sums in found.items() if math.isfinite(sums[0])}  # as of a running teacher
     MeasuredRows(rows=rows_digest(rows, f"{column}_ids"), domains=found).write(folder / MEASURED)
     note(folder / MEASURED)
 

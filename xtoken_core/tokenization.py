@@ -79,10 +79,11 @@ class TokenTable:
             tokens[i] = bytes([int(byte[1], 16)]) if byte else vocab_bytes(text, byte_level)
             special[i], ordinary[i] = False, not byte
         for i, token in added.items():
-            special[i] = token.special or i in roles.values()
+            is_byte = byte_fallback and BYTE_TOKEN.fullmatch(token.content) is not None  # whatever it is marked as
+            special[i] = (token.special and not is_byte) or i in roles.values()
             if special[i]:
                 tokens[i], ordinary[i] = b"", False
-            elif not (byte_fallback and BYTE_TOKEN.fullmatch(token.content)):
+            elif not is_byte:
                 tokens[i] = (token.content if byte_level else token.content.replace(SPACE, " ")).encode()
         dummy_prefix, dummy_after_special = dummy_prefixes(backend, [t.content for t in added.values() if t.special])
         return cls(

@@ -22,7 +22,7 @@ from kfp import dsl
 from kfp.dsl.types import type_annotations
 
 from xtoken_core import storage
-from xtoken_core.errors import InputError
+from xtoken_core.errors import InputError, full_disk
 from xtoken_core.spec import ResourcesSpec
 from xtoken_core.workflow.views import View
 
@@ -75,9 +75,10 @@ def run_command(cli: click.Command, name: str) -> None:
         click.echo(f"{name}: {e.format_message()}", err=True)
         sys.exit(2)
     except OSError as e:
-        if e.errno not in PATH_ERRORS or not e.filename:
+        where = e.filename or ("what it writes" if full_disk(e) else None)
+        if e.errno not in PATH_ERRORS or not where:
             raise
-        click.echo(f"{name}: {e.filename}: {e.strerror}", err=True)
+        click.echo(f"{name}: {where}: {e.strerror}", err=True)
         sys.exit(2)
     except click.Abort:
         sys.exit(130)

@@ -24,7 +24,7 @@ from pipelines.steps import warm_steps
 from pipelines.warm import servers
 from xtoken_core.checksums import FILE as CHECKSUMS
 from xtoken_core.checksums import check_whole
-from xtoken_core.errors import ERROR_FILE, InputError, RunError, left_error
+from xtoken_core.errors import ERROR_FILE, InputError, RunError, full_disk_in, left_error
 from xtoken_core.report.answer import answer_table
 from xtoken_core.report.run import Run
 from xtoken_core.spec import DistillationSpec
@@ -57,13 +57,15 @@ def run_locally(spec: DistillationSpec, runs: Path) -> Run:
     `runs`: folder for intermediate results, logs and the cache: a step whose spec, files and code are as in an earlier run
     is not run again. Raises InputError where a step finds bad input, RunFailed where one fails.
     """
-    _run(spec.name, lambda: compile_spec(spec), runs)
+    with full_disk_in(runs):
+        _run(spec.name, lambda: compile_spec(spec), runs)
     return Run.published(spec.output.uri)
 
 
 def sweep_locally(variants: Mapping[str, DistillationSpec], runs: Path) -> list[Run]:
     """Runs a sweep's pipeline here and returns its runs; raises as `run_locally`."""
-    _run(next(iter(variants.values())).name, lambda: compile_sweep(variants), runs)
+    with full_disk_in(runs):
+        _run(next(iter(variants.values())).name, lambda: compile_sweep(variants), runs)
     return [Run.published(spec.output.uri) for spec in variants.values()]
 
 

@@ -44,12 +44,21 @@ _NO_SPACE = ("no space left", "disk quota exceeded", "file too large", "inline_c
 """What libraries say of a full disk that raise errors of their own: safetensors; PyTorch, whose file is shorter than it has written."""
 
 
-def full_disk(error: Exception) -> InputError | None:
-    """The line for a disk that was full, by what it made a library raise; None for another error."""
+def full_disk(error: Exception, where: str = "a working file") -> InputError | None:
+    """The line for a disk that was full, by what it made a library raise; None for another error. where: if the error does not say."""
     numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if not numbered and not any(words in str(error).lower() for words in _NO_SPACE):
         return None
-    return InputError(f"{getattr(error, 'filename', None) or 'a working file'}: {os.strerror(errno.ENOSPC)}")
+    return InputError(f"{getattr(error, 'filename', None) or where}: {os.strerror(errno.ENOSPC)}")
+
+
+@contextmanager
+def full_disk_in(folder: str | Path) -> Iterator[None]:
+    """Turns what a full disk makes of writing to `folder` into the InputError that says so."""
+    try:
+        yield
+    except OSError as e:
+        raise full_disk(e, str(folder)) or e from None
 
 
 class RunError(RuntimeError):
@@ -79,15 +88,19 @@ KINDS: tuple[type[InputError | RunError], ...] = (InputError, NonFiniteError, Ru
 
 
 def leave_error(error: InputError | RunError) -> None:
-    """Leaves the error's line in the file that the environment names, if it names one and no other process has used it before."""
+    """Leaves the error's line in the file that the environment names, if it names one and no other process has used it before.
+
+    Where that cannot be written the line is lost to the program that started this one, and no other error takes its place here.
+    """
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
     partial = Path(f"{path}.{os.getpid()}")
-    partial.write_text(json.dumps({"kind": _kind(error).__name__, "line": str(error)}), encoding="utf-8")
-    with suppress(FileExistsError):
-        os.link(partial, path)  # the first of several ranks is the cause
-    partial.unlink()
+    with suppress(OSError):
+        partial.write_text(json.dumps({"kind": _kind(error).__name__, "line": str(error)}), encoding="utf-8")
+        with suppress(FileExistsError):
+            os.link(partial, path)  # the first of several ranks is the cause
+        partial.unlink()
 
 
 def exit_code(error: InputError | RunError) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from pipelines.local import run_locally
+from tests.support.tiny import tiny_run
 from tests.support.training_run import FIVE_STEPS, prepare, run
 from xtoken_core import storage
 from xtoken_core.data.documents import read_documents
-from xtoken_core.errors import InputError, full_disk
-from xtoken_core.spec import DataSpec
+from xtoken_core.errors import InputError, errors_left_in, full_disk
+from xtoken_core.spec import DataSpec, DistillationSpec
 from xtoken_core.storage import check_place
 from xtoken_core.training.checkpoints import latest_checkpoint
 from xtoken_core.workflow.step import step
@@ -94,3 +97,23 @@ def test_a_read_only_place_is_said_before_training(fault):
     with pytest.raises(InputError) as told:
         check_place(str(place), "run")
     fault("output.uri on a read-only file system", "one line in resolve", told.value)
+
+
+def test_a_run_on_this_machine_whose_folder_is_full(small_disk, tmp_path, fault):
+    """Wherever its log, its status or a step's result has no room: as in a step itself, a line."""
+    spec = DistillationSpec.model_validate(tiny_run(tmp_path))
+    filled = small_disk / "filled"
+    with filled.open("wb") as file, contextlib.suppress(OSError):
+        file.write(bytes(2**22))
+    for free in (0, 12_000):
+        filled.write_bytes(filled.read_bytes()[: filled.stat().st_size - free])
+        with pytest.raises(InputError, match=": No space left on device$") as told:
+            run_locally(spec, small_disk / "runs")
+    assert not (tmp_path / "out").exists()
+    fault("the folder of a local run is full", "one line", told.value)
+
+
+def test_a_line_that_cannot_be_left_is_not_replaced_by_another(tmp_path, capfd):
+    with errors_left_in(tmp_path / "absent" / "error"), pytest.raises(SystemExit) as ended, step("overlap"):
+        raise InputError("teachers.0: the cause")
+    assert ended.value.code == 2 and capfd.readouterr().err == "teachers.0: the cause\n"

@@ -255,6 +255,11 @@ def test_what_only_some_side_reads_is_told_once(tmp_path, two_tokenizers, capsys
         ("llama3.1-chat", instructed, None),
     ):
         assert read(chat, side(of), tools=tools).remarks == ()  # escaped, moved or without its blanks it is there
+    lost = "its chat template leaves out a part of the last answer: its reasoning, as a rule"
+    strict = side("qwen3", CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"))  # as DeepSeek-R1's
+    assert read(THINKING, strict).remarks == (f"qwen3: {lost}",) and read(PLAIN, strict).remarks == ()
+    assert read(REASONED, side("llama3.1-chat")).remarks == (f"llama3.1-chat: {lost}",)
+    assert read([*REASONED, *PLAIN[:2]], side("qwen3-chat")).remarks == read(REASONED, side("qwen3-chat")).remarks == ()
     nemo = read(instructed, side("nemo-chat")).remarks  # it puts the system prompt into a last question only
     assert nemo == ("nemo-chat: its chat template leaves out what the system says",)
     prepare_rows(two_tokenizers([{"messages": PLAIN, "tools": TOOLS}] * 3), tmp_path / "rows")

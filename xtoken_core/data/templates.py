@@ -157,9 +157,13 @@ class Template:
         return Rendering(text, places, self._as_the_template_says(said, text, turns), self._left_out(said, words, there, text))
 
     def _left_out(self, said: Conversation, words: list[Words], there: set[int], text: str) -> list[str]:
-        """What is context only and not in the text: the tools, or all that a message of some role says."""
-        missing = {said.messages[w.message]["role"] for i, w in enumerate(words) if w.needed and i not in there}
-        found = [f"its chat template leaves out what the {role} says" for role in sorted(missing)]
+        """What is not in the text and may well be missed: all that a message of some role says, the last answer's reasoning, the tools."""
+        missing = [w for i, w in enumerate(words) if i not in there]
+        roles = {said.messages[w.message]["role"] for w in missing if w.needed}
+        found = [f"its chat template leaves out what the {role} says" for role in sorted(roles)]
+        last = max((number for number, message in enumerate(said.messages) if message["role"] == "assistant"), default=-1)
+        if any(w.message == last and not w.needed for w in missing):
+            found.append("its chat template leaves out a part of the last answer: its reasoning, as a rule")
         try:
             without_tools = said.tools is not None and self.render(replace(said, tools=None)) == text
         except Unmapped:  # it asks for them
@@ -198,7 +202,7 @@ class Template:
                 places.setdefault(int(mark[1]), []).append(mark.start() - removed)
                 removed += len(mark[0])
             verbatim = {i: p[0] for i, p in places.items() if len(p) == 1 and text.startswith(words[i].text, p[0])}
-            return verbatim, set(places)
+            return verbatim, set(places) | set(range(len(words))) - chosen
         return {}, set(range(len(words)))
 
     def _turn_start(self, conversation: Conversation, number: int, text: str, floor: int, first: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -42,6 +43,9 @@ SETTINGS = {
 }
 """Environment of the steps: their lines arrive as they are printed; libraries' bars become a line now and then, and only where it takes long.
 Threads sleep while they wait for one another: beside other work, waiting busily took 2.5 times as long."""
+
+OF_KFP = re.compile(r".+-\d{4}(-\d\d){5}-\d{6}")
+"""How KFP names the folder of a run on this machine: by its pipeline and the time."""
 
 GRACE = 10.0
 """Seconds that the processes of a run have to end in by themselves."""
@@ -110,11 +114,14 @@ def _run(name: str, compiled: Callable[[], str], runs: Path) -> None:
 
 def _forget_damaged(root: Path) -> None:
     """Removes what the steps of earlier runs have written and what is no longer as they wrote it: KFP's cache then makes it again."""
-    for sealed in [*root.glob(f"*/*/{CHECKSUMS}"), *root.glob(f"*/*/*/{CHECKSUMS}")]:  # of a step, and of an artifact
-        try:
-            check_whole(sealed.parent)
-        except RunError as e:
-            print(e, file=sys.stderr, flush=True)
+    for run in root.iterdir():
+        if not OF_KFP.fullmatch(run.name):  # a user's, who may have changed what a step once wrote
+            continue
+        for sealed in [*run.glob(f"*/{CHECKSUMS}"), *run.glob(f"*/*/{CHECKSUMS}")]:  # of a step, and of an artifact
+            try:
+                check_whole(sealed.parent)
+            except RunError as e:
+                print(e, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

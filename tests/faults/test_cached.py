@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from pipelines.local import _forget_damaged
 from xtoken_core.checksums import FILE, seal
 from xtoken_core.workflow import step as steps
 from xtoken_core.workflow.step import RUNNER, step
+
+RUNS = ("tiny-2026-11-27-19-34-07-008998", "tiny-2026-11-27-19-36-00-000000")
+"""As KFP names them."""
 
 
 def artifact(path: Path) -> dsl.Artifact:
@@ -29,8 +33,8 @@ def runner(monkeypatch):
 @pytest.fixture
 def run(tmp_path, runner):
     """Two runs of three steps, which write a folder, a file, and a folder that is sealed already."""
-    for number in ("run-1", "run-2"):
-        folder = tmp_path / number
+    for name in RUNS:
+        folder = tmp_path / name
         with step("prepare", artifact(folder / "prepare" / "rows")):
             (folder / "prepare" / "rows" / "train").mkdir(parents=True)
             (folder / "prepare" / "rows" / "train" / "rows.arrow").write_bytes(b"rows" * 100)
@@ -53,18 +57,25 @@ def left(root: Path) -> set[str]:
 def test_what_is_damaged_is_made_again_and_nothing_else(run, fault, capsys, name, harm):
     _forget_damaged(run)
     everything = left(run)
-    path = run / "run-1" / name
+    path = run / RUNS[0] / name
     content = path.read_bytes()
     path.unlink()
     if harm != "removed":
         path.write_bytes(content[: len(content) // 2] if harm == "cut in half" else bytes([content[0] ^ 1]) + content[1:])
-    (run / "run-2" / "prepare" / "executor_output.json").touch()  # KFP's own
+    (run / RUNS[1] / "prepare" / "executor_output.json").touch()  # KFP's own
     _forget_damaged(run)
-    artifact = run / "run-1" / Path(*Path(name).parts[:2])
-    assert not artifact.exists() and left(run) >= everything and (run / "run-2" / artifact.relative_to(run / "run-1")).exists()
+    artifact = run / RUNS[0] / Path(*Path(name).parts[:2])
+    assert not artifact.exists() and left(run) >= everything and (run / RUNS[1] / artifact.relative_to(run / RUNS[0])).exists()
     told = capsys.readouterr().err
     assert f"{Path(name).name} is not as it was written" in told
     fault(f"{name} of an earlier run is {harm}", "found before it is used, made again", told)
+
+
+def test_a_copy_that_a_user_keeps_and_changes_there_stays(run):
+    kept = shutil.copytree(run / RUNS[0] / "distill", run / "mine" / "distill")
+    (kept / "run" / "last").write_bytes(b"mine")
+    _forget_damaged(run)
+    assert (kept / "run" / "last").read_bytes() == b"mine"
 
 
 def test_elsewhere_nothing_is_written_beside_an_artifact(tmp_path):

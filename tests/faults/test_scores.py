@@ -92,7 +92,9 @@ def test_a_damaged_shard_is_named_before_any_step(base, values, whole, tmp_path,
 
 def test_damaged_scores_of_an_earlier_run_do_not_come_from_the_cache(whole, tmp_path, capsys, fault):
     """As they lie below a local run's folder: without them KFP's cache makes them again."""
-    kept, damaged = (shutil.copytree(whole, tmp_path / "run-1" / task / "scores") for task in ("score-1", "score-2"))
+    kept, damaged = (
+        shutil.copytree(whole, tmp_path / "tiny-2026-11-27-19-34-07-008998" / task / "scores") for task in ("score-1", "score-2")
+    )
     flip(damaged / "part-00001.safetensors")
     _forget_damaged(tmp_path)
     assert kept.exists() and not damaged.exists()

@@ -144,3 +144,16 @@ def test_checkpoints_of_other_rows_are_not_gone_on_from(base, values, finished, 
     with pytest.raises(InputError, match=f"^{out}/checkpoints: holds checkpoints of another spec or of other rows") as told:
         trained()
     fault("the rows were prepared from another text, its checkpoints are there", "not resumed, named, not removed", told.value)
+
+
+@pytest.mark.parametrize("name", ["best", "last", "checkpoints/checkpoint-500"])
+def test_what_no_training_of_this_project_left_is_not_replaced(base, values, tmp_path, fault, name):
+    theirs = tmp_path / name / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(
+        InputError, match=f"^{tmp_path}/{name}: is there already, and no training of this project has made it"
+    ) as told:
+        run(values, base, tmp_path, baseline=True)
+    assert theirs.read_bytes() == b"theirs"
+    fault(f"--run names a folder with somebody's {name}", "refused before anything is deleted", told.value)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from xtoken_core.checksums import FILE as CHECKSUMS
-from xtoken_core.checksums import damage, seal, write_whole
+from xtoken_core.checksums import damage, is_sealed, seal, write_whole
 from xtoken_core.data.statistics import rows_identity
 from xtoken_core.errors import InputError
 from xtoken_core.identity import identity
@@ -75,6 +75,17 @@ def training_identity(spec: DistillationSpec, inputs: TrainingInputs, baseline: 
     fields["training"] = {name: value for name, value in fields["training"].items() if name not in NEUTRAL}
     rows = [rows_identity(f"{shard}/train") for shard in inputs.rows]
     return identity(fields, rows, dict(inputs.modes), baseline)
+
+
+def check_folder(out_dir: Path) -> None:
+    """Raises InputError for students or checkpoints that no training of this project has left there: this one would replace them."""
+    if is_sealed(out_dir) or (out_dir / "checkpoints" / "identity").exists():
+        return
+    for path in (out_dir / "best", out_dir / "last", *out_dir.glob("checkpoints/checkpoint-*")):
+        if path.exists():
+            raise InputError(
+                f"{path}: is there already, and no training of this project has made it; choose another folder for the run"
+            )
 
 
 def check_inputs(folder: Path, own: str) -> None:

@@ -36,6 +36,7 @@ from xtoken_core.tokenization import load_tokenizer
 from xtoken_core.training.checkpoints import (
     LEARNABLE_FILE,
     Progress,
+    check_folder,
     check_inputs,
     checkpoint_of_step,
     clean_up,
@@ -125,6 +126,8 @@ def _train(
     watch.start()
     if first_rank:
         logger.info("precision: %s", _precision(args))
+    if first_rank:
+        check_folder(out_dir)
     checkpoint = _checkpoint(out_dir / "checkpoints", checkpoint_uri, training_identity(spec, inputs, baseline), args.device)
     if first_rank:
         restore(checkpoint, out_dir)

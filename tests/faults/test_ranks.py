@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from pipelines.warm import fork
 from tests.support.processes import stopped
 from tests.support.training_run import FIVE_STEPS, changed, losses, prepare, run
 from xtoken_core.errors import RunError
@@ -59,14 +61,31 @@ def stuck(values, base, out):
         run(values, base, out)
 
 
+def last_words(body, *arguments):
+    """Prints the line with which a run of two ranks ends."""
+    with pytest.raises(RunError) as told:
+        on_every_gpu(2, body, arguments)
+    print(f"\n{told.value}")
+
+
+@pytest.fixture(scope="module")
+def ends(base, values):
+    """The lines with which runs end in which a rank does not answer. They wait for it at the same time, each in a process of its own."""
+    runs = {f"rank {who} is stopped": (signalled, values, base, base / who, who, signal.SIGSTOP) for who in "01"}
+    runs["the main thread of rank 1 hangs"] = (stuck, values, base, base / "stuck")
+    started = {what: fork(last_words, *run) for what, run in runs.items()}
+    told = {what: output.read().rstrip("\n").rpartition("\n")[2] for what, (_, output) in started.items()}
+    for process, _ in started.values():
+        process.join()
+    return told
+
+
 @pytest.mark.parametrize("who", ["0", "1"])
-def test_a_rank_that_is_stopped_ends_the_run_by_name(base, values, tmp_path, fault, who):
-    with pytest.raises(
-        RunError, match=rf"^rank {who} \(.*process \d+\): no sign of life for 8 s; the last came from \w+"
-    ) as told:
-        on_every_gpu(2, signalled, (values, base, tmp_path, who, signal.SIGSTOP))
+def test_a_rank_that_is_stopped_ends_the_run_by_name(ends, fault, who):
+    told = ends[f"rank {who} is stopped"]
+    assert re.search(rf"^rank {who} \(.*process \d+\): no sign of life for 8 s; the last came from \w+", told), told
     assert not stopped(os.getpid())
-    fault(f"rank {who} is stopped", "the end after training.timeout, by name", told.value)
+    fault(f"rank {who} is stopped", "the end after training.timeout, by name", told)
 
 
 def test_a_rank_that_is_killed_ends_the_run_by_name(base, values, tmp_path, fault):
@@ -76,11 +95,11 @@ def test_a_rank_that_is_killed_ends_the_run_by_name(base, values, tmp_path, faul
     fault("rank 1 is killed", "the end in seconds, by name", told.value)
 
 
-def test_a_rank_whose_main_thread_hangs_is_told_by_where_it_is(base, values, tmp_path, fault):
+def test_a_rank_whose_main_thread_hangs_is_told_by_where_it_is(ends, fault):
+    told = ends["the main thread of rank 1 hangs"]
     where = r"does not come out of step 2, the teachers; the others have waited for it for 10 s"
-    with pytest.raises(RunError, match=rf"^rank 1 \(.*process \d+\): {where}$") as told:
-        on_every_gpu(2, stuck, (values, base, tmp_path))
-    fault("the main thread of rank 1 hangs", "the end, by name and place", told.value)
+    assert re.search(rf"^rank 1 \(.*process \d+\): {where}$", told), told
+    fault("the main thread of rank 1 hangs", "the end, by name and place", told)
 
 
 def listeners(values: dict, base: Path, out: Path) -> tuple[set[str], int]:

@@ -70,7 +70,7 @@ def test_a_claim_does_not_follow_a_planted_link(tmp_path, fault):
 PAYLOAD = "\"'`|</script></textarea><img src=x onerror=alert(1)>"
 
 NAMES = [
-    ("name",), ("settings", "name"), ("spec", "student", "model"), ("spec", "teachers", 0, "model"), ("spec", "output", "uri"),
+    ("name",), ("spec", "name"), ("spec", "student", "model"), ("spec", "teachers", 0, "model"), ("spec", "output", "uri"),
     ("inputs", 0, "uri"), ("inputs", 0, "version"), ("inputs", 0, "licence"), ("inputs", 0, "field"), ("tasks", 0, "name"),
     ("spec", "data", "train", 0),
 ]  # fmt: skip
@@ -100,6 +100,12 @@ def hostile(tmp_path_factory) -> Run:
                     sample[key] = value + PAYLOAD
     assert planted >= 6
     return Run.model_validate(told)  # `load` would refuse such names of a spec
+
+
+def test_settings_with_such_a_name_are_refused(hostile, tmp_path):
+    hostile.model_copy(update={"settings": hostile.settings | {"name": PAYLOAD}}).save(tmp_path / "run.json")
+    with pytest.raises(InputError, match="settings: name: "):
+        Run.load(tmp_path / "run.json")
 
 
 @pytest.mark.parametrize(

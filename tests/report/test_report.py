@@ -425,7 +425,7 @@ def test_the_run_took_what_its_own_tasks_took(run):
 
 def test_the_dag_tells_what_came_from_the_cache(run):
     lines = {box.name: box.lines[-1] for box in dag_picture(run.tasks).boxes}
-    assert lines["overlap"] == "from cache, 4.8 s" and lines["distill"] == "3 min 34 s" and lines["report"] == "running"
+    assert lines["overlap"] == "from cache, 4.8 s" and lines["distill"] == "3 min 34 s" and lines["report"] == "done"
 
 
 def test_the_dag_shows_shards_as_one_box():

@@ -304,7 +304,7 @@ def _tasks() -> list[Task]:
         Task(name="distill", after=["resolve", "prepare", "projections", "overlap"], seconds=214.0),
         Task(name="distill-baseline", after=["resolve", "prepare"], seconds=131.0),
         *(Task(name=f"evaluate-{g}", after=["resolve", needs[g]], seconds=9.0 + 3 * i) for i, g in enumerate(needs)),
-        Task(name="report", after=[*evaluations, "distill"], status="running"),
+        Task(name="report", after=[*evaluations, "distill"]),
     ]
 
 

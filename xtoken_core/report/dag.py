@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import networkx as nx
 import numpy as np
@@ -40,6 +40,8 @@ class Dag:
     boxes: list[Box]
     edges: list[str]
     """SVG paths."""
+    box_width: ClassVar[int] = BOX_WIDTH
+    box_height: ClassVar[int] = BOX_HEIGHT
 
 
 def dag_picture(tasks: Sequence[Task]) -> Dag | None:
@@ -139,6 +141,6 @@ def _edge(stops: list[tuple[int, float]]) -> str:
 def _task_lines(task: Task) -> list[str]:
     kind, _, rest = task.name.partition("-")
     time = [duration(task.seconds)] if task.seconds is not None else []
-    words = {"done": [], "cached": ["from cache"]}.get(task.status, [task.status])
+    words = ["from cache"] if task.status == "cached" else []
     shortened = rest if len(rest) <= LONGEST_LINE else rest[: LONGEST_LINE - 1] + "…"
     return [kind, *([shortened] if rest else []), ", ".join([*words, *time]) or "done"]

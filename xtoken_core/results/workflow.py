@@ -53,4 +53,4 @@ class Task(Record):
     start: float | None = None
     """Unix time."""
     seconds: float | None = None
-    status: Literal["done", "cached", "failed", "running"] = "done"
+    status: Literal["done", "cached"] = "done"

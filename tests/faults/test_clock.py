@@ -18,7 +18,7 @@ from xtoken_core import storage
 from xtoken_core.errors import InputError
 from xtoken_core.storage import claims
 from xtoken_core.teachers.pool import TeacherPool
-from xtoken_core.training.ranks import Heard, Watch
+from xtoken_core.training.ranks import Heard, Sign, Watch
 from xtoken_core.workflow.step import step
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_a_teacher_is_not_taken_for_dead(folder, seconds, jump, caplog, fault):
 def test_a_rank_is_not_taken_for_dead(seconds, jump, fault):
     watch = Watch(0, 2, limit=30.0)
     watch.at("step 1")
-    heard = {rank: Heard(f"1\t1\tstep 1\thost {rank}".encode(), time.monotonic()) for rank in range(2)}
+    heard = {rank: Heard(Sign(1, 1, "step 1", f"host {rank}"), time.monotonic()) for rank in range(2)}
     jump(seconds)
     assert watch._fault(heard) is None
     heard[1].alive -= 31

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
 import socket
 import threading
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -25,7 +27,26 @@ PERIOD = 10.0
 STUCK = 1.25
 """Of the limit: how long all ranks may stay where they are. More than a teacher of one rank may take, less than a collective."""
 
-NOT_HEARD = b"0\t0\tsetup\tnot heard of yet"
+END = 2**62
+"""Places passed by a rank whose training is over: more than any other has."""
+
+
+class Sign(NamedTuple):
+    """What a rank tells the others; in the store it is a JSON list."""
+
+    beat: int
+    """Grows while it lives."""
+    passed: int
+    """Places."""
+    place: str
+    """Where it is."""
+    who: str
+    """Its host and process."""
+    over: bool = False
+    """Whether its training has ended."""
+
+
+NOT_HEARD = Sign(0, 0, "setup", "not heard of yet")
 """In place of a rank's sign before its first."""
 
 
@@ -33,21 +54,10 @@ NOT_HEARD = b"0\t0\tsetup\tnot heard of yet"
 class Heard:
     """What is known of a rank."""
 
-    sign: bytes
-    """Its last sign: of life (a count), of progress (a count), and in words."""
+    sign: Sign
+    """Its last one."""
     alive: float
-    """When its sign last changed (monotonic)."""
-
-    @property
-    def place(self) -> tuple[int, str]:
-        """How many places it has passed, and the one where it is."""
-        _, passed, place, _ = self.sign.decode().split("\t")
-        return int(passed), place
-
-    @property
-    def who(self) -> str:
-        """Its host and process."""
-        return self.sign.decode().split("\t")[3]
+    """When that changed (monotonic)."""
 
 
 class Watch:
@@ -83,18 +93,18 @@ class Watch:
             heard = {rank: Heard(NOT_HEARD, began) for rank in range(self._ranks)}  # one may hang before its first sign
             while not self._over.wait(0 if count == 0 else period):
                 count += 1
-                sign = f"{count}\t{self._passed}\t{self._place}\t{socket.gethostname()}, process {os.getpid()}"
-                store.set(_key(self._rank), sign)
-                heard[self._rank] = Heard(sign.encode(), time.monotonic())
+                sign = Sign(count, self._passed, self._place, f"{socket.gethostname()}, process {os.getpid()}")
+                store.set(_key(self._rank), json.dumps(sign))
+                heard[self._rank] = Heard(sign, time.monotonic())
                 for rank in range(self._ranks):
                     if rank == self._rank or not store.check([_key(rank)]):
                         continue
-                    told = store.get(_key(rank))
+                    told = Sign(*json.loads(store.get(_key(rank))))
                     if heard[rank].sign != told:
                         heard[rank] = Heard(told, time.monotonic())
                 if fault := self._fault(heard):
                     self._end(fault)
-            store.set(_key(self._rank), f"over\t{2**62}\tthe end\t")
+            store.set(_key(self._rank), json.dumps(Sign(count + 1, END, "the end", "", over=True)))
         except RuntimeError as e:  # the store of another host; without it nothing is known of the others
             if not self._over.is_set():
                 logger.warning("the ranks' signs of life cannot be exchanged any more: %s", in_one_line(e))
@@ -103,13 +113,13 @@ class Watch:
         """Which rank hangs, in words."""
         now = time.monotonic()
         for rank, of in sorted(heard.items()):
-            if now - of.alive >= self._limit and not of.sign.startswith(b"over"):
-                return f"rank {rank} ({of.who}): no sign of life for {self._limit:g} s; the last came from {of.place[1]}"
-        last = min(heard, key=lambda rank: heard[rank].place[0])
-        if self._passed == 0 or now - self._moved < STUCK * self._limit or heard[last].place[0] == self._passed:
+            if now - of.alive >= self._limit and not of.sign.over:
+                return f"rank {rank} ({of.sign.who}): no sign of life for {self._limit:g} s; the last came from {of.sign.place}"
+        last = min(heard, key=lambda rank: heard[rank].sign.passed)
+        if self._passed == 0 or now - self._moved < STUCK * self._limit or heard[last].sign.passed == self._passed:
             return None  # or all are where this one is: their collective has a limit of its own
-        of, seconds = heard[last], STUCK * self._limit
-        return f"rank {last} ({of.who}): does not come out of {of.place[1]}; the others have waited for it for {seconds:g} s"
+        sign, seconds = heard[last].sign, STUCK * self._limit
+        return f"rank {last} ({sign.who}): does not come out of {sign.place}; the others have waited for it for {seconds:g} s"
 
     def _end(self, fault: str) -> None:
         """Ends this process, whose main thread waits in a collective and hears nothing."""

@@ -335,6 +335,12 @@ def test_what_a_template_cannot_do_is_said():
     assert read(system, side("qwen3", CHATML), mistral) == "mistral: its chat template refuses it: no system here"
     rewritten = read(PLAIN, side("qwen3", SHOUTING))
     assert rewritten == "qwen3: its chat template leaves out or rewrites what the assistant says"
+    calling = [
+        CALLING[0],
+        CALLING[1] | {"content": None},
+        *CALLING[2:],
+    ]  # of which SmolLM2's asks for the content, and knows no calls
+    assert read(calling, side("smollm2")) == "smollm2: its chat template leaves out or rewrites what the assistant says"
     only_last = "{{ messages[-1].content }}"
     assert "leaves out" in read(PLAIN, side("qwen3", only_last))
     assert read([], mistral) == "no text"

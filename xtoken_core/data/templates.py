@@ -43,6 +43,10 @@ class Unmapped(Exception):
     """Why a conversation cannot be used."""
 
 
+class Rewritten(Unmapped):
+    """A template takes a conversation, and what is to be learned is not in the text as it was said."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """What a model writes for one message: [start, end) in the rendering, its end token included."""
@@ -81,13 +85,13 @@ class Template:
 
         Raises Unmapped where the template refuses the conversation, or a turn does not say what its message says.
         """
-        refused: Unmapped | None = None
+        refused: list[Unmapped] = []
         for form in self._forms(conversation):
             try:
                 return self._rendering(conversation, form, words, roles)
             except Unmapped as e:
-                refused = refused or e
-        raise refused or Unmapped("it has no form")
+                refused.append(e)
+        raise next((e for e in refused if isinstance(e, Rewritten)), refused[0])  # which tells more than how another form failed
 
     def render(self, conversation: Conversation, count: int | None = None, generation: bool = False) -> str:
         """The first `count` messages (None: all), with the prompt for an answer or not.
@@ -149,7 +153,7 @@ class Template:
             spans = [(places[i], places[i] + len(words[i].text)) for i in own if i in places]
             if message["role"] in roles and said.learned(number):
                 if any(words[i].needed and i not in places for i in own):
-                    raise Unmapped(f"its chat template leaves out or rewrites what the {message['role']} says")
+                    raise Rewritten(f"its chat template leaves out or rewrites what the {message['role']} says")
                 if spans:
                     start = self._turn_start(said, number, text, floor, min(spans)[0])
                     turns.append(Turn(number, start, self._turn_end(said, number, text, min(spans)[0], max(spans)[1])))

@@ -343,7 +343,7 @@ def test_shards_without_anything_to_learn_from(corpus, tmp_path, packing):
             b'{"text": "fine"}\n{"text": \n{"text": 1}',
             "2 of 3 documents cannot be used, 1 since not JSON: Expecting value ({}:2)",
         ),
-        ("bad.jsonl", b'{"body": "x"}\n', "{}:1: no field 'text' (data.text_key)"),
+        ("bad.jsonl", b'{"body": "x"}\n', "{}:1: no field 'text' (data.text_key) and none of a chat; there are body"),
         ("bad.jsonl", b'{"text": 3}\n', "1 since 'text' is not text ({}:1)"),
         ("bad.jsonl", b'{"text": "\\ud800"}\n', "1 since 'text' is not text ({}:1)"),
         ("null.jsonl", b'{"text": null}\n', "data.train: no rows: all 1 documents dropped, 1 since no text ({}:1)"),
@@ -363,7 +363,9 @@ def test_unreadable_input_is_one_line_that_names_it(tmp_path, name, content, mes
 
 def test_a_column_that_is_not_there(tmp_path):
     pa.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match=r"c.parquet: no column 'text' or 'messages' \(data.text_key, data.messages_key\)"):
+    with pytest.raises(
+        InputError, match=r"c.parquet: no column 'text' or 'messages' \(data.text_key, data.messages_key\); there are "
+    ):
         prepare_rows(make_spec([tmp_path / "c.parquet"]), tmp_path / "rows")
 
 

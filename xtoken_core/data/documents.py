@@ -22,6 +22,7 @@ from xtoken_core.data.records import (
     content_of,
     content_of_row,
     has_any,
+    named_columns,
     parsed_line,
 )
 from xtoken_core.errors import InputError, blamed
@@ -81,7 +82,7 @@ def _loaded(source: str, load: Callable[[], Content], first: bool) -> tuple[Cont
         return load(), ""
     except Unusable as e:
         if isinstance(e, Refused) or (isinstance(e, MissingColumn) and first):  # then the others lack it too
-            raise InputError(f"{source}: {e}") from None
+            raise InputError(f"{source}: {e}{e.there if isinstance(e, MissingColumn) else ''}") from None
         return "", str(e)
 
 
@@ -196,7 +197,7 @@ def _read_parquet(uri: str, data: DataSpec) -> Iterator[tuple[str, Callable[[], 
                     if data.format in ("auto", name.split("_")[0])
                 }
                 names, fields = " or ".join(map(repr, keys.values())), ", ".join(f"data.{key}" for key in keys)
-                raise InputError(f"{uri}: no column {names} ({fields})")
+                raise InputError(f"{uri}: no column {names} ({fields}){named_columns(table.schema_arrow.names)}")
             row = count()
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for number in range(len(batch)):

@@ -31,6 +31,8 @@ MOST_MESSAGES = 1000
 DEEPEST = 64
 """Levels of lists and objects in a chat: arguments of tools may hold some."""
 
+_NAMED = 10
+
 _MEDIA = ("image", "audio", "video")
 _MEDIA_COLUMNS = (*_MEDIA, *(f"{kind}s" for kind in _MEDIA))
 
@@ -41,6 +43,18 @@ class Unusable(Exception):
 
 class MissingColumn(Unusable):
     """A record has no column that the spec names."""
+
+    def __init__(self, reason: str, columns: Iterable[str]):
+        super().__init__(reason)
+        self.there = named_columns(columns)
+        """Those that it has, in words."""
+
+
+def named_columns(columns: Iterable[str]) -> str:
+    """The first columns of a table, in words, so that one sees what the spec may name."""
+    names = list(columns)
+    named = ", ".join(name[:40] for name in names[:_NAMED])
+    return f"; there are {named}{' and more' if len(names) > _NAMED else ''}" if names else ""
 
 
 class Refused(Unusable):
@@ -93,7 +107,7 @@ def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
         shapes.insert(0 if "text_key" in data.model_fields_set else len(shapes), text)
     known = [keys for keys in shapes if all(key in record for key in keys)]
     if not known:
-        raise MissingColumn(_missing(data))
+        raise MissingColumn(_missing(data), record)
     keys = next((keys for keys in known if any(record[key] is not None for key in keys)), None)
     if keys is None:
         return ""

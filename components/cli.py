@@ -117,16 +117,33 @@ def _is_metrics(kind: Any) -> bool:
 def _run(function: Callable[..., Any], kinds: dict[str, Any], changes: tuple[str, ...] = (), **values: Any) -> None:
     arguments = {name: _argument(name, kinds[name], value, changes) for name, value in values.items()}
     arguments |= {name: dsl.Metrics(name=name) for name, value in values.items() if value is None and _is_metrics(kinds[name])}
+    written = {n: v for n, v in values.items() if v and type_annotations.is_artifact_wrapped_in_Output(kinds[n])}
+    remote = {name: value for name, value in written.items() if storage.is_remote(value)}
+    publishes = os.environ.get("RANK", "0") == "0"  # of the processes of a torchrun, the one that writes
+    for name, uri in remote.items() if publishes else ():
+        _check_place(uri, f"{function.__name__} --{name}")  # better known before the work than after it
     returned = function(**{name: value for name, value in arguments.items() if value is not None})
-    for name, value in values.items():
-        if value and type_annotations.is_artifact_wrapped_in_Output(kinds[name]) and storage.is_remote(value):
-            path = Path(arguments[name].path)
-            if path.exists() and os.environ.get("RANK", "0") == "0":  # of the processes of a torchrun, the one that writes
-                storage.publish(path, value)
-            shutil.rmtree(path.parent, ignore_errors=True)
+    for name, uri in remote.items():
+        path = Path(arguments[name].path)
+        if path.exists() and publishes:
+            _publish(path, uri, f"{function.__name__} --{name}")
+        shutil.rmtree(path.parent, ignore_errors=True)
     if returned is not None:
         fields = inspect.signature(function).return_annotation._fields
         click.echo(json.dumps(dict(zip(fields, returned, strict=True)), ensure_ascii=False))
+
+
+def _check_place(uri: str, owner: str) -> None:
+    """Raises InputError for a folder of other things than an earlier call of this step left there; a file is one to be written over."""
+    fs, target = storage.filesystem(uri)
+    if not fs.isfile(target):
+        storage.check_place(uri, owner, ask="choose another place")
+
+
+def _publish(path: Path, uri: str, owner: str) -> None:
+    if path.is_dir():
+        (path / storage.MANIFEST).write_text(storage.Manifest.of_folder(path, owner).model_dump_json())
+    storage.publish(path, uri, allowed=lambda: _check_place(uri, owner))
 
 
 def _argument(name: str, kind: Any, value: Any, changes: tuple[str, ...]) -> Any:

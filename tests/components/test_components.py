@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import fsspec
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -104,3 +105,20 @@ def test_bad_input_inside_a_step_is_one_line_and_exit_2(run, tmp_path):
 def test_a_full_disk_is_one_line_and_exit_2(run, tmp_path):
     result = shell("components.overlap", "--spec", run / "spec.yaml", "--report", "/dev/full")
     assert (result.returncode, result.stderr) == (2, "a working file: No space left on device\n")
+
+
+def test_an_output_at_a_uri_takes_the_place_of_nothing_that_its_step_did_not_write(run, tmp_path):
+    fs, place = fsspec.filesystem("memory"), f"memory://{tmp_path.name}/rows"
+    audit = ("overlap", "--spec", run / "spec.yaml", "--report")
+    prepare = ("prepare", "--spec", run / "spec.yaml", "--rows")
+    fs.pipe(f"/{tmp_path.name}/rows/thesis.tex", b"mine")
+    refused = call(*prepare, place)
+    assert isinstance(refused.exception, InputError) and "holds other things" in str(refused.exception)
+    assert fs.find(f"/{tmp_path.name}") == [f"/{tmp_path.name}/rows/thesis.tex"]
+    fs.rm(f"/{tmp_path.name}/rows/thesis.tex")
+    for _ in range(2):
+        assert call(*prepare, place).exception is None
+    fs.pipe(f"/{tmp_path.name}/rows/train/notes.txt", b"mine")
+    assert "holds 'train/notes.txt', which no run put there" in str(call(*prepare, place).exception)
+    for _ in range(2):  # a file is written over, as by any command
+        assert call(*audit, f"memory://{tmp_path.name}/audit.json").exception is None

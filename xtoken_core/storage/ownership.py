@@ -37,7 +37,7 @@ class Manifest(BaseModel):
 
     project: Literal["xtoken-pipelines"]
     name: str
-    """Of the run."""
+    """Of the run, or of the step and its output."""
     files: list[str]
     """Relative to the place, this list included."""
 
@@ -49,11 +49,14 @@ class Manifest(BaseModel):
         return cls(project="xtoken-pipelines", name=name, files=sorted(files | {MANIFEST}))
 
 
-def check_place(uri: str, name: str, replace: bool = False) -> None:
-    """Raises InputError unless a run of this name may be published at `uri`.
+ASK = "choose another place, or set output.replace: true"
 
-    It may where nothing is, and in place of an earlier run of its name with no other files beside; with `replace` in place of any
-    folder. It must be possible to write there, and to rename what lies there.
+
+def check_place(uri: str, name: str, replace: bool = False, ask: str = ASK) -> None:
+    """Raises InputError, which ends with `ask`, unless a run or what a step writes may be published under this name at `uri`.
+
+    It may where nothing is, and in place of an earlier publication of its name with no other files beside; with `replace` in place of
+    any folder. It must be possible to write there, and to rename what lies there.
     """
     fs, target = filesystem(uri)
     if "/" not in target.strip("/") and (is_remote(uri) or not target):
@@ -64,7 +67,7 @@ def check_place(uri: str, name: str, replace: bool = False) -> None:
             _check_folder(uri, target)
         present = set(_all_files(fs, target))
         if present and not replace:
-            _check_owner(uri, name, _manifest(fs, target), present)
+            _check_owner(uri, name, _manifest(fs, target), present, ask)
         probe = f"{os.path.dirname(target)}/.{os.path.basename(target)}.probe"
         fs.makedirs(os.path.dirname(target), exist_ok=True)
         fs.pipe_file(probe, b"probe")
@@ -119,8 +122,7 @@ def _manifest(fs: AbstractFileSystem, target: str) -> Manifest | None:
     return None
 
 
-def _check_owner(uri: str, name: str, manifest: Manifest | None, present: set[str]) -> None:
-    ask = "choose another place, or set output.replace: true"
+def _check_owner(uri: str, name: str, manifest: Manifest | None, present: set[str], ask: str) -> None:
     if manifest is None:
         raise InputError(f"{uri}: holds other things (no {MANIFEST} of a run), which publishing would delete; {ask}")
     if manifest.name != name:

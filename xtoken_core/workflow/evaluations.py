@@ -12,6 +12,7 @@ from xtoken_core.checksums import same_files
 from xtoken_core.evaluation.evaluate import evaluate
 from xtoken_core.results.evaluation import Evaluation
 from xtoken_core.spec import DistillationSpec
+from xtoken_core.storage import MANIFEST
 from xtoken_core.workflow.subjects import Group, subjects
 
 
@@ -55,4 +56,4 @@ def evaluate_group(
 
 def read_evaluations(folder: str | Path) -> list[Evaluation]:
     """The results in a folder that `evaluate_group` wrote. Raises InputError."""
-    return [Evaluation.read(path) for path in sorted(Path(folder).glob("*.json"))]
+    return [Evaluation.read(path) for path in sorted(Path(folder).glob("*.json")) if path.name != MANIFEST]

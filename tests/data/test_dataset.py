@@ -361,6 +361,13 @@ def test_unreadable_input_is_one_line_that_names_it(tmp_path, name, content, mes
     assert message.replace("{}", str(tmp_path / name)) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("shard", [-1, 2])
+def test_a_shard_that_is_none(corpus, tmp_path, shard):
+    """Counted from one, the last would be empty, and the first one's documents in no rows."""
+    with pytest.raises(InputError, match=f"^shard: {shard} is not one of data.shards, which are 0 to 1$"):
+        prepare_rows(make_spec([corpus], shards=2), tmp_path / "rows", shard=shard)
+
+
 def test_a_column_that_is_not_there(tmp_path):
     pa.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     with pytest.raises(

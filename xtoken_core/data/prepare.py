@@ -32,6 +32,7 @@ from xtoken_core.data.records import text_of
 from xtoken_core.data.rows import Row, Side, load_sides
 from xtoken_core.data.statistics import Statistics, check_statistics
 from xtoken_core.data.tokenizing import DocumentTokenizer, outcomes_by
+from xtoken_core.errors import InputError
 from xtoken_core.first_tokens import FIRST_TOKENS, FirstTokenCounter, first_of_chunks, write_first_tokens
 from xtoken_core.progress import bar
 from xtoken_core.results.rows import RowsRecord, RowStatistics
@@ -62,12 +63,14 @@ def prepare_rows(
 
     Shard k of `data.shards` takes documents k, k + shards, ...; all shards together hold the rows that one alone would.
     Validation documents are not sharded. `sides`: what `load_sides` gives of the spec, where it is at hand. Raises InputError
-    for unreadable or empty input, and where a teacher has no chunk in common with the student.
+    for unreadable or empty input, for a shard that is none, and where a teacher has no chunk in common with the student.
     """
     folder, started, began = Path(folder), time.time(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     sides = load_sides(spec) if sides is None else sides
     uris, shards = (spec.data.train_uris, spec.data.shards) if split == "train" else (spec.data.validation, 1)
+    if not 0 <= shard < shards:
+        raise InputError(f"shard: {shard} is not one of data.shards, which are 0 to {shards - 1}")
     domains = [part.domain or "" for part in spec.data.parts] if split == "train" else None
     documents = read_documents(uris, spec.data, shard, shards)
     stats = Statistics(sides)

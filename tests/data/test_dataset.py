@@ -361,6 +361,16 @@ def test_unreadable_input_is_one_line_that_names_it(tmp_path, name, content, mes
     assert message.replace("{}", str(tmp_path / name)) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_as_many_folders_of_rows_as_shards(corpus, tmp_path):
+    """One that is forgotten would be trained without, in silence."""
+    spec = make_spec([corpus], shards=2)
+    for shard in range(2):
+        prepare_rows(spec, tmp_path / f"{shard}" / "train", shard=shard)
+    assert len(rows_of_shards(spec.data, [str(tmp_path / "0"), str(tmp_path / "1")]))
+    with pytest.raises(InputError, match=r"^rows: 1 folders were given for 2 shards \(data.shards\)$"):
+        rows_of_shards(spec.data, [str(tmp_path / "0")])
+
+
 @pytest.mark.parametrize("shard", [-1, 2])
 def test_a_shard_that_is_none(corpus, tmp_path, shard):
     """Counted from one, the last would be empty, and the first one's documents in no rows."""

@@ -32,8 +32,11 @@ def rows_of_shards(data: DataSpec, folders: Sequence[str], check: Check | None =
 
     Several shards are streamed. With `max_rows`, `packing` or weights they are fetched first: documents are dealt out to the
     shards in turn, so that the first rows of all, those that fill one row together, and those of a part lie in many at once.
-    Raises InputError where there is nothing to learn from in all of them. check: see `load_rows`.
+    Raises InputError for another number of folders than of shards, and where there is nothing to learn from in all of them.
+    check: see `load_rows`.
     """
+    if len(folders) != data.shards:
+        raise InputError(f"rows: {len(folders)} folders were given for {data.shards} shards (data.shards)")
     shards = [f"{folder}/train" for folder in folders]
     statistics = [statistics_of(shard) for shard in shards]
     check_statistics(all_shards(statistics), "data.train", domains=data.expected_domains)

@@ -189,7 +189,7 @@ def test_what_ends_a_turn_is_paired_before_the_roles() -> None:
     assert ends(assets.table("qwen3-chat"), "qwen3-chat") == "<|im_end|>" and assets.table("gpt2").turn_end is None
     assert ends(assets.table("deepseek-v3-chat"), "deepseek-v3-chat") == "<｜end▁of▁sentence｜>"
     tok = copy.copy(assets.tokenizer("gemma3"))  # whose EOS ends documents only
-    tok.chat_template = assets.tokenizer("gemma3-chat").chat_template
+    tok.chat_template = (assets.tokenizer_folder("gemma3-chat") / "chat_template.jinja").read_text(encoding="utf-8")
     gemma, qwen = TokenTable.from_tokenizer(tok), assets.table("qwen3-chat")
     turn, eos = tok.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
     assert gemma.roles["eos"] == eos and gemma.turn_end == turn

@@ -137,6 +137,18 @@ def test_downloads_are_tried_again_and_else_leave_nothing(store, place, tmp_path
         fault(f"reading: {step} fails once ({kind})", "tried again, whole", "read")
 
 
+def test_a_store_that_does_not_answer_is_told_of(store, place, tmp_path, caplog, monkeypatch, fault):
+    """While requests are tried again, which may take many minutes; one line for all that are under way."""
+    faults, _ = store
+    storage.publish(model(tmp_path / "model", "one"), place)
+    faults.fail(lambda method, path: True, "dropped", 3)
+    with caplog.at_level(logging.WARNING, "xtoken_core"):
+        storage.local_copy(place)
+    (told,) = (line for line in caplog.messages if "no answer" in line)
+    assert told.startswith(f"{faults.endpoint}: no answer at attempt 1: ")
+    fault("a store does not answer", "said while it is asked again", told)
+
+
 def test_a_store_that_is_gone_for_a_while_ends_no_training(store, tmp_path, monkeypatch, caplog, fault):
     """The checkpoint of the first save is not kept there, the next one is."""
     faults, past = store

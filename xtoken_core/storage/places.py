@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,11 @@ from xtoken_core.uris import has_keys, is_remote, normalize, without_keys
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+logger = logging.getLogger(__name__)
+
+WARNING_SECONDS = 30.0
+"""Between two lines that say that a store does not answer."""
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs", "hf", "http", "https", "memory")
 """Where models, data and runs may lie. fsspec knows more, among them ones that log in or run commands when they are named."""
@@ -50,7 +58,27 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
             raise InputError(f"{uri}: {in_one_line(e)}") from None
     if protocol != "memory" and not path.strip("/"):
         raise InputError(f"{uri}: names no bucket or host")
+    if "s3" in fs.protocol and fs.session is None:
+        fs.session = _telling_session()
     return fs, path.rstrip("/")
+
+
+def _telling_session() -> Any:
+    """What s3fs makes its client of, which says when the store does not answer: retries alone may take many minutes."""
+    from aiobotocore.session import AioSession
+
+    session, told = AioSession(), -math.inf
+
+    def tell(endpoint: Any, attempts: int, caught_exception: Exception | None, **_: Any) -> None:
+        nonlocal told
+        if caught_exception is not None and time.monotonic() - told >= WARNING_SECONDS:
+            told = time.monotonic()
+            logger.warning(
+                "%s: no answer at attempt %d: %s", without_keys(endpoint.host), attempts, in_one_line(caught_exception)
+            )
+
+    session.register("needs-retry.s3", tell)
+    return session
 
 
 def _options(protocol: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from xtoken_core.errors import InputError
 from xtoken_core.results.record import Record
 
 FILE = "status.json"
@@ -61,8 +63,16 @@ def _begun(pid: int) -> float:
 
 
 def statuses(runs: Path) -> list[Status]:
-    """Those of all runs in the folder `runs`, the last one to change first; one that ended without a word counts as interrupted."""
-    found = [Status.read(path) for path in runs.glob(f"*/{FILE}")]
+    """Those of all runs in the folder `runs`, the last one to change first; one that ended without a word counts as interrupted.
+
+    Of one that cannot be read, as after a power cut, stderr says so.
+    """
+    found = []
+    for path in sorted(runs.glob(f"*/{FILE}")):
+        try:
+            found.append(Status.read(path))
+        except InputError as e:
+            print(e, file=sys.stderr)
     lost = [s.model_copy(update={"state": "interrupted"}) if s.state == "running" and not s.alive else s for s in found]
     return sorted(lost, key=lambda status: -status.changed)
 

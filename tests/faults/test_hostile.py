@@ -252,8 +252,10 @@ def test_a_plan_from_a_run_of_impossible_figures(tmp_path, part, field, value, f
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**63])
-def test_a_status_of_no_process(tmp_path, pid):
+def test_a_status_of_no_process(tmp_path, pid, capsys):
     (tmp_path / "x").mkdir()
     Status(name="n", pid=pid, begun=1.0, log="l", tasks=3).tell(tmp_path / "x")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "status.json").touch()  # as after a power cut: the others are told of all the same
     (told,) = statuses(tmp_path)
-    assert told.state == "interrupted"
+    assert told.state == "interrupted" and f"{tmp_path}/damaged/status.json: not JSON" in capsys.readouterr().err

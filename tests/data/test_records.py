@@ -79,6 +79,14 @@ MIXED = {
 """Columns of a table that was put together out of others: of each row most are null."""
 
 
+def test_an_empty_column_is_as_good_as_none():
+    for nothing in (None, "", []):
+        assert content_of({"messages": nothing, "text": "a text"}, spec()) == "a text"
+        assert content_of({"text": nothing, "messages": [ASKED]}, spec(text_key="text")) == Conversation([ASKED])
+        assert content_of({"text": nothing, "messages": nothing}, spec()) == ""
+    assert content_of({"prompt": "", "completion": "Hello"}, spec()).messages[1] == SAID
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize(
     "options", [{}, {"text_key": "text", "messages_key": "messages"}, {"messages_key": "conversations"}], ids=str

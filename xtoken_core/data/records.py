@@ -96,8 +96,8 @@ def columns_read(data: DataSpec) -> tuple[str, ...]:
 def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
     """The text or chat of a record: what `data.format` says, or what it looks like: a chat, unless it has the text that the spec names.
 
-    A null is as good as no column, which it stands for in tables; a record of nulls only is an empty text. Raises Unusable
-    where it holds neither text nor chat, and Refused for images and audio.
+    A null is as good as no column, which it stands for in tables, and so are an empty list and an empty text; a record that has
+    nothing else is an empty text. Raises Unusable where it holds neither text nor chat, and Refused for images and audio.
     """
     text = (data.text_key,)
     shapes: list[tuple[str, ...]] = [(data.messages_key,), ("conversations",), ("prompt", "completion")]
@@ -108,7 +108,7 @@ def content_of(record: Mapping[str, Any], data: DataSpec) -> Content:
     known = [keys for keys in shapes if all(key in record for key in keys)]
     if not known:
         raise MissingColumn(_missing(data), record)
-    keys = next((keys for keys in known if any(record[key] is not None for key in keys)), None)
+    keys = next((keys for keys in known if any(record[key] not in (None, "", []) for key in keys)), None)
     if keys is None:
         return ""
     if keys != text:

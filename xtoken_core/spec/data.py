@@ -43,7 +43,7 @@ class DataSpec(Section):
     text_key: str = Field("text", description="column of the text in .jsonl and .parquet")
     messages_key: str = Field("messages", description="column of the chat in .jsonl and .parquet")
     assistant_only: bool = Field(True, description="in chats, KD and CE only on assistant turns")
-    eos: bool = Field(True, description="end every text with an EOS, which is learned; false: the text has its own")
+    eos: bool = Field(True, description="end every text with an EOS, which is learned; false: for pieces of longer texts")
     max_length: Annotated[int, Field(ge=8, le=2**20)] = Field(2048, description="tokens of a row, on every side")
     max_rows: PositiveInt | None = Field(None, description="use only the first rows of the training data")
     packing: bool = Field(False, description="several documents a row, attention kept within each")

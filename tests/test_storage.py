@@ -221,6 +221,17 @@ def test_downloads_are_reused_until_the_original_changes(tmp_path, cache):
     assert not list(cache.glob("*.partial*"))
 
 
+@pytest.mark.parametrize("harm", [lambda path: path.write_text(""), Path.unlink], ids=["empty", "gone"])
+@pytest.mark.parametrize("name", ["", "/sub/a"], ids=["folder", "file"])
+def test_a_download_that_a_power_cut_has_emptied_is_made_again(tmp_path, cache, name, harm):
+    uri = f"memory://{tmp_path.name}/out"
+    fsspec.filesystem("memory").pipe({f"/{tmp_path.name}/out/sub/a": b"1", f"/{tmp_path.name}/out/b": b"22"})
+    copy = storage.local_copy(uri + name)
+    file = copy if name else copy / "sub" / "a"
+    harm(file)
+    assert storage.local_copy(uri + name) == copy and file.read_bytes() == b"1"
+
+
 def test_expand_takes_files_folders_and_globs_in_a_fixed_order(tmp_path):
     root = folder(tmp_path, b__y="", b__x="", b__c__z="", a="", **{".hidden": "", "b__.d__w": ""})
     listed = storage.expand([f"{root}/b", f"{root}/a", f"{root}/b/*"])

@@ -93,7 +93,8 @@ def local_copy(uri: str) -> Path:
         target = cache / digest / path.rsplit("/", 1)[-1]
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _lock(cache / f"{digest}.lock"):  # of the processes of a host, one downloads
-            if not target.exists():
+            if not _is_whole(path, listing, target):
+                shutil.rmtree(target.parent, ignore_errors=True)
                 _sweep(cache)
                 _fill(fs, path, listing, target, uri)
         return target
@@ -210,6 +211,17 @@ def _fill(fs: AbstractFileSystem, path: str, listing: dict[str, dict[str, Any]],
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _places(path: str, listing: Iterable[str], target: Path) -> list[Path]:
+    """Where each file of a listing lies in the copy at `target`."""
+    return [target / name[len(path) + 1 :] if name != path else target for name in listing]
+
+
+def _is_whole(path: str, listing: dict[str, dict[str, Any]], target: Path) -> bool:
+    """Whether a copy is there with every byte: a power cut soon after it was made can leave empty files."""
+    pairs = zip(_places(path, listing, target), listing.values(), strict=True)
+    return all(place.is_file() and info["size"] in (None, place.stat().st_size) for place, info in pairs)
+
+
 def _staging(final: Path) -> Path:
     return final.with_name(f"{final.name}.partial")
 
@@ -234,7 +246,7 @@ def _lock(path: Path, wait: bool = True) -> Iterator[None]:
 
 def _download(fs: AbstractFileSystem, path: str, listing: dict[str, dict[str, Any]], target: Path, uri: str) -> None:
     """Fetches every file of `listing` into `target`, several at a time and large ones by ranges."""
-    places = [target / name[len(path) + 1 :] if name != path else target for name in listing]
+    places = _places(path, listing, target)
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
     names, local = list(listing), [str(place) for place in places]

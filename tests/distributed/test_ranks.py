@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.support.training_run import changed, losses, prepare, run, start_ranks
@@ -107,6 +109,8 @@ def test_bf16_is_the_same_however_the_student_is_spread(base, values):
 def test_two_ranks_resume(base, values, spread, tmp_path):
     """From the checkpoint of step 2, as if killed after it."""
     sharding, unbroken = spread
+    if sharding == "ddp" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("before 5.18 transformers loads an optimizer onto 'cpu:0', which torch does not know; on GPUs it goes on")
     out = tmp_path / "killed"
     shutil.copytree(unbroken, out)
     weights = [path for path in (out / "checkpoints" / "checkpoint-2").iterdir() if "model" in path.name]

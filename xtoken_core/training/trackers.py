@@ -64,10 +64,9 @@ def trackers(spec: DistillationSpec, out_dir: Path, baseline: bool) -> Iterator[
 
 def _progress() -> list[TrainerCallback]:
     """What tells the status of the TrainJob that this is part of, if Trainer asks for it (by variables of its gate TrainJobRuntimeStatus)."""
-    from transformers.integrations import integration_utils
+    from transformers.integrations.integration_utils import KubeflowCallback, is_kubeflow_available
 
-    callback = getattr(integration_utils, "KubeflowCallback", None)  # not in the first releases of transformers 5
-    return [callback()] if callback is not None and integration_utils.is_kubeflow_available() else []
+    return [KubeflowCallback()] if is_kubeflow_available() else []
 
 
 def _title(spec: DistillationSpec, baseline: bool) -> str:

@@ -42,7 +42,7 @@ def score_teacher(
     if teacher is None or teacher.scores is None:
         known = [t.id for t in spec.teachers if t.scores is not None]
         raise InputError(f"teacher: {teacher_id}: one of {', '.join(known) or 'none'} has scores in the spec")
-    student, column = _table(spec.student), read_column(teacher)
+    student, column = _table(spec.student), f"{read_column(teacher)}_ids"
     train, dtype = load_rows(Path(rows) / "train"), compute_dtype(spec.training.precision)
     told = spec.shared_rows if isinstance(spec, View) else None
     domains = json.dumps(sorted(teacher.domains)) if teacher.domains else ""
@@ -50,7 +50,7 @@ def score_teacher(
     cells = _cells(student, table, projection) if teacher.cross_tokenizer else None
     settings = ScoreSettings(
         teacher=model_version(teacher.model),
-        rows=rows_digest(train, f"{column}_ids", domains),
+        rows=rows_digest(train, column, domains),
         num_rows=len(train),
         top_k=0,
         vocab_size=len(table) if teacher.cross_tokenizer else min(len(student), told or shared_rows(spec)),
@@ -64,7 +64,7 @@ def score_teacher(
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it untyped
     settings, cut = _classes(settings, teacher.scores.top_k, cells.to(device) if cells else None)
     with blamed(f"teachers.{teacher.id}"):
-        tokens = score_rows(model, _Column(train, f"{column}_ids", teacher.domains), Path(folder), settings, cut)
+        tokens = score_rows(model, _Column(train, column, teacher.domains), Path(folder), settings, cut)
     if (Path(rows) / "validation").exists():
         _measure(model, load_rows(Path(rows) / "validation"), teacher, settings, Path(folder))
     return tokens
